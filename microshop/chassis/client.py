@@ -1,0 +1,157 @@
+"""Calls to other services: urllib, on kept-alive connections.
+
+The OpenerDirector is bare but for our handler: so it follows no redirect, raises for no status and
+ignores http_proxy, as it must between services. `Client.call` is all that other code sees.
+"""
+import itertools
+import socket
+import time
+import urllib.request
+from collections import defaultdict, deque
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from microshop.chassis import wire
+from microshop.chassis.errors import BadGateway, GatewayTimeout, ServiceError
+
+MAX_ANSWER = 8 * 1024 * 1024   # bytes of an answer's body
+MAX_IDLE = 128                 # connections kept for later, per address
+IDLE_TIME = 30.0               # seconds one is kept: less than a service keeps its end (server.IDLE_TIME)
+REPEATABLE = {"GET", "HEAD", "OPTIONS", "PUT", "DELETE"}  # RFC 9110 9.2.2: twice does what once does
+
+
+class Reply(NamedTuple):
+    """What a service answered."""
+
+    status: int
+    fields: wire.Fields
+    body: bytes
+
+
+class Upstream:
+    """A service to call, at one or more base URLs: its copies, taken in turn."""
+
+    def __init__(self, name: str, base_urls: list[str]):
+        self.name = name
+        self.copies = itertools.cycle(base_urls)
+
+
+class Client:
+    """Calls services; answers late after `timeout` seconds."""
+
+    def __init__(self, timeout: float):
+        self.timeout = timeout
+        self._opener = urllib.request.OpenerDirector()
+        self._opener.add_handler(KeepAliveHandler())
+
+    def call(self, upstream: Upstream, method: str, target: str, headers: dict[str, str] | None = None,
+             body: bytes | None = None, timeout: float | None = None) -> Reply:
+        """Send a request and return whatever is answered, errors too.
+
+        `target` is a path and query as on the wire. Raises BadGateway where no connection or no valid
+        answer is to be had, GatewayTimeout where it is not whole within `timeout` seconds: then nobody
+        knows whether the request was carried out.
+        """
+        request = urllib.request.Request(next(upstream.copies) + target, body, headers or {}, method=method)
+        try:
+            return self._opener.open(request, timeout=timeout or self.timeout)
+        except TimeoutError:
+            raise GatewayTimeout(f"the {upstream.name} service did not answer in time", service=upstream.name) from None
+        except EOFError:
+            reason = "closed the connection before its answer was whole"
+        except OSError as error:
+            reason = f"is out of reach: {error.strerror or error}"
+        except ServiceError as error:
+            reason = f"gave an answer that is not valid HTTP: {error.detail}"
+        raise BadGateway(f"the {upstream.name} service {reason}", service=upstream.name)
+
+
+class KeepAliveHandler(urllib.request.BaseHandler):
+    """Opens http: URLs as urllib's HTTPHandler does, but keeps the connections for the next requests."""
+
+    def __init__(self) -> None:
+        self._idle: defaultdict[str, deque[_Connection]] = defaultdict(deque)
+
+    def http_open(self, request: urllib.request.Request) -> Reply:
+        deadline = time.monotonic() + request.timeout
+        # The other end may close a kept connection just when it is used again: only what may be sent twice goes there.
+        if request.get_method() in REPEATABLE and (connection := self._take_idle(request.host)):
+            try:
+                return self._exchange(connection, request, deadline)
+            except (ConnectionError, EOFError):
+                if connection.reader.has_bytes():
+                    raise
+        return self._exchange(_Connection(request.host, request.timeout), request, deadline)
+
+    def _exchange(self, connection: "_Connection", request: urllib.request.Request, deadline: float) -> Reply:
+        try:
+            reply, reusable = connection.exchange(request, deadline)
+        except BaseException:
+            connection.close()
+            raise
+        idle = self._idle[request.host]
+        if reusable and len(idle) < MAX_IDLE:
+            connection.idle_since = time.monotonic()
+            idle.append(connection)
+        else:
+            connection.close()
+        return reply
+
+    def _take_idle(self, address: str) -> "_Connection | None":
+        """Return the connection used last that still serves, or None; drop those idle for too long."""
+        idle, oldest = self._idle[address], time.monotonic() - IDLE_TIME
+        try:
+            while idle[0].idle_since < oldest:
+                idle.popleft().close()
+            while (connection := idle.pop()).has_news():
+                connection.close()
+            return connection
+        except IndexError:  # none is left; another thread may have taken it meanwhile
+            return None
+
+
+class _Connection:
+    def __init__(self, address: str, timeout: float):
+        url = urlsplit(f"//{address}")
+        self.socket = socket.create_connection((url.hostname, url.port or 80), timeout)
+        self.socket.settimeout(None)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        wire.set_timeout(self.socket, socket.SO_SNDTIMEO, timeout)
+        self.reader = wire.Reader(self.socket)
+        self.idle_since = 0.0
+
+    def close(self) -> None:
+        self.socket.close()
+
+    def has_news(self) -> bool:
+        """Tell whether an idle connection was closed, or holds bytes that would pass for the next answer."""
+        if not hasattr(socket, "MSG_DONTWAIT"):
+            return False  # Windows: then the exchange will tell
+        try:
+            self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
+
+    def exchange(self, request: urllib.request.Request, deadline: float) -> tuple[Reply, bool]:
+        """Send a request and return the reply, and whether the connection can be used again."""
+        method, body = request.get_method(), request.data or b""
+        headers = [("Host", request.host), *request.header_items()]
+        if body or method not in ("GET", "HEAD", "DELETE", "OPTIONS"):
+            headers.append(("Content-Length", str(len(body))))
+        self.socket.sendall(wire.format_head(f"{method} {request.selector} HTTP/1.1", headers) + body)
+        self.reader.deadline = deadline
+        response = wire.parse_response(self.reader.read_head())
+        while response.status < 200:  # interim answers, RFC 9110 15.2
+            response = wire.parse_response(self.reader.read_head())
+        status, version, fields, length = response
+        if method == "HEAD" or status in (204, 304):
+            content = b""
+        elif length is None:
+            content = self.reader.read_to_end(MAX_ANSWER)
+        else:
+            content = self.reader.read_body(length, MAX_ANSWER)
+        reusable = wire.keeps_alive(version, fields) and length is not None and not self.reader.has_bytes()
+        return Reply(status, fields, content), reusable

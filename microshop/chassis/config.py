@@ -1,0 +1,96 @@
+"""Settings: a flag wins over its environment twin, which wins over the default.
+
+`--data` and MICROSHOP_DATA are one setting. Law: read once, in main(); nothing else looks at the
+environment. A bad value ends the process with one line that names it, exit status 2.
+"""
+import argparse
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+TRUTH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False, "": False}
+
+
+class Setting(NamedTuple):
+    """One setting: `parse` turns its text into a value or raises ValueError with the reason."""
+
+    name: str
+    parse: Callable[[str], Any]
+    default: str
+    help: str
+
+
+def port(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
+        raise ValueError("is no port (0 to 65535)")
+    return int(text)
+
+
+def count(text: str) -> int:
+    if not re.fullmatch("[1-9][0-9]{0,2}", text):
+        raise ValueError("is no count (1 to 999)")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or float(text) == 0:
+        raise ValueError("is no number of seconds above zero")
+    return float(text)
+
+
+def host(text: str) -> str:
+    if not re.fullmatch(r"[0-9A-Za-z.:_-]+", text):
+        raise ValueError("is no host name or address")
+    return text
+
+
+def switch(text: str) -> bool:
+    if text.lower() not in TRUTH:
+        raise ValueError("is neither 1 nor 0")
+    return TRUTH[text.lower()]
+
+
+def base_urls(text: str) -> list[str]:
+    """Parse base URLs, comma-separated: the copies of one service."""
+    urls = [url.strip().removesuffix("/") for url in text.split(",")]
+    for url in urls:
+        match = re.fullmatch(r"http://(?:[0-9A-Za-z._-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?", url)
+        if not match or int(match[1] or 80) not in range(1, 65536):
+            raise ValueError("is no base URL like http://localhost:3001 (several: comma-separated)")
+    return urls
+
+
+HOST = Setting("host", host, "127.0.0.1", "address to listen on")
+DATA = Setting("data", Path, "data", "folder of the database files")
+QUIET = Setting("quiet", switch, "", "write no access log")
+
+
+def read(program: str, settings: list[Setting], arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the value of each setting. Exits with status 2 where one is bad."""
+    parser = _Parser(prog=f"python -m {program}", allow_abbrev=False,
+                     description="Every flag has an environment twin: --data is MICROSHOP_DATA.")
+    for setting in settings:
+        flag = {"action": "store_const", "const": "1"} if setting.parse is switch else {"metavar": setting.name.upper()}
+        default = f" (default: {setting.default})" if setting.default else ""
+        parser.add_argument(f"--{setting.name}", help=setting.help + default, **flag)
+    given = parser.parse_args(arguments)
+    return argparse.Namespace(**{setting.name.replace("-", "_"): _value(parser, setting, given) for setting in settings})
+
+
+def _value(parser: argparse.ArgumentParser, setting: Setting, given: argparse.Namespace) -> Any:
+    attribute = setting.name.replace("-", "_")
+    twin = f"MICROSHOP_{attribute.upper()}"
+    source, text = f"--{setting.name}", getattr(given, attribute)
+    if text is None:
+        source, text = twin, os.environ.get(twin) or setting.default
+    try:
+        return setting.parse(text)
+    except ValueError as reason:
+        parser.error(f"{source}: {text!r} {reason}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")  # without the usage: one line

@@ -1,0 +1,43 @@
+"""What goes wrong, as exceptions that carry an HTTP status (RFC 9110 section 15).
+
+Raise one anywhere below a handler; server.py turns it into problem+json in one place.
+"""
+from http import HTTPStatus
+
+
+class ServiceError(Exception):
+    """An answer that is not a success.
+
+    `detail` tells a person what was wrong; `headers` are added to the answer; every other
+    keyword becomes a member of the problem document (RFC 9457 section 3.2).
+    """
+
+    status = HTTPStatus.INTERNAL_SERVER_ERROR
+
+    def __init__(self, detail: str, headers: tuple[tuple[str, str], ...] = (), **members: object):
+        super().__init__(detail)
+        self.detail, self.headers, self.members = detail, headers, members
+
+    def problem(self) -> dict:
+        """Return the problem document, but for the request's id."""
+        return {"type": "about:blank", "title": self.status.phrase, "status": self.status.value,
+                "detail": self.detail, **self.members}
+
+
+class BadRequest(ServiceError): status = HTTPStatus.BAD_REQUEST                                  # 400
+class NotFound(ServiceError): status = HTTPStatus.NOT_FOUND                                      # 404
+class MethodNotAllowed(ServiceError): status = HTTPStatus.METHOD_NOT_ALLOWED                     # 405
+class RequestTimeout(ServiceError): status = HTTPStatus.REQUEST_TIMEOUT                          # 408
+class LengthRequired(ServiceError): status = HTTPStatus.LENGTH_REQUIRED                          # 411
+class ContentTooLarge(ServiceError): status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE                # 413
+class TargetTooLong(ServiceError): status = HTTPStatus.REQUEST_URI_TOO_LONG                      # 414
+class UnsupportedMediaType(ServiceError): status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE             # 415
+class ExpectationFailed(ServiceError): status = HTTPStatus.EXPECTATION_FAILED                    # 417
+class FieldsTooLarge(ServiceError): status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE          # 431
+class CodingNotImplemented(ServiceError): status = HTTPStatus.NOT_IMPLEMENTED                    # 501
+class VersionNotSupported(ServiceError): status = HTTPStatus.HTTP_VERSION_NOT_SUPPORTED          # 505
+
+
+# About a service behind this one; `service` names it in the problem.
+class BadGateway(ServiceError): status = HTTPStatus.BAD_GATEWAY                                  # 502
+class GatewayTimeout(ServiceError): status = HTTPStatus.GATEWAY_TIMEOUT                          # 504

@@ -1,0 +1,332 @@
+"""A process of the shop: a Service listens, and a Handler answers on each connection.
+
+A subclass of Handler has a table of routes beside its methods. Such a method returns an Answer or
+raises a ServiceError, and send_answer() alone turns either into bytes. What http.server does wrongly
+or slowly is replaced here; the comments say why.
+
+Law: only this module and client.py write to a socket. Nothing here knows what a route is about.
+"""
+import hashlib
+import os
+import random
+import re
+import signal
+import socket
+import socketserver
+import sys
+import threading
+import time
+import traceback
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from email.utils import formatdate
+from functools import lru_cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, NamedTuple
+from urllib.parse import urlencode
+
+from microshop.chassis import config, wire
+from microshop.chassis.access_log import AccessLog
+from microshop.chassis.content import Page, encode, parse_json, parse_page, parse_query
+from microshop.chassis.database import Database, DatabaseUnusable
+from microshop.chassis.errors import (
+    BadRequest, ExpectationFailed, LengthRequired, MethodNotAllowed, NotFound, RequestTimeout, ServiceError,
+    UnsupportedMediaType)
+
+IDLE_TIME = 60.0     # seconds that a kept-alive connection may wait for its next request
+HEAD_TIME = 10.0     # seconds for a whole head, from its first byte
+BODY_TIME = 10.0     # seconds for a whole body
+SEND_TIME = 10.0     # seconds that a client may not take a byte of its answer
+GRACE = 4.0          # seconds for requests in flight when the process ends
+POLL = 0.1           # seconds after which the accept loop notices that it shall end
+
+ID = "([1-9][0-9]{0,15})"
+REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,64}")
+TRACEPARENT = re.compile("(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+CLIENT_GONE = 499    # nginx's number, in the log alone, for a client that did not wait for its answer
+
+http_date = lru_cache(maxsize=2)(lambda second: formatdate(second, usegmt=True))
+
+
+class Answer(NamedTuple):
+    """What a handler returns: a JSON value, or bytes whose Content-Type is among the headers."""
+
+    body: Any = b""
+    status: int = 200
+    headers: Sequence[tuple[str, str]] = ()
+
+
+class Service(ThreadingHTTPServer):
+    """An HTTP server that is a process of its own; subclasses name it, and bring handler and schema."""
+
+    name = "service"
+    title = "Service"
+    port = 0
+    handler: type["Handler"]
+    schema: Sequence[Sequence[str]] = ()     # see Database; none where a process owns no data
+    options: Sequence[config.Setting] = (config.HOST, config.DATA, config.QUIET)
+
+    request_queue_size = 1024                # the default, 5, turns clients away that come together
+    allow_reuse_address = os.name != "nt"    # there it would let two processes have one port
+
+    def __init__(self, settings: Namespace):
+        self.settings = settings
+        self.draining = False
+        self.connections: set[Handler] = set()
+        self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        self.allow_reuse_port = getattr(settings, "reuse_port", False)
+        super().__init__((settings.host, settings.port), self.handler)
+        try:
+            self.database = Database(settings.data / f"{self.name}.db", self.schema) if self.schema else None
+        except DatabaseUnusable:
+            self.server_close()
+            raise
+        self.log = AccessLog(self.name, settings.quiet)
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)  # HTTPServer's looks up the host's name: that may take seconds
+        self.server_name, self.server_port = self.server_address[:2]
+
+    @property
+    def url(self) -> str:
+        """The address to tell people."""
+        name = "localhost" if self.server_name in ("127.0.0.1", "0.0.0.0", "::") else self.server_name
+        return f"http://[{name}]:{self.server_port}" if ":" in name else f"http://{name}:{self.server_port}"
+
+    @classmethod
+    def main(cls) -> None:
+        """Read the settings, then serve until SIGTERM or Ctrl-C. Exits with status 1 if it cannot begin."""
+        settings = config.read(f"microshop.{cls.name}", [
+            config.Setting("port", config.port, str(cls.port), "port to listen on; 0 takes a free one"), *cls.options,
+            config.Setting("supervised", config.switch, "", "end when standard input ends")])
+        try:
+            service = cls(settings)
+        except DatabaseUnusable as error:
+            sys.exit(f"{cls.name}: {error}")
+        except OSError as error:
+            sys.exit(f"{cls.name}: cannot listen on port {settings.port} of {settings.host}: {error.strerror}")
+        service.run()
+
+    def run(self) -> None:
+        """Serve until told to stop; then finish what is in flight, for GRACE seconds at most."""
+        signal.signal(signal.SIGINT, self._stop_on_signal)
+        signal.signal(signal.SIGTERM, self._stop_on_signal)
+        if self.settings.supervised:
+            threading.Thread(target=self._stop_at_end_of_input, daemon=True).start()
+        print(f"{self.title} listening at {self.url}", flush=True)
+        self.serve_forever(POLL)
+        self.server_close()
+        self._drain()
+        if self.database:
+            self.database.close()
+        self.log.flush()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), OSError):  # that a client went away is no news
+            self.log.event(f"- a connection from {client_address[0]} failed\n{traceback.format_exc()}")
+
+    def _stop_on_signal(self, number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
+        # shutdown() waits for the accept loop, which may be what this handler has interrupted.
+        threading.Thread(target=self.shutdown).start()
+
+    def _stop_at_end_of_input(self) -> None:
+        while os.read(sys.stdin.fileno(), 1024):
+            pass
+        self.shutdown()
+
+    def _drain(self) -> None:
+        self.draining = True
+        deadline = time.monotonic() + GRACE
+        for handler in self.connections.copy():
+            if not handler.busy:
+                handler.stop_waiting()
+        while any(handler.busy for handler in self.connections.copy()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """The requests of one connection, one after another.
+
+    `routes` maps each path, where `{id}` stands for an id, to its methods: {"GET": function}. The
+    function is called with the handler and the ids; HEAD, OPTIONS and 405 follow from the table.
+    """
+
+    server: Service
+    routes: dict[str, dict[str, Callable[..., Answer]]] = {}
+    disable_nagle_algorithm = True  # else an answer may wait 40 ms for the client's ACK
+    rbufsize = 0                    # wire.Reader buffers
+
+    def __init_subclass__(cls) -> None:
+        routes = {**cls.routes, "/health": {"GET": cls.health}}
+        cls._table = [(re.compile(re.sub("{[a-z_]+}", ID, path.rstrip("/")) + "/?"), methods)
+                      for path, methods in routes.items()]
+
+    # --- the life of a connection
+
+    def setup(self) -> None:
+        super().setup()
+        wire.set_timeout(self.connection, socket.SO_SNDTIMEO, SEND_TIME)
+        self.reader = wire.Reader(self.connection)
+        self.busy = False  # with a request, from its first byte to the last of its answer
+        self.server.connections.add(self)
+
+    def finish(self) -> None:
+        self.busy = False
+        self.reader.linger()
+        self.server.connections.discard(self)
+        if self.server.database:
+            self.server.database.close()  # a connection per thread would leak descriptors otherwise
+        super().finish()
+
+    def stop_waiting(self) -> None:
+        """Let the thread that waits for the next request see the end of the connection."""
+        try:
+            self.connection.shutdown(socket.SHUT_RD)
+        except OSError:
+            pass  # the client was quicker
+
+    def handle_one_request(self) -> None:
+        """Read a request and answer it; handle() calls this until close_connection is true."""
+        self.busy, self.close_connection = False, True
+        if not self.reader.await_message(0.001 if self.server.draining else IDLE_TIME):
+            return
+        self.busy, started = True, time.perf_counter()
+        self.command, self.path, self.request_id = "-", "-", f"{random.getrandbits(64):016x}"
+        try:
+            answer = self._find_answer()
+            status = self.send_answer(answer)
+        except OSError:
+            self.close_connection, status = True, CLIENT_GONE
+        self.server.log.request(self.request_id, self.command, self.path, status, time.perf_counter() - started)
+
+    def _find_answer(self) -> Answer:
+        try:
+            self._read_request()
+        except ServiceError as error:
+            return self._describe(error)  # and close: where the next request begins is not known
+        self.close_connection = not wire.keeps_alive(self.request_version, self.headers)
+        try:
+            return self.dispatch()
+        except ServiceError as error:
+            return self._describe(error)
+        except Exception:
+            self.server.log.event(f"{self.request_id} failed\n{traceback.format_exc()}")
+            return self._describe(ServiceError("a fault in the service; its log says more"))
+
+    def _read_request(self) -> None:
+        """Read head and body. The body is read whatever the route, so it never passes for a request."""
+        self.reader.deadline = time.monotonic() + HEAD_TIME
+        head = ""
+        try:
+            head = self.reader.read_head()
+            self.command, self.path, self.request_version, self.headers, length = wire.parse_request(head)
+            if REQUEST_ID.fullmatch(self.headers.get("x-request-id", "")):
+                self.request_id = self.headers["x-request-id"]
+            if "expect" in self.headers:
+                self._meet_expectation(length)
+            self.body = b""
+            if length:
+                self.reader.deadline = time.monotonic() + BODY_TIME
+                self.body = self.reader.read_body(length, wire.MAX_BODY)
+        except TimeoutError:
+            raise RequestTimeout("the request did not come whole in time") from None
+        except EOFError:
+            raise BadRequest("the request ended before it was whole") from None
+        finally:
+            if self.command == "-" and head:  # malformed: what the log gets of it is escaped
+                self.path = ascii(head.partition("\r\n")[0][:200])[1:-1].replace(" ", r"\x20") or "-"
+
+    def _meet_expectation(self, length: int | None) -> None:
+        if self.request_version == "HTTP/1.1":  # RFC 9110 10.1.1
+            if self.headers["expect"].lower() != "100-continue":
+                raise ExpectationFailed("the only expectation met here is 100-continue")
+            if length and length <= wire.MAX_BODY:
+                self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _describe(self, error: ServiceError) -> Answer:
+        return Answer({**error.problem(), "requestId": self.request_id}, error.status,
+                      [("Content-Type", "application/problem+json"), *error.headers])
+
+    def send_answer(self, answer: Answer) -> int:
+        """Turn an answer into bytes and send it in one write; two would meet Nagle's delay. Returns its status."""
+        body, status, headers = answer.body, int(answer.status), list(answer.headers)
+        if not isinstance(body, bytes):
+            body = encode(body).encode()
+            if status == 200 and self.command in ("GET", "HEAD"):
+                tag = f'"{hashlib.blake2b(body, digest_size=8).hexdigest()}"'
+                headers.append(("ETag", f"W/{tag}"))
+                known = self.headers.get("if-none-match", "")
+                if tag in known or known == "*":  # RFC 9110 13.1.2
+                    status, body = 304, b""
+            if status == 200 or status == 201:
+                headers.append(("Content-Type", "application/json; charset=utf-8"))
+        names = [name.lower() for name, _ in headers]
+        if status not in (204, 304) and "content-length" not in names:
+            headers.append(("Content-Length", str(len(body))))
+        if "date" not in names:
+            headers.append(("Date", http_date(int(time.time()))))
+        headers.append(("X-Request-Id", self.request_id))
+        self.close_connection = self.close_connection or self.server.draining
+        if self.close_connection:
+            headers.append(("Connection", "close"))
+        elif self.request_version == "HTTP/1.0":
+            headers.append(("Connection", "keep-alive"))
+        phrase = self.responses.get(status, ("",))[0]
+        head = wire.format_head(f"HTTP/1.1 {status} {phrase}", headers)
+        self.wfile.write(head if self.command == "HEAD" else head + body)
+        return status
+
+    # --- from a request to a route
+
+    def dispatch(self) -> Answer:
+        """Call the route's function. Raises NotFound, or MethodNotAllowed with Allow."""
+        path, _, self.query_string = self.path.partition("?")
+        for pattern, methods in self._table:
+            if match := pattern.fullmatch(path):
+                break
+        else:
+            raise NotFound(f"there is nothing at {path}")
+        if function := methods.get("GET" if self.command == "HEAD" else self.command):
+            return function(self, *map(int, match.groups()))
+        allow = ("Allow", ", ".join(["OPTIONS", *["GET, HEAD" if name == "GET" else name for name in methods]]))
+        if self.command == "OPTIONS":
+            return Answer(status=204, headers=[allow])
+        raise MethodNotAllowed(f"{self.command} is not among the methods of {path}", [allow])
+
+    def health(self) -> Answer:
+        state = "draining" if self.server.draining else "ok"
+        return Answer({"status": state, "service": self.server.name}, 200 if state == "ok" else 503)
+
+    # --- what routes ask of a request
+
+    def read_json(self) -> Any:
+        """Return the JSON value that came. Raises LengthRequired, UnsupportedMediaType, BadRequest."""
+        if "content-length" not in self.headers and "transfer-encoding" not in self.headers:
+            raise LengthRequired("a body is needed here")
+        if not re.fullmatch(r'application/json(\s*;\s*charset="?utf-8"?)?', self.headers.get("content-type", ""), re.I):
+            raise UnsupportedMediaType("the body must have Content-Type: application/json")
+        if "content-encoding" in self.headers:
+            raise UnsupportedMediaType("the body must come without Content-Encoding")
+        return parse_json(self.body)
+
+    def answer_page(self, find: Callable[[Page], list[dict]]) -> Answer:
+        """Answer with the part of a collection that the query asks for, and a Link to the next (RFC 8288).
+
+        `find` takes a Page and returns its rows in order of id, with one more if there is any.
+        """
+        query = parse_query(self.query_string)
+        page = parse_page(query)
+        rows = find(page)
+        if len(rows) <= page.limit:
+            return Answer(rows)
+        rows = rows[:page.limit]
+        target = f"{self.path.partition('?')[0]}?{urlencode({**query, 'after': rows[-1]['id']}, safe=',')}"
+        return Answer(rows, headers=[("Link", f'<{target}>; rel="next"')])
+
+    def trace(self) -> dict[str, str]:
+        """Return the fields that let one request be followed through every service it reaches."""
+        traceparent = self.headers.get("traceparent", "")
+        if not TRACEPARENT.fullmatch(traceparent):  # https://www.w3.org/TR/trace-context/
+            traceparent = f"00-{random.getrandbits(128):032x}-{random.getrandbits(64):016x}-01"
+        return {"x-request-id": self.request_id, "traceparent": traceparent}

@@ -1,0 +1,221 @@
+"""What the tests say to the shop: start it, speak to it over real sockets, read what it answers."""
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TOP = Path(__file__).resolve().parent.parent
+PATIENCE = 10.0  # seconds after which a test that waits has failed
+
+
+class Answered(NamedTuple):
+    """An answer as a client sees it; `headers` by lower-case name."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Wire:
+    """A raw connection: what is sent is sent as it is, and answers are read one by one."""
+
+    def __init__(self, port: int):
+        self.socket = socket.create_connection(("127.0.0.1", port), PATIENCE)
+        self.file = self.socket.makefile("rb")
+
+    def __enter__(self) -> "Wire":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        self.socket.close()
+
+    def send(self, data: bytes) -> None:
+        with contextlib.suppress(ConnectionError):  # the server may have closed before it had read all
+            self.socket.sendall(data)
+
+    def end(self) -> None:
+        """Half-close: nothing more will be sent."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+
+    def read(self, method: str = "GET") -> Answered | None:
+        """Read the next answer; None when the connection was closed instead."""
+        line = self.file.readline()
+        if not line:
+            return None
+        headers = {}
+        while (field := self.file.readline()) not in (b"\r\n", b""):
+            name, _, value = field.decode("latin-1").partition(":")
+            headers[name.lower()] = value.strip()
+        status = int(line.split()[1])
+        body = b"" if method == "HEAD" or status < 200 else self.file.read(int(headers.get("content-length", 0)))
+        return Answered(status, headers, body)
+
+    def is_closed(self) -> bool:
+        """Wait for the other end to close; False when it sends something instead."""
+        with contextlib.suppress(ConnectionError):
+            return self.file.read(1) == b""
+        return True
+
+
+def exchange(port: int, data: bytes) -> list[Answered]:
+    """Send bytes on a new connection, half-close, and return every answer until it is closed."""
+    with Wire(port) as wire:
+        wire.send(data)
+        wire.end()
+        answers = []
+        with contextlib.suppress(ConnectionError):
+            while answer := wire.read():
+                answers.append(answer)
+        return answers
+
+
+def ask(port: int, method: str = "GET", target: str = "/", headers: dict[str, str] | None = None,
+        body: bytes | None = None) -> Answered:
+    """Send one request through the standard library's client."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    try:
+        connection.request(method, target, body, headers or {})
+        response = connection.getresponse()
+        return Answered(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
+    finally:
+        connection.close()
+
+
+@contextlib.contextmanager
+def running(service: type, **settings: Any) -> Iterator[Any]:
+    """Serve in a thread of this process, on a free port and a temporary folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        values = {"host": "127.0.0.1", "port": 0, "data": Path(folder), "quiet": True, "supervised": False, **settings}
+        server = service(Namespace(**values))
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+            server.server_close()
+            server._drain()
+            if server.database:
+                server.database.close()
+
+
+@contextlib.contextmanager
+def process(*arguments: str, **environment: str) -> Iterator["Process"]:
+    """Run `python -m ...` as a person would; it is killed at the end if it still runs."""
+    child = Process(*arguments, **environment)
+    try:
+        yield child
+    finally:
+        child.kill()
+
+
+class Process:
+    """A subprocess whose output, both streams together, is read in the background."""
+
+    def __init__(self, *arguments: str, **environment: str):
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("MICROSHOP_")}
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", *arguments], cwd=TOP, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, env={**clean, "PYTHONUNBUFFERED": "1", **environment}, start_new_session=True)
+        self.lines: list[str] = []
+        self._news = threading.Condition()
+        self._ended = False
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self.popen.stdout:
+            with self._news:
+                self.lines.append(line.decode().rstrip("\n"))
+                self._news.notify_all()
+        with self._news:
+            self._ended = True
+            self._news.notify_all()
+
+    def wait_for(self, pattern: str, times: int = 1) -> re.Match:
+        """Wait until a line matches for the `times`th time; fail with all that was printed if none does."""
+        def find() -> re.Match | None:
+            matches = [match for line in self.lines if (match := re.search(pattern, line))]
+            return matches[times - 1] if len(matches) >= times else None
+        with self._news:
+            self._news.wait_for(lambda: find() or self._ended, PATIENCE)
+            if not (match := find()):
+                raise AssertionError(f"no line like {pattern!r} in:\n" + "\n".join(self.lines))
+            return match
+
+    def port(self, title: str) -> int:
+        """Wait for a process to listen, and return its port."""
+        return int(self.wait_for(rf"{title} listening at http://\S+:(\d+)$")[1])
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal and return the exit status."""
+        self.popen.send_signal(number)
+        return self.status()
+
+    def status(self) -> int:
+        """Wait for the end, of the output too."""
+        status = self.popen.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+        return status
+
+    def kill(self) -> None:
+        self.popen.kill()
+        self.status()
+        self.popen.stdout.close()
+
+
+@contextlib.contextmanager
+def upstream(answer: Callable[[socket.socket], None]) -> Iterator[str]:
+    """A stub for a service that misbehaves: `answer` gets each accepted connection. Yields its base URL."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=100)
+
+    def serve(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            connection.settimeout(PATIENCE)
+            answer(connection)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):  # the listener was closed
+            while True:
+                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+    thread = threading.Thread(target=accept, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join(PATIENCE)
+
+
+def read_request(connection: socket.socket) -> bytes:
+    """Read one request's head, and its body if it states a length."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        if not (chunk := connection.recv(65536)):
+            return data
+        data += chunk
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = re.search(rb"(?i)\ncontent-length: *([0-9]+)", head)
+    while length and len(body) < int(length[1]):
+        body += connection.recv(65536)
+    return head + b"\r\n\r\n" + body
