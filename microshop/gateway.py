@@ -49,7 +49,8 @@ class GatewayHandler(Handler):
     def health(self) -> Answer:
         """Tell how the gateway is and each service behind it."""
         states = dict.fromkeys(self.server.upstreams, "away")
-        threads = [Thread(target=self.ask_health, args=(upstream, states)) for upstream in self.server.upstreams.values()]
+        threads = [Thread(target=self.ask_health, args=(upstream, states))
+                   for upstream in self.server.upstreams.values()]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -83,6 +84,10 @@ class Gateway(Service):
         super().__init__(settings)
         self.client = Client(settings.timeout)
         self.upstreams = {name: Upstream(name, getattr(settings, f"{name}_url")) for name in SERVICES}
+
+    def close(self) -> None:
+        self.client.close()
+        super().close()
 
 
 if __name__ == "__main__":

@@ -93,7 +93,8 @@ def ask(port: int, method: str = "GET", target: str = "/", headers: dict[str, st
     try:
         connection.request(method, target, body, headers or {})
         response = connection.getresponse()
-        return Answered(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
+        received = {name.lower(): value for name, value in response.getheaders()}
+        return Answered(response.status, received, response.read())
     finally:
         connection.close()
 
@@ -112,9 +113,8 @@ def running(service: type, **settings: Any) -> Iterator[Any]:
             server.shutdown()
             thread.join()
             server.server_close()
-            server._drain()
-            if server.database:
-                server.database.close()
+            server.drain()
+            server.close()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """A load generator: keeps a number of connections busy with one prepared request and measures the answers.
 
-    python -m tests.load PORT CONNECTIONS SECONDS [METHOD [PATH]]
+    python -m tests.load PORT CONNECTIONS SECONDS TARGET
 
 One thread and a selector instead of a thread per connection: threads of one process would fight for its
 interpreter lock, and measure that. Prints requests per second, and p50 and p99 in milliseconds, as JSON.
@@ -62,10 +62,11 @@ def measure(port: int, connections: int, seconds: float, request: bytes) -> dict
         if begin and now > begin:
             times, begin = [], 0.0
     times.sort()
-    return {"rps": len(times) / seconds, "p50": times[len(times) // 2] * 1000, "p99": times[int(len(times) * 0.99)] * 1000}
+    return {"rps": len(times) / seconds,
+            "p50": times[len(times) // 2] * 1000, "p99": times[len(times) * 99 // 100] * 1000}
 
 
 if __name__ == "__main__":
-    port, connections, seconds = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-    method, path = (sys.argv[4:] + ["GET", "/users"][len(sys.argv) - 4:])[:2]
-    print(json.dumps(measure(port, connections, seconds, f"{method} {path} HTTP/1.1\r\nHost: localhost:{port}\r\n\r\n".encode())))
+    port, connections, seconds, target = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
+    request = f"GET {target} HTTP/1.1\r\nHost: localhost:{port}\r\n\r\n".encode()
+    print(json.dumps(measure(port, connections, seconds, request)))

@@ -1,4 +1,4 @@
-"""The textbook's version of a service and a gateway, for `make bench` to compare with: http.server and urlopen as they are.
+"""The textbook's service and gateway, http.server and urlopen as they are, for the bench to compare with.
 
     python -m tests.textbook users 0
     python -m tests.textbook http://localhost:3001 0

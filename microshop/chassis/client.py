@@ -41,8 +41,9 @@ class Client:
 
     def __init__(self, timeout: float):
         self.timeout = timeout
+        self._connections = KeepAliveHandler()
         self._opener = urllib.request.OpenerDirector()
-        self._opener.add_handler(KeepAliveHandler())
+        self._opener.add_handler(self._connections)
 
     def call(self, upstream: Upstream, method: str, target: str, headers: dict[str, str] | None = None,
              body: bytes | None = None, timeout: float | None = None) -> Reply:
@@ -65,6 +66,10 @@ class Client:
             reason = f"gave an answer that is not valid HTTP: {error.detail}"
         raise BadGateway(f"the {upstream.name} service {reason}", service=upstream.name)
 
+    def close(self) -> None:
+        """Close the connections that are kept for later."""
+        self._connections.close()
+
 
 class KeepAliveHandler(urllib.request.BaseHandler):
     """Opens http: URLs as urllib's HTTPHandler does, but keeps the connections for the next requests."""
@@ -82,6 +87,11 @@ class KeepAliveHandler(urllib.request.BaseHandler):
                 if connection.reader.has_bytes():
                     raise
         return self._exchange(_Connection(request.host, request.timeout), request, deadline)
+
+    def close(self) -> None:
+        for idle in self._idle.values():
+            while idle:
+                idle.pop().close()
 
     def _exchange(self, connection: "_Connection", request: urllib.request.Request, deadline: float) -> Reply:
         try:

@@ -6,11 +6,12 @@ environment. A bad value ends the process with one line that names it, exit stat
 import argparse
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-TRUTH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False, "": False}
+SWITCH = {"1": True, "true": True, "yes": True, "on": True,
+          "0": False, "false": False, "no": False, "off": False, "": False}
 
 
 class Setting(NamedTuple):
@@ -47,9 +48,9 @@ def host(text: str) -> str:
 
 
 def switch(text: str) -> bool:
-    if text.lower() not in TRUTH:
+    if text.lower() not in SWITCH:
         raise ValueError("is neither 1 nor 0")
-    return TRUTH[text.lower()]
+    return SWITCH[text.lower()]
 
 
 def base_urls(text: str) -> list[str]:
@@ -67,28 +68,32 @@ DATA = Setting("data", Path, "data", "folder of the database files")
 QUIET = Setting("quiet", switch, "", "write no access log")
 
 
-def read(program: str, settings: list[Setting], arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return the value of each setting. Exits with status 2 where one is bad."""
+def read(program: str, settings: Sequence[Setting], check: Callable[[argparse.Namespace], None] | None = None,
+         arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the value of each setting. Exits with status 2 where one is bad, or where `check` raises ValueError."""
     parser = _Parser(prog=f"python -m {program}", allow_abbrev=False,
                      description="Every flag has an environment twin: --data is MICROSHOP_DATA.")
     for setting in settings:
-        flag = {"action": "store_const", "const": "1"} if setting.parse is switch else {"metavar": setting.name.upper()}
+        kind: dict[str, Any] = {"action": "store_const", "const": "1"} if setting.parse is switch else {}
         default = f" (default: {setting.default})" if setting.default else ""
-        parser.add_argument(f"--{setting.name}", help=setting.help + default, **flag)
-    given = parser.parse_args(arguments)
-    return argparse.Namespace(**{setting.name.replace("-", "_"): _value(parser, setting, given) for setting in settings})
-
-
-def _value(parser: argparse.ArgumentParser, setting: Setting, given: argparse.Namespace) -> Any:
-    attribute = setting.name.replace("-", "_")
-    twin = f"MICROSHOP_{attribute.upper()}"
-    source, text = f"--{setting.name}", getattr(given, attribute)
-    if text is None:
-        source, text = twin, os.environ.get(twin) or setting.default
+        parser.add_argument(f"--{setting.name}", help=setting.help + default, **kind)
+    values = parser.parse_args(arguments)
+    for setting in settings:
+        attribute = setting.name.replace("-", "_")
+        source, text = f"--{setting.name}", getattr(values, attribute)
+        if text is None:
+            source = f"MICROSHOP_{attribute.upper()}"
+            text = os.environ.get(source) or setting.default
+        try:
+            setattr(values, attribute, setting.parse(text))
+        except ValueError as reason:
+            parser.error(f"{source}: {text!r} {reason}")
     try:
-        return setting.parse(text)
+        if check:
+            check(values)
     except ValueError as reason:
-        parser.error(f"{source}: {text!r} {reason}")
+        parser.error(str(reason))
+    return values
 
 
 class _Parser(argparse.ArgumentParser):

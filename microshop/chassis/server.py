@@ -1,7 +1,7 @@
 """A process of the shop: a Service listens, and a Handler answers on each connection.
 
 A subclass of Handler has a table of routes beside its methods. Such a method returns an Answer or
-raises a ServiceError, and send_answer() alone turns either into bytes. What http.server does wrongly
+raises a ServiceError, and format_answer() alone turns either into bytes. What http.server does wrongly
 or slowly is replaced here; the comments say why.
 
 Law: only this module and client.py write to a socket. Nothing here knows what a route is about.
@@ -108,7 +108,7 @@ class Service(ThreadingHTTPServer):
         service.run()
 
     def run(self) -> None:
-        """Serve until told to stop; then finish what is in flight, for GRACE seconds at most."""
+        """Serve until told to stop, then end cleanly."""
         signal.signal(signal.SIGINT, self._stop_on_signal)
         signal.signal(signal.SIGTERM, self._stop_on_signal)
         if self.settings.supervised:
@@ -116,10 +116,8 @@ class Service(ThreadingHTTPServer):
         print(f"{self.title} listening at {self.url}", flush=True)
         self.serve_forever(POLL)
         self.server_close()
-        self._drain()
-        if self.database:
-            self.database.close()
-        self.log.flush()
+        self.drain()
+        self.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), OSError):  # that a client went away is no news
@@ -135,7 +133,8 @@ class Service(ThreadingHTTPServer):
             pass
         self.shutdown()
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
+        """Close idle connections and let the busy ones finish, for GRACE seconds at most."""
         self.draining = True
         deadline = time.monotonic() + GRACE
         for handler in self.connections.copy():
@@ -143,6 +142,12 @@ class Service(ThreadingHTTPServer):
                 handler.stop_waiting()
         while any(handler.busy for handler in self.connections.copy()) and time.monotonic() < deadline:
             time.sleep(0.01)
+
+    def close(self) -> None:
+        """Let go of what the process holds besides its socket."""
+        if self.database:
+            self.database.close()
+        self.log.flush()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -194,20 +199,20 @@ class Handler(BaseHTTPRequestHandler):
         self.busy, started = True, time.perf_counter()
         self.command, self.path, self.request_id = "-", "-", f"{random.getrandbits(64):016x}"
         try:
-            answer = self._find_answer()
-            status = self.send_answer(answer)
+            status, message = self._find_answer()
+            self.wfile.write(message)  # in one write: two would meet Nagle's delay
         except OSError:
             self.close_connection, status = True, CLIENT_GONE
         self.server.log.request(self.request_id, self.command, self.path, status, time.perf_counter() - started)
 
-    def _find_answer(self) -> Answer:
+    def _find_answer(self) -> tuple[int, bytes]:
         try:
             self._read_request()
         except ServiceError as error:
             return self._describe(error)  # and close: where the next request begins is not known
         self.close_connection = not wire.keeps_alive(self.request_version, self.headers)
         try:
-            return self.dispatch()
+            return self.format_answer(self.dispatch())
         except ServiceError as error:
             return self._describe(error)
         except Exception:
@@ -244,12 +249,12 @@ class Handler(BaseHTTPRequestHandler):
             if length and length <= wire.MAX_BODY:
                 self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def _describe(self, error: ServiceError) -> Answer:
-        return Answer({**error.problem(), "requestId": self.request_id}, error.status,
-                      [("Content-Type", "application/problem+json"), *error.headers])
+    def _describe(self, error: ServiceError) -> tuple[int, bytes]:
+        headers = [("Content-Type", "application/problem+json"), *error.headers]
+        return self.format_answer(Answer({**error.problem(), "requestId": self.request_id}, error.status, headers))
 
-    def send_answer(self, answer: Answer) -> int:
-        """Turn an answer into bytes and send it in one write; two would meet Nagle's delay. Returns its status."""
+    def format_answer(self, answer: Answer) -> tuple[int, bytes]:
+        """Return an answer's status and its bytes. Raises ValueError where it cannot be written."""
         body, status, headers = answer.body, int(answer.status), list(answer.headers)
         if not isinstance(body, bytes):
             body = encode(body).encode()
@@ -274,18 +279,16 @@ class Handler(BaseHTTPRequestHandler):
             headers.append(("Connection", "keep-alive"))
         phrase = self.responses.get(status, ("",))[0]
         head = wire.format_head(f"HTTP/1.1 {status} {phrase}", headers)
-        self.wfile.write(head if self.command == "HEAD" else head + body)
-        return status
+        return status, head if self.command == "HEAD" else head + body
 
     # --- from a request to a route
 
     def dispatch(self) -> Answer:
         """Call the route's function. Raises NotFound, or MethodNotAllowed with Allow."""
         path, _, self.query_string = self.path.partition("?")
-        for pattern, methods in self._table:
-            if match := pattern.fullmatch(path):
-                break
-        else:
+        found = ((match, methods) for pattern, methods in self._table if (match := pattern.fullmatch(path)))
+        match, methods = next(found, (None, {}))
+        if not match:
             raise NotFound(f"there is nothing at {path}")
         if function := methods.get("GET" if self.command == "HEAD" else self.command):
             return function(self, *map(int, match.groups()))

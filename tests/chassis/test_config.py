@@ -1,0 +1,75 @@
+"""Settings: flag over environment over default, and one line for what is bad."""
+import contextlib
+import io
+import unittest
+from pathlib import Path
+from unittest import mock
+
+from microshop.chassis import config
+
+SETTINGS = [
+    config.Setting("port", config.port, "3000", "port"), config.HOST, config.DATA, config.QUIET,
+    config.Setting("timeout", config.seconds, "5", "timeout"), config.Setting("workers", config.count, "1", "workers"),
+    config.Setting("users-url", config.base_urls, "http://localhost:3001", "where users is"),
+]
+
+
+class ConfigTest(unittest.TestCase):
+    def read(self, *arguments, check=None, **environment):
+        with mock.patch.dict("os.environ", environment):
+            return config.read("microshop.test", SETTINGS, check, list(arguments))
+
+    def refuse(self, *arguments, **environment):
+        with contextlib.redirect_stderr(io.StringIO()) as printed, self.assertRaises(SystemExit) as caught:
+            self.read(*arguments, **environment)
+        self.assertEqual(caught.exception.code, 2)
+        self.assertEqual(printed.getvalue().count("\n"), 1)
+        return printed.getvalue()
+
+    def test_defaults_hold_where_nothing_is_said(self):
+        self.assertEqual(vars(self.read()), {
+            "port": 3000, "host": "127.0.0.1", "data": Path("data"), "quiet": False, "timeout": 5.0, "workers": 1,
+            "users_url": ["http://localhost:3001"]})
+
+    def test_the_environment_wins_over_defaults_and_a_flag_over_both(self):
+        self.assertEqual(self.read(MICROSHOP_PORT="4000").port, 4000)
+        self.assertEqual(self.read("--port", "5000", MICROSHOP_PORT="4000").port, 5000)
+        self.assertEqual(self.read(MICROSHOP_PORT="").port, 3000)
+        self.assertTrue(self.read("--quiet", MICROSHOP_QUIET="0").quiet)
+        self.assertTrue(self.read(MICROSHOP_QUIET="yes").quiet)
+
+    def test_several_base_urls_are_copies(self):
+        self.assertEqual(self.read(MICROSHOP_USERS_URL="http://a:1/, http://[::1]:2").users_url, ["http://a:1", "http://[::1]:2"])
+
+    def test_a_bad_value_is_named_with_where_it_came_from(self):
+        for name, text in (("port", "x"), ("port", "65536"), ("port", "-1"), ("port", "٣"), ("workers", "0"),
+                           ("timeout", "0"), ("timeout", "nan"), ("timeout", "-3"), ("host", "a b"),
+                           ("users-url", "localhost:3001"), ("users-url", "ftp://a"), ("users-url", "http://a:x"),
+                           ("users-url", "http://a/path"), ("users-url", "http://a,"), ("users-url", "http://a:0")):
+            with self.subTest(name, text=text):
+                twin = f"MICROSHOP_{name.upper().replace('-', '_')}"
+                self.assertIn(f"--{name}: {text!r} ", self.refuse(f"--{name}={text}"))
+                self.assertIn(f"{twin}: {text!r} ", self.refuse(**{twin: text}))
+        self.assertIn("MICROSHOP_QUIET: 'maybe' ", self.refuse(MICROSHOP_QUIET="maybe"))
+
+    def test_an_unknown_or_shortened_flag_is_named(self):
+        self.assertIn("--prot", self.refuse("--prot", "1"))
+        self.assertIn("--por", self.refuse("--por", "1"))
+        self.assertIn("--port", self.refuse("--port"))
+        self.assertIn("extra", self.refuse("extra"))
+
+    def test_what_is_bad_together_is_refused_too(self):
+        def check(settings):
+            raise ValueError("--port: too near to --workers")
+        self.assertIn("--port: too near", self.refuse(check=check))
+
+    def test_help_tells_defaults_and_twins(self):
+        with contextlib.redirect_stdout(io.StringIO()) as printed, self.assertRaises(SystemExit) as caught:
+            self.read("--help")
+        self.assertEqual(caught.exception.code, 0)
+        self.assertIn("(default: 3000)", printed.getvalue())
+        self.assertIn("MICROSHOP_DATA", printed.getvalue())
+
+
+if __name__ == "__main__":
+    unittest.main()

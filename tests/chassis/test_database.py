@@ -1,0 +1,160 @@
+"""Database on real files: versions, durability settings, transactions, and files that cannot serve."""
+import contextlib
+import os
+import sqlite3
+import tempfile
+import threading
+import unittest
+from pathlib import Path
+from unittest import mock
+
+from microshop.chassis import database
+from microshop.chassis.database import Database, DatabaseUnusable
+
+VERSION_1 = ("CREATE TABLE cats (id INTEGER PRIMARY KEY, name TEXT NOT NULL)", "INSERT INTO cats VALUES (1, 'Mia')")
+VERSION_2 = ("ALTER TABLE cats ADD lives INTEGER NOT NULL DEFAULT 9",)
+
+
+class DatabaseTest(unittest.TestCase):
+    def setUp(self):
+        self.path = Path(self.enterContext(tempfile.TemporaryDirectory())) / "deep" / "cats.db"
+
+    def open(self, *versions):
+        opened = Database(self.path, versions or [VERSION_1])
+        self.addCleanup(opened.close)
+        return opened
+
+    def test_the_first_start_fills_the_tables_and_the_second_keeps_them(self):
+        with self.open().transaction() as connection:
+            connection.execute("INSERT INTO cats VALUES (2, 'Tom')")
+        self.assertEqual(self.open().rows("SELECT name FROM cats"), [{"name": "Mia"}, {"name": "Tom"}])
+
+    def test_an_older_file_is_brought_up_to_date(self):
+        self.open(VERSION_1).close()
+        newer = self.open(VERSION_1, VERSION_2)
+        self.assertEqual(newer.rows("SELECT * FROM cats"), [{"id": 1, "name": "Mia", "lives": 9}])
+        self.assertEqual(newer.rows("PRAGMA user_version"), [{"user_version": 2}])
+
+    def test_an_upgrade_that_fails_leaves_the_file_as_it_was(self):
+        self.open(VERSION_1).close()
+        with self.assertRaises(DatabaseUnusable):
+            Database(self.path, [VERSION_1, ("INSERT INTO cats VALUES (7, 'x')", "nonsense")])
+        self.assertEqual(self.open(VERSION_1).rows("SELECT id FROM cats"), [{"id": 1}])
+
+    def test_two_first_starts_at_once_fill_the_tables_once(self):
+        threads = [threading.Thread(target=lambda: Database(self.path, [VERSION_1]).close()) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(self.open().rows("SELECT count(*) AS cats FROM cats"), [{"cats": 1}])
+
+    def test_commits_are_durable_and_foreign_keys_hold(self):
+        cats = self.open()
+        for pragma, value in (("journal_mode", "wal"), ("synchronous", 2), ("foreign_keys", 1), ("busy_timeout", 5000)):
+            with self.subTest(pragma):
+                self.assertEqual([*cats.connection().execute(f"PRAGMA {pragma}").fetchone()], [value])
+
+    def test_each_thread_has_a_connection_of_its_own_with_the_same_settings(self):
+        cats, seen = self.open(), []
+
+        def look():
+            seen.append((cats.connection(), cats.rows("PRAGMA foreign_keys"), cats.rows("PRAGMA synchronous")))
+            cats.close()
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+        self.assertIsNot(seen[0][0], cats.connection())
+        self.assertEqual(seen[0][1:], ([{"foreign_keys": 1}], [{"synchronous": 2}]))
+
+    def test_a_transaction_is_undone_when_it_raises(self):
+        cats = self.open()
+        with self.assertRaises(ZeroDivisionError), cats.transaction() as connection:
+            connection.execute("DELETE FROM cats")
+            1 / 0  # noqa: B018
+        self.assertEqual(len(cats.rows("SELECT * FROM cats")), 1)
+
+    def test_writers_that_read_first_wait_for_each_other(self):
+        cats = self.open(VERSION_1, VERSION_2)
+
+        def lose_lives():
+            for _ in range(20):
+                with cats.transaction() as connection:
+                    lives, = connection.execute("SELECT lives FROM cats").fetchone()
+                    connection.execute("UPDATE cats SET lives = ?", [lives - 1])
+            cats.close()
+
+        threads = [threading.Thread(target=lose_lives) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(cats.rows("SELECT lives FROM cats"), [{"lives": 9 - 80}])
+
+    def test_closing_tidies_up(self):
+        self.open().close()
+        self.assertEqual([path.name for path in self.path.parent.iterdir()], ["cats.db"])
+
+
+class UnusableTest(unittest.TestCase):
+    setUp, open = DatabaseTest.setUp, DatabaseTest.open
+
+    def refuse(self):
+        with self.assertRaises(DatabaseUnusable) as caught:
+            Database(self.path, [VERSION_1])
+        message = str(caught.exception)
+        self.assertIn(str(self.path), message)
+        self.assertNotIn("\n", message)
+        return message
+
+    def test_a_file_that_is_no_database(self):
+        self.path.parent.mkdir()
+        self.path.write_text("Dear diary, " * 100)
+        self.assertIn("not a database", self.refuse())
+        self.assertEqual(self.path.read_text(), "Dear diary, " * 100)
+
+    def test_a_file_that_a_newer_version_wrote(self):
+        self.open(VERSION_1, VERSION_2).close()
+        self.assertRegex(self.refuse(), "newer microshop wrote it .schema 2, this one knows 1")
+
+    def test_a_file_that_is_read_only(self):
+        self.open().close()
+        with unprivileged(self.path.parent):
+            self.assertIn("readonly", self.refuse())
+
+    def test_a_folder_that_is_a_file(self):
+        self.path.parent.write_text("")
+        self.refuse()
+
+    def test_a_file_that_is_a_folder(self):
+        self.path.mkdir(parents=True)
+        self.assertIn("unable to open", self.refuse())
+
+    def test_a_file_that_another_holds_for_too_long(self):
+        self.open().close()
+        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            with mock.patch.object(database, "BUSY_TIMEOUT", 0.05):
+                self.assertIn("locked", self.refuse())
+
+
+@contextlib.contextmanager
+def unprivileged(folder):
+    """Take the right to write in a folder, from the superuser too."""
+    for path in (folder, *folder.iterdir()):
+        path.chmod(0o555)
+    folder.parent.chmod(0o755)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,410 @@
+"""Service and Handler over real sockets, with a little service of the tests' own."""
+import contextlib
+import io
+import socket
+import threading
+import unittest
+from unittest import mock
+
+from microshop.chassis import server, wire
+from microshop.chassis.server import Answer, Handler, Service
+from tests.helpers import PATIENCE, Wire, ask, exchange, running
+
+GET = b"GET /things HTTP/1.1\r\nHost: shop\r\n\r\n"
+POST = b"POST /things HTTP/1.1\r\nHost: shop\r\nContent-Type: application/json\r\n"
+
+
+class ThingsHandler(Handler):
+    def list_things(self) -> Answer:
+        return Answer([{"id": 1, "name": "Zoë"}])
+
+    def echo(self) -> Answer:
+        return Answer(self.read_json(), 201)
+
+    def get_thing(self, thing_id: int) -> Answer:
+        return Answer({"id": thing_id})
+
+    def remove_thing(self, thing_id: int) -> Answer:
+        return Answer(status=204)
+
+    def page(self) -> Answer:
+        return self.answer_page(lambda page: [{"id": n} for n in range(page.after + 1, page.after + page.limit + 2)])
+
+    def fail(self) -> Answer:
+        raise RuntimeError("secret\n2026-01-01T00:00:00.000Z things forged GET /")
+
+    def split(self) -> Answer:
+        return Answer({}, headers=[("Location", "/x\r\nSet-Cookie: a=b")])
+
+    def wait(self) -> Answer:
+        self.server.waiting.release()
+        self.server.go_on.wait(PATIENCE)
+        return Answer("waited")
+
+    routes = {
+        "/things": {"GET": list_things, "POST": echo},
+        "/things/{id}": {"GET": get_thing, "DELETE": remove_thing},
+        "/pages": {"GET": page}, "/fail": {"GET": fail}, "/split": {"GET": split}, "/wait": {"GET": wait},
+    }
+
+
+class Things(Service):
+    name, handler = "things", ThingsHandler
+
+    def __init__(self, settings):
+        super().__init__(settings)
+        self.waiting, self.go_on = threading.Semaphore(0), threading.Event()
+
+
+class ServerTest(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.service = cls.enterClassContext(running(Things))
+        cls.port = cls.service.server_port
+
+    def ask(self, *request, **more):
+        return ask(self.port, *request, **more)
+
+
+class RouteTest(ServerTest):
+    def test_json_is_compact_utf8_and_says_so(self):
+        answer = self.ask("GET", "/things")
+        self.assertEqual(answer.body, '[{"id":1,"name":"Zoë"}]'.encode())
+        self.assertEqual(answer.headers["content-type"], "application/json; charset=utf-8")
+
+    def test_a_trailing_slash_is_the_same_resource_and_two_are_not(self):
+        self.assertEqual(self.ask("GET", "/things/").body, self.ask("GET", "/things").body)
+        self.assertEqual(self.ask("GET", "/things/7/").json, {"id": 7})
+        self.assertEqual(self.ask("GET", "/things//").status, 404)
+
+    def test_an_id_is_an_integer_above_zero_without_ornament(self):
+        for text in ("0", "01", "-1", "+1", "1.0", "x", "1e3", "%31", "99999999999999999", "²"):
+            with self.subTest(text):
+                self.assertEqual(self.ask("GET", f"/things/{text}" if text != "²" else "/things/%C2%B2").status, 404)
+
+    def test_head_is_get_without_its_body(self):
+        got, headed = self.ask("GET", "/things"), self.ask("HEAD", "/things")
+        self.assertEqual((headed.status, headed.body), (200, b""))
+        for name in ("content-length", "content-type", "etag"):
+            self.assertEqual(headed.headers[name], got.headers[name])
+
+    def test_a_method_without_a_route_is_405_with_allow(self):
+        for method in ("PUT", "BREW", "TRACE", "get"):
+            with self.subTest(method):
+                answer = self.ask(method, "/things")
+                self.assertEqual((answer.status, answer.headers["allow"]), (405, "OPTIONS, GET, HEAD, POST"))
+
+    def test_options_tells_the_methods(self):
+        answer = self.ask("OPTIONS", "/things/5")
+        self.assertEqual((answer.status, answer.headers["allow"], answer.body),
+                         (204, "OPTIONS, GET, HEAD, DELETE", b""))
+        self.assertNotIn("content-length", answer.headers)
+
+    def test_an_unknown_path_is_a_problem_that_names_it(self):
+        answer = self.ask("GET", "/nothing")
+        self.assertEqual(answer.headers["content-type"], "application/problem+json")
+        self.assertEqual(answer.json, {"type": "about:blank", "title": "Not Found", "status": 404,
+                                       "detail": "there is nothing at /nothing",
+                                       "requestId": answer.headers["x-request-id"]})
+
+    def test_health_is_ok(self):
+        answer = self.ask("GET", "/health")
+        self.assertEqual((answer.status, answer.json), (200, {"status": "ok", "service": "things"}))
+
+    def test_an_answer_tells_no_versions(self):
+        self.assertNotIn("server", self.ask("GET", "/things").headers)
+
+    def test_an_etag_that_is_known_is_304_without_body(self):
+        etag = self.ask("GET", "/things").headers["etag"]
+        self.assertRegex(etag, 'W/"[0-9a-f]{16}"')
+        for known in (etag, etag[2:], f'"other", {etag}', "*"):
+            with self.subTest(known):
+                answer = self.ask("GET", "/things", {"If-None-Match": known})
+                self.assertEqual((answer.status, answer.body, answer.headers["etag"]), (304, b"", etag))
+        self.assertEqual(self.ask("GET", "/things", {"If-None-Match": '"other"'}).status, 200)
+
+    def test_a_fault_is_a_500_whose_traceback_goes_to_the_log_alone(self):
+        with mock.patch("sys.stderr", io.StringIO()) as log:
+            answer = self.ask("GET", "/fail")
+            self.service.log.flush()
+        self.assertEqual(answer.status, 500)
+        self.assertNotIn(b"secret", answer.body)
+        self.assertIn("RuntimeError: secret", log.getvalue())
+        self.assertIn(answer.headers["x-request-id"], log.getvalue())
+        self.assertNotIn("\n2026-01-01", log.getvalue())  # a line of the traceback passes for no entry
+
+    def test_a_header_value_cannot_split_an_answer(self):
+        with mock.patch("sys.stderr", io.StringIO()):
+            answers = exchange(self.port, b"GET /split HTTP/1.1\r\nHost: shop\r\n\r\n")
+            self.service.log.flush()
+        self.assertEqual([answer.status for answer in answers], [500])
+        self.assertNotIn("set-cookie", answers[0].headers)
+
+
+class BodyTest(ServerTest):
+    def post(self, body, **headers):
+        return self.ask("POST", "/things", {"Content-Type": "application/json", **headers}, body)
+
+    def test_json_comes_back_as_it_was(self):
+        for text in ('{"a":[1,2.5,null,true,"ü€😀"]}', "[]", "0", '"x"', "9007199254740993"):
+            with self.subTest(text):
+                answer = self.post(text.encode())
+                self.assertEqual((answer.status, answer.body.decode()), (201, text))
+
+    def test_what_is_no_json_is_400(self):
+        for body in (b"", b"{", b"{'a':1}", b"NaN", b"[Infinity]", b"-Infinity", b"1e999", b'{"a":1,"a":2}',
+                     b'"\\ud800"', b'{"\\udfff":1}', b"\xff", b'"\xc3"', b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000,
+                     b"\xef\xbb\xbf{}", '{"a":1}'.encode("utf-16"), b"{} {}", b"01", b'"\n"'):
+            with self.subTest(body[:20]):
+                answer = self.post(body)
+                self.assertEqual((answer.status, answer.headers["content-type"]), (400, "application/problem+json"))
+                self.assertRegex(answer.json["detail"], "^the body is no JSON: ")
+
+    def test_the_media_type_must_be_json(self):
+        for given in ("text/plain", "application/x-www-form-urlencoded", "application/jsonx",
+                      "application/json; charset=latin-1"):
+            with self.subTest(given):
+                self.assertEqual(self.ask("POST", "/things", {"Content-Type": given}, b"{}").status, 415)
+        self.assertEqual(self.ask("POST", "/things", {}, b"{}").status, 415)
+        self.assertEqual(self.post(b"{}", **{"Content-Encoding": "gzip"}).status, 415)
+        for given in ("application/json", "Application/JSON;charset=UTF-8", 'application/json; charset="utf-8"'):
+            with self.subTest(given):
+                self.assertEqual(self.ask("POST", "/things", {"Content-Type": given}, b"{}").status, 201)
+
+    def test_a_body_is_needed_where_one_is_read(self):
+        answer, = exchange(self.port, POST + b"\r\n")
+        self.assertEqual(answer.status, 411)
+
+    def test_a_chunked_body_is_read(self):
+        answer, = exchange(self.port, POST + b"Transfer-Encoding: chunked\r\n\r\n"
+                           b"3;x=y\r\n[1,\r\n2\r\n2]\r\n0\r\nA: b\r\n\r\n")
+        self.assertEqual((answer.status, answer.body), (201, b"[1,2]"))
+
+    def test_a_body_that_ends_short_is_not_acted_on(self):
+        answer, = exchange(self.port, POST + b"Content-Length: 5\r\n\r\n[1]")
+        self.assertEqual(answer.status, 400)
+
+    def test_a_body_nobody_reads_never_passes_for_a_request(self):
+        smuggled = b"GET /things/666 HTTP/1.1\r\nHost: shop\r\n\r\n"
+        framings = (b"Content-Length: %d\r\n\r\n%b" % (len(smuggled), smuggled),
+                    b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(smuggled), smuggled))
+        for line in (b"GET /things", b"POST /nothing", b"PUT /things", b"DELETE /things/1", b"HEAD /things"):
+            for framing in framings:
+                with self.subTest(line + framing[:8]):
+                    head = line + b" HTTP/1.1\r\nHost: shop\r\n"
+                    with Wire(self.port) as connection:
+                        connection.send(head + framing + GET)
+                        first, second = connection.read(line[:4].decode().strip()), connection.read()
+                    self.assertEqual(second.body, '[{"id":1,"name":"Zoë"}]'.encode(), first)
+
+    def test_a_body_too_large_is_refused_before_it_is_sent(self):
+        with Wire(self.port) as connection:
+            connection.send(POST + b"Content-Length: 1048577\r\nExpect: 100-continue\r\n\r\n")
+            self.assertEqual(connection.read().status, 413)
+            self.assertTrue(connection.is_closed())
+
+    def test_the_answer_arrives_although_the_client_still_sends(self):
+        body = b"x" * 4_000_000
+        answer, = exchange(self.port, POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        self.assertEqual(answer.status, 413)
+
+    def test_the_largest_body_is_read(self):
+        body = b'"' + b"x" * (wire.MAX_BODY - 2) + b'"'
+        self.assertEqual(self.post(body).status, 201)
+        self.assertEqual(self.post(body + b" ").status, 413)
+
+    def test_a_client_that_asks_is_told_to_go_on(self):
+        with Wire(self.port) as connection:
+            connection.send(POST + b"Content-Length: 3\r\nExpect: 100-Continue\r\n\r\n")
+            self.assertEqual(connection.read().status, 100)
+            connection.send(b"[1]")
+            self.assertEqual(connection.read().status, 201)
+
+    def test_another_expectation_is_417_and_http_1_0_has_none(self):
+        for line, status in ((b"GET /things HTTP/1.1", 417), (b"GET /things HTTP/1.0", 200)):
+            answer, = exchange(self.port, line + b"\r\nHost: shop\r\nExpect: miracles\r\n\r\n")
+            self.assertEqual(answer.status, status)
+
+
+class PageTest(ServerTest):
+    def test_a_page_has_a_link_to_the_next(self):
+        answer = self.ask("GET", "/pages?limit=2&after=5&ids=6,7,8")
+        self.assertEqual(answer.json, [{"id": 6}, {"id": 7}])
+        self.assertEqual(answer.headers["link"], '</pages?limit=2&after=7&ids=6,7,8>; rel="next"')
+
+    def test_a_hundred_rows_come_unless_told_otherwise(self):
+        self.assertEqual(len(self.ask("GET", "/pages").json), 100)
+        self.assertEqual(len(self.ask("GET", "/pages?limit=1000").json), 1000)
+
+    def test_a_bad_parameter_is_400_and_named(self):
+        for query, name in (("limit=0", "limit"), ("limit=1001", "limit"), ("limit=x", "limit"), ("limit=", "limit"),
+                            ("after=-1", "after"), ("after=9007199254740992", "after"), ("after=1.0", "after"),
+                            ("ids=", "ids"), ("ids=1,,2", "ids"), ("ids=0", "ids"), ("ids=1%202", "ids"),
+                            ("ids=" + "1," * 1000 + "1", "ids"), ("limit=1&limit=2", "twice"), ("a=%ff", "query"),
+                            ("limit=%D9%A3", "limit"), ("&".join(f"a{n}=1" for n in range(101)), "query")):
+            with self.subTest(query[:30]):
+                answer = self.ask("GET", f"/pages?{query}")
+                self.assertEqual(answer.status, 400)
+                self.assertIn(name, answer.json["detail"])
+
+
+class ConnectionTest(ServerTest):
+    def test_a_connection_is_kept_and_pipelined_requests_are_answered_in_order(self):
+        requests = [b"GET /things/%d HTTP/1.1\r\nHost: shop\r\n\r\n" % n for n in range(1, 30)]
+        answers = exchange(self.port, b"".join(requests))
+        self.assertEqual([answer.json["id"] for answer in answers], list(range(1, 30)))
+
+    def test_connection_close_is_obeyed_and_answered(self):
+        for field in (b"close", b"Close", b"keep-alive, close", b"x\r\nConnection: close"):
+            with self.subTest(field):
+                answers = exchange(self.port, GET[:-2] + b"Connection: " + field + b"\r\n\r\n" + GET)
+                self.assertEqual([answer.headers.get("connection") for answer in answers], ["close"])
+
+    def test_http_1_0_closes_unless_told_to_keep_alive(self):
+        plain = b"GET /things HTTP/1.0\r\n\r\n"
+        kept = b"GET /things HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"
+        self.assertEqual(len(exchange(self.port, plain + GET)), 1)
+        answers = exchange(self.port, kept + kept + plain)
+        self.assertEqual([answer.headers["connection"] for answer in answers], ["keep-alive", "keep-alive", "close"])
+
+    def test_an_answer_is_one_write(self):
+        writes = []
+
+        class Spy(ThingsHandler):
+            def setup(self):
+                super().setup()
+                writer = self.wfile.write
+                self.wfile.write = lambda data: writes.append(data) or writer(data)
+
+        with mock.patch.object(self.service, "RequestHandlerClass", Spy):
+            exchange(self.port, GET + GET)
+        self.assertEqual(len(writes), 2)
+
+    def test_nagle_is_off(self):
+        with Wire(self.port) as connection:
+            connection.send(GET)
+            connection.read()
+            handler, = self.service.connections
+            self.assertTrue(handler.connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    def test_two_hundred_clients_that_come_at_once_are_all_served(self):
+        with contextlib.ExitStack() as stack:
+            connections = [stack.enter_context(Wire(self.port)) for _ in range(200)]
+            for connection in connections:
+                connection.send(GET)
+            self.assertEqual({connection.read().status for connection in connections}, {200})
+        self.assertGreaterEqual(Service.request_queue_size, 1024)
+
+    def test_a_request_that_does_not_come_whole_is_408(self):
+        for begun in (GET[:-2], POST + b"Content-Length: 5\r\n\r\n[1"):
+            with self.subTest(begun[-10:]), mock.patch.multiple(server, HEAD_TIME=0.05, BODY_TIME=0.05):
+                with Wire(self.port) as connection:
+                    connection.send(begun)
+                    self.assertEqual(connection.read().status, 408)
+                    self.assertTrue(connection.is_closed())
+
+    def test_a_silent_connection_just_closes(self):
+        with mock.patch.object(server, "IDLE_TIME", 0.05), Wire(self.port) as connection:
+            self.assertTrue(connection.is_closed())
+
+    def test_a_name_server_is_never_asked(self):
+        lookup = mock.Mock(side_effect=AssertionError)
+        with mock.patch.multiple(socket, getfqdn=lookup, gethostbyaddr=lookup), running(Things) as service:
+            self.assertEqual(ask(service.server_port, "GET", "/things").status, 200)
+
+    def test_a_client_that_resets_leaves_no_traceback(self):
+        with mock.patch("sys.stderr", io.StringIO()) as log:
+            for data in (b"", GET[:10], GET * 50, POST + b"Content-Length: 9\r\n\r\n"):
+                with Wire(self.port) as connection:
+                    connection.send(data)
+                    connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            ask(self.port, "GET", "/things")
+            self.service.log.flush()
+        self.assertNotIn("Traceback", log.getvalue())
+
+
+class LogTest(unittest.TestCase):
+    LINE = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z things [A-Za-z0-9._-]{1,64} \S+ \S+ \d{3} \d+\.\dms"
+
+    def logged(self, *requests):
+        with mock.patch("sys.stderr", io.StringIO()) as log:
+            with running(Things, quiet=False) as service:
+                for request in requests:
+                    exchange(service.server_port, request)
+            service.log.flush()
+        return log.getvalue().splitlines()
+
+    def test_each_request_is_a_line(self):
+        first, second = self.logged(GET[:-2] + b"X-Request-Id: order-7\r\n\r\n", b"HEAD /nothing?a=b HTTP/1.0\r\n\r\n")
+        self.assertRegex(first, f"^{self.LINE}$")
+        self.assertIn(" order-7 GET /things 200 ", first)
+        self.assertRegex(second, f"^{self.LINE}$")
+        self.assertIn(" HEAD /nothing?a=b 404 ", second)
+
+    def test_no_request_can_forge_a_line(self):
+        forged = "2026-01-01T00:00:00.000Z things x GET / 200 1.0ms"
+        lines = self.logged(
+            b"GET /\r" + forged.encode() + b" HTTP/1.1\r\n\r\n", b"GET /a\x1b[2J HTTP/1.1\r\n\r\n",
+            b"GET /a\x85\xa0b HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00\r\n\r\n", b" \r\n\r\n", b"a b c d e\r\n\r\n",
+            GET[:-2] + b"X-Request-Id: a b\r\n\r\n", GET[:-2] + b"X-Request-Id: " + b"x" * 65 + b"\r\n\r\n")
+        self.assertEqual(len(lines), 8)
+        for line in lines:
+            self.assertRegex(line, f"^{self.LINE}$")
+            self.assertTrue(line.isascii() and line.isprintable(), line)
+
+    def test_quiet_leaves_requests_out(self):
+        with mock.patch("sys.stderr", io.StringIO()) as log, running(Things, quiet=True) as service:
+            exchange(service.server_port, GET)
+            service.log.flush()
+        self.assertEqual(log.getvalue(), "")
+
+    def test_a_request_id_is_answered_or_made(self):
+        with running(Things) as service:
+            given = ask(service.server_port, "GET", "/things", {"X-Request-Id": "a.B-c_9"})
+            made = [ask(service.server_port, "GET", "/things", {"X-Request-Id": bad}).headers["x-request-id"]
+                    for bad in ("", "a b", "x" * 65, "ü", "a,b")]
+        self.assertEqual(given.headers["x-request-id"], "a.B-c_9")
+        self.assertEqual(len(set(made)), 5)
+        for request_id in made:
+            self.assertRegex(request_id, "^[0-9a-f]{16}$")
+
+
+class EndTest(unittest.TestCase):
+    def test_what_is_in_flight_is_finished_and_idle_connections_are_closed(self):
+        with running(Things) as service, Wire(service.server_port) as busy, Wire(service.server_port) as idle:
+            idle.send(GET)
+            idle.read()
+            busy.send(b"GET /wait HTTP/1.1\r\nHost: shop\r\n\r\n")
+            self.assertTrue(service.waiting.acquire(timeout=PATIENCE))
+            service.shutdown()
+            service.server_close()
+            draining = threading.Thread(target=service.drain)
+            draining.start()
+            self.assertTrue(idle.is_closed())
+            self.assertTrue(draining.is_alive())
+            service.go_on.set()
+            answer = busy.read()
+            self.assertEqual((answer.json, answer.headers["connection"]), ("waited", "close"))
+            self.assertTrue(busy.is_closed())
+            draining.join(PATIENCE)
+            self.assertFalse(draining.is_alive())
+
+    def test_health_is_503_while_it_drains(self):
+        with running(Things) as service, Wire(service.server_port) as connection:
+            connection.send(GET)
+            connection.read()
+            service.draining = True
+            connection.send(b"GET /health HTTP/1.1\r\nHost: shop\r\n\r\n")
+            answer = connection.read()
+            self.assertEqual((answer.status, answer.json["status"]), (503, "draining"))
+
+    def test_a_request_that_never_ends_does_not_hold_the_end_up_for_ever(self):
+        with mock.patch.object(server, "GRACE", 0.05):
+            with running(Things) as service, Wire(service.server_port) as connection:
+                connection.send(b"GET /wait HTTP/1.1\r\nHost: shop\r\n\r\n")
+                self.assertTrue(service.waiting.acquire(timeout=PATIENCE))
+            service.go_on.set()
+
+
+if __name__ == "__main__":
+    unittest.main()
