@@ -1,1 +1,29 @@
-"""microshop"""
+"""microshop: the Microservices pattern in nothing but Python's standard library.
+
+Each module here but this one is a process; what they share is in chassis/.
+
+                               run_all  starts, watches and ends the others
+                                  :
+                       +----------------------+
+      client --------> |  gateway      :3000  |     owns nothing
+                       +----------------------+
+                          |        |       |        HTTP/1.1, kept alive (chassis.client)
+               +----------+        |       +-----------+
+               v                   v                   v
+      +----------------+  +------------------+  +----------------+
+      |  users   :3001 |  |  products  :3002 |  |  orders  :3003 |    chassis.server
+      +----------------+  +------------------+  +----------------+
+           users.db            products.db           orders.db        chassis.database
+
+The life of GET /users/1, from the client and back:
+
+  1. gateway    chassis.wire reads the head, strictly; chassis.server makes it a request with an id
+  2.            GatewayHandler.dispatch sees the first segment, `users`, and forwards
+  3.            chassis.client sends it on a kept-alive connection and reads the answer, with chassis.wire again
+  4. users      chassis.server finds the route; UsersHandler.get_user asks find_user, which asks the database
+  5.            the row travels back as return values; Handler.format_answer makes bytes of it, once
+  6. both       a line in the access log, with the same request id
+
+A handler returns its answer or raises a chassis.errors.ServiceError; it never writes.
+To read it all, begin with users.py; then server.py, wire.py, client.py and gateway.py; then run_all.py.
+"""

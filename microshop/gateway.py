@@ -21,6 +21,8 @@ HOP_BY_HOP = {"connection", "keep-alive", "proxy-connection", "proxy-authenticat
 # What the gateway itself says to a service; a client's word for it does not count.
 OWN = {"host", "content-length", "expect", "forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto",
        "x-request-id", "traceparent"}
+NOT_SENT = HOP_BY_HOP | OWN
+NOT_ANSWERED = HOP_BY_HOP | {"x-request-id", "content-length"}
 
 
 class GatewayHandler(Handler):
@@ -30,17 +32,21 @@ class GatewayHandler(Handler):
 
     def forward(self, upstream: Upstream) -> Answer:
         """Pass the request on and return what the service answers. Raises BadGateway, GatewayTimeout."""
-        dropped = HOP_BY_HOP | OWN | set(self.headers.tokens("connection"))
-        headers = {name: value for name, value in self.headers.items() if name not in dropped}
-        headers["via"] = ", ".join([*filter(None, [headers.get("via")]), f"{self.request_version[5:]} microshop"])
-        headers |= {"x-forwarded-for": self.client_address[0], "x-forwarded-proto": "http", **self.trace()}
+        named = self.headers.tokens("connection")
+        headers = {name: value for name, value in self.headers.items() if name not in NOT_SENT and name not in named}
+        via = f"{self.request_version.removeprefix('HTTP/')} microshop"
+        headers["via"] = f"{headers['via']}, {via}" if "via" in headers else via
+        headers["x-forwarded-for"] = self.client_address[0]
+        headers["x-forwarded-proto"] = "http"
         if "host" in self.headers:
             headers["x-forwarded-host"] = self.headers["host"]
+        headers.update(self.trace())
         reply = self.server.client.call(upstream, self.command, self.path, headers, self.body)
-        dropped = HOP_BY_HOP | {"x-request-id"} | set(reply.fields.tokens("connection"))
-        if self.command != "HEAD" and reply.status != 304:
-            dropped.add("content-length")
-        passed = [(name, value) for name, value in reply.fields.pairs if name.lower() not in dropped]
+        named = reply.fields.tokens("connection")
+        passed = [(name, value) for name, value in reply.fields.pairs
+                  if (key := name.lower()) not in NOT_ANSWERED and key not in named]
+        if self.command == "HEAD" and "content-length" in reply.fields:  # the length of what GET would answer
+            passed.append(("Content-Length", reply.fields["content-length"]))
         return Answer(reply.body, reply.status, [*passed, ("Via", "1.1 microshop")])
 
     def greet(self) -> Answer:

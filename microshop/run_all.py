@@ -172,11 +172,11 @@ class Supervisor:
         an interrupt from one to another, and a busy service answers a half of what it answers on one.
         """
         if hasattr(os, "sched_setaffinity"):
-            cores = sorted(os.sched_getaffinity(0))
-            group = self.gateways if child in self.gateways else self.services
-            if group is self.services:
-                cores = cores[len(self.gateways):] or cores  # beside the gateways while there is room
-            os.sched_setaffinity(pid, {cores[group.index(child) % len(cores)]})
+            cores, group = sorted(os.sched_getaffinity(0)), self.gateways
+            if child in self.services:
+                cores, group = cores[len(self.gateways):], self.services
+            if cores:  # the gateways may have left none
+                os.sched_setaffinity(pid, {cores[group.index(child) % len(cores)]})
 
     def _read(self, child: Child, process: subprocess.Popen) -> None:
         """Put what a child prints into the queue, in whole lines, and then its end."""

@@ -11,6 +11,28 @@ HOUSE = TOP / "microshop"
 SERVICES = ("users", "products", "orders")
 SOURCES = {path.relative_to(HOUSE).as_posix(): path.read_text() for path in sorted(HOUSE.rglob("*.py"))}
 
+IMPORT_AND_WATCH = """if True:
+    import importlib, os, sys, threading
+    import argparse, http.server, queue, sqlite3, subprocess, tempfile, urllib.request  # these may read what they like
+
+    def watch(event, arguments):
+        if event in ("os.putenv", "socket.bind", "socket.connect", "sqlite3.connect", "subprocess.Popen"):
+            raise SystemExit(f"{event} {arguments}")
+        if event == "open" and not str(arguments[0]).endswith((".py", ".pyc")):
+            raise SystemExit(f"{event} {arguments}")
+
+    class Environment(dict):
+        def touch(self, *_):
+            raise SystemExit("the environment is read")
+        __getitem__ = __contains__ = __iter__ = get = items = keys = touch
+
+    os.environ = Environment()
+    sys.addaudithook(watch)
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
+    assert threading.active_count() == 1, threading.enumerate()
+"""
+
 
 def imported(source: str) -> set[str]:
     """Return the full names of all modules that a source imports, anywhere in it."""
@@ -74,27 +96,10 @@ class LawTest(unittest.TestCase):
                     self.assertNotRegex(source, r"os\.environ|getenv")
 
     def test_importing_does_nothing(self):
-        modules = ["microshop." + name.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for name in SOURCES]
-        modules[modules.index("microshop.__init__")] = "microshop"
-        script = """if True:
-            import sys, importlib, threading
-            import http.server, urllib.request, sqlite3, argparse, subprocess, tempfile, queue  # these may read what they like
-            def watch(event, arguments):
-                if event in ("open", "os.putenv", "socket.bind", "socket.connect", "sqlite3.connect", "subprocess.Popen"):
-                    name = str(arguments[0])
-                    if event != "open" or not (name.endswith((".py", ".pyc")) or arguments[1] == "r" and ".pyc" in name):
-                        raise SystemExit(f"{event} {arguments}")
-            class Environment(dict):
-                def touch(self, *_): raise SystemExit("the environment is read")
-                __getitem__ = get = __contains__ = items = keys = __iter__ = touch
-            import os
-            os.environ = Environment()
-            sys.addaudithook(watch)
-            for module in sys.argv[1:]:
-                importlib.import_module(module)
-            assert threading.active_count() == 1, threading.enumerate()
-        """
-        done = subprocess.run([sys.executable, "-B", "-c", script, *modules], cwd=TOP, capture_output=True, text=True, timeout=20)
+        modules = [f"microshop.{name.removesuffix('.py').removesuffix('__init__')}".replace("/", ".").rstrip(".")
+                   for name in SOURCES]
+        done = subprocess.run([sys.executable, "-B", "-c", IMPORT_AND_WATCH, *modules], cwd=TOP,
+                              capture_output=True, text=True, timeout=20)
         self.assertEqual((done.returncode, done.stderr), (0, ""))
 
     def test_the_top_level_is_as_fixed(self):

@@ -6,7 +6,7 @@ from tests.collection import CollectionTests
 
 
 class ProductsTest(CollectionTests, unittest.TestCase):
-    service, path, queries = Products, "/products", ()
+    service, path = Products, "/products"
     summaries = [{"id": 101, "name": "Laptop"}, {"id": 102, "name": "Mouse"}]
     item = {"id": 101, "name": "Laptop", "stock": 100}
     insert = "INSERT INTO products VALUES (?, 'Lamp', 5)"

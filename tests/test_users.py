@@ -6,7 +6,7 @@ from tests.collection import CollectionTests
 
 
 class UsersTest(CollectionTests, unittest.TestCase):
-    service, path, queries = Users, "/users", ()
+    service, path = Users, "/users"
     summaries = [{"id": 1, "name": "Alice"}, {"id": 2, "name": "Bob"}]
     item = {"id": 1, "name": "Alice"}
     insert = "INSERT INTO users VALUES (?, 'Carol')"

@@ -53,7 +53,8 @@ class Client:
         answer is to be had, GatewayTimeout where it is not whole within `timeout` seconds: then nobody
         knows whether the request was carried out.
         """
-        request = urllib.request.Request(next(upstream.copies) + target, body, headers or {}, method=method)
+        request = urllib.request.Request(next(upstream.copies) + target, body, headers or {}, method=method,
+                                         origin_req_host="")  # for cookies, and costly to find out
         try:
             return self._opener.open(request, timeout=timeout or self.timeout)
         except TimeoutError:

@@ -1,7 +1,7 @@
 """What messages carry: JSON, written compactly and read strictly, and pages of a collection."""
 import json
 import re
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from microshop.chassis.errors import BadRequest
@@ -15,8 +15,8 @@ encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=F
 def parse_json(body: bytes) -> Any:
     """Parse a body as UTF-8 JSON. Raises BadRequest, also for NaN, repeated keys and lone surrogates."""
     try:
-        value = json.loads(body.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
-        encode(value).encode()  # refuses what could not be written again: lone surrogates, 1e999
+        value = json.loads(body.decode(), object_pairs_hook=_unique)
+        encode(value).encode()  # refuses what could not be written again: NaN, 1e999, lone surrogates
         return value
     except RecursionError:
         raise BadRequest("the body is no JSON: it is nested too deep") from None
@@ -29,10 +29,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict:
     if len(members) < len(pairs):
         raise ValueError("the same name comes twice")
     return members
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON value")
 
 
 def parse_query(query: str) -> dict[str, str]:

@@ -140,7 +140,7 @@ class Service(ThreadingHTTPServer):
         for handler in self.connections.copy():
             if not handler.busy:
                 handler.stop_waiting()
-        while any(handler.busy for handler in self.connections.copy()) and time.monotonic() < deadline:
+        while self.connections and time.monotonic() < deadline:
             time.sleep(0.01)
 
     def close(self) -> None:
@@ -177,9 +177,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.connections.add(self)
 
     def finish(self) -> None:
-        self.busy = False
-        self.reader.linger()
         self.server.connections.discard(self)
+        self.reader.linger()
         if self.server.database:
             self.server.database.close()  # a connection per thread would leak descriptors otherwise
         super().finish()
@@ -194,7 +193,7 @@ class Handler(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         """Read a request and answer it; handle() calls this until close_connection is true."""
         self.busy, self.close_connection = False, True
-        if not self.reader.await_message(0.001 if self.server.draining else IDLE_TIME):
+        if not self.reader.await_message(0.05 if self.server.draining else IDLE_TIME):
             return
         self.busy, started = True, time.perf_counter()
         self.command, self.path, self.request_id = "-", "-", f"{random.getrandbits(64):016x}"

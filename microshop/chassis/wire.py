@@ -7,12 +7,13 @@ which is lenient and also the largest cost of a forwarded request: this module r
 
 Law: bytes and grammar only. No routes, no JSON, no policy beyond the limits below.
 """
+import math
 import os
 import re
 import socket
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from microshop.chassis.errors import (
@@ -25,6 +26,7 @@ MAX_BODY = 1024 * 1024       # bytes of a request's body
 MAX_CHUNK_LINE = 1024        # bytes of a chunk's size and extensions
 RECEIVE_SIZE = 64 * 1024     # bytes asked of the kernel at once
 LINGER = 1.0                 # seconds that a closing connection still reads
+PRECISION = 0.01             # seconds by which a deadline may be missed, to spare a system call for each message
 
 CHUNKED = -1                 # a body's length when it comes in chunks
 
@@ -37,7 +39,7 @@ VERSION = re.compile(r"HTTP/[0-9]\.[0-9]")                                      
 STATUS_LINE = re.compile(r"(HTTP/1\.[01]) ([1-5][0-9]{2}) [\t -~\x80-\xff]*")     # RFC 9112 4
 FIELD = re.compile(rf"^({TOKEN.pattern}):[ \t]*+([\t -~\x80-\xff]*+)\r\n", re.M)  # RFC 9112 5
 LENGTH = re.compile(r"[0-9]{1,4000}")                                             # int() stops at 4,300 digits
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?")     # RFC 9112 7.1
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")  # RFC 9112 7.1
 # What no head may hold anywhere: control bytes, a CR without its LF, an LF without its CR (RFC 9112 2.2).
 STRAY = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?=[^\n])|(?<!\r)\n")
 
@@ -183,26 +185,27 @@ class Reader:
         self.deadline = 0.0
         self._buffer = b""
         self._start = 0       # what comes before it in the buffer has been read
-        self._timeout = 0.0   # as the kernel knows it
+        self._timeout = math.inf   # as the kernel knows it
 
     def has_bytes(self) -> bool:
         """Tell whether bytes have come that were not read yet."""
         return self._start < len(self._buffer)
 
-    def fill(self, timeout: float | None = None) -> None:
-        """Wait for more bytes: at most `timeout` seconds, or until the deadline."""
-        self._buffer = self._buffer[self._start:] + self._receive(RECEIVE_SIZE, timeout)
+    def fill(self) -> None:
+        """Wait for more bytes."""
+        self._buffer = self._buffer[self._start:] + self._receive(RECEIVE_SIZE)
         self._start = 0
 
     def await_message(self, timeout: float) -> bool:
-        """Wait for a message to begin; return False when the peer is gone or stays silent.
+        """Wait `timeout` seconds for a message to begin; False when the peer is gone or stays silent.
 
-        Empty lines before it are skipped (RFC 9112 2.2).
+        Empty lines before it are skipped (RFC 9112 section 2.2).
         """
+        self.deadline = time.monotonic() + timeout
         try:
             while True:
-                if not self.has_bytes() or self._buffer[self._start:] == b"\r":
-                    self.fill(timeout)
+                while self._buffer[self._start:] in (b"", b"\r"):
+                    self.fill()
                 if not self._buffer.startswith(b"\r\n", self._start):
                     return True
                 self._start += 2
@@ -211,18 +214,7 @@ class Reader:
 
     def read_head(self) -> str:
         """Return the next head without its empty line. Raises BadRequest, TargetTooLong, FieldsTooLarge."""
-        checked = self._start
-        while (end := self._buffer.find(b"\r\n\r\n", self._start)) < 0:
-            # A head that can only be refused is refused now: its sender may never end it.
-            check_head_size(self._buffer[self._start:])
-            if STRAY.search(self._buffer, checked):
-                raise BadRequest("a control byte, or a CR or LF that is not part of a CRLF")
-            checked = len(self._buffer) - self._start - 1
-            self.fill()
-        head = self._buffer[self._start:end + 4]
-        check_head_size(head)
-        self._start = end + 4
-        return head[:-2].decode("latin-1")
+        return self._read_through(b"\r\n\r\n", check_head_size)[:-2].decode("latin-1")
 
     def read_body(self, length: int, limit: int) -> bytes:
         """Return a body of `length` bytes, or CHUNKED. Raises ContentTooLarge before reading past `limit`."""
@@ -255,12 +247,11 @@ class Reader:
         except (OSError, EOFError):
             pass
 
-    def _receive(self, size: int, timeout: float | None = None) -> bytes:
-        if timeout is None:
-            timeout = self.deadline - time.monotonic()
+    def _receive(self, size: int) -> bytes:
+        timeout = self.deadline - time.monotonic()
         if timeout <= 0:
             raise TimeoutError
-        if timeout != self._timeout:
+        if abs(timeout - self._timeout) > PRECISION:
             set_timeout(self.connection, socket.SO_RCVTIMEO, timeout)
             self._timeout = timeout
         try:
@@ -283,13 +274,13 @@ class Reader:
     def _read_chunks(self, limit: int) -> bytes:
         """Decode chunks (RFC 9112 section 7.1): extensions are skipped, trailers are dropped."""
         body = bytearray()
-        framing = 0  # bytes of size lines: a body in crumbs may not cost more than it carries at the limit
+        framing = 0  # bytes of size lines: a body that comes in crumbs may not cost more than one at the limit
         while True:
-            line = self._read_line()
+            line = self._read_through(b"\r\n", check_chunk_line_size)
             match = CHUNK_LINE.fullmatch(line)
             if not match:
                 raise BadRequest("a chunk's size is malformed")
-            size, framing = int(match[1], 16), framing + len(line) + 4
+            size, framing = int(match[1], 16), framing + len(line) + 2
             if len(body) + size > limit or framing > limit:
                 raise ContentTooLarge(f"a body may have {limit} bytes at most")
             if size == 0:
@@ -297,21 +288,23 @@ class Reader:
             body += self._read_exactly(size)
             if self._read_exactly(2) != b"\r\n":
                 raise BadRequest("a chunk is longer than its size")
-        trailers = b""
-        while line := self._read_line():
-            trailers += line + b"\r\n"
-            check_head_size(trailers)
-        parse_fields(trailers.decode("latin-1"))
+        self._start -= 2  # with the line break of the last size, trailers end as heads do
+        parse_fields(self.read_head()[2:])
         return bytes(body)
 
-    def _read_line(self) -> bytes:
-        while (end := self._buffer.find(b"\r\n", self._start)) < 0:
-            if len(self._buffer) - self._start > MAX_CHUNK_LINE or STRAY.search(self._buffer, self._start):
-                raise BadRequest("a line among the chunks is malformed or too long")
+    def _read_through(self, mark: bytes, check_size: Callable[[bytes], None]) -> bytes:
+        """Return what comes up to and with `mark`. What can only be refused is refused before it has ended."""
+        checked = self._start
+        while (end := self._buffer.find(mark, self._start)) < 0:
+            check_size(self._buffer[self._start:])
+            if STRAY.search(self._buffer, checked):
+                raise BadRequest("a control byte, or a CR or LF that is not part of a CRLF")
+            checked = len(self._buffer) - self._start - 1  # as fill() will move it
             self.fill()
-        line = self._buffer[self._start:end]
-        self._start = end + 2
-        return line
+        part = self._buffer[self._start:end + len(mark)]
+        check_size(part)
+        self._start += len(part)
+        return part
 
 
 def check_head_size(head: bytes) -> None:
@@ -320,3 +313,8 @@ def check_head_size(head: bytes) -> None:
         raise TargetTooLong(f"the first line may have {MAX_LINE} bytes at most")
     if len(head) > MAX_HEAD:
         raise FieldsTooLarge(f"a head may have {MAX_HEAD} bytes at most")
+
+
+def check_chunk_line_size(line: bytes) -> None:
+    if len(line) > MAX_CHUNK_LINE:
+        raise BadRequest("a chunk's size line is too long")

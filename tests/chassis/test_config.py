@@ -39,7 +39,8 @@ class ConfigTest(unittest.TestCase):
         self.assertTrue(self.read(MICROSHOP_QUIET="yes").quiet)
 
     def test_several_base_urls_are_copies(self):
-        self.assertEqual(self.read(MICROSHOP_USERS_URL="http://a:1/, http://[::1]:2").users_url, ["http://a:1", "http://[::1]:2"])
+        settings = self.read(MICROSHOP_USERS_URL="http://a:1/, http://[::1]:2")
+        self.assertEqual(settings.users_url, ["http://a:1", "http://[::1]:2"])
 
     def test_a_bad_value_is_named_with_where_it_came_from(self):
         for name, text in (("port", "x"), ("port", "65536"), ("port", "-1"), ("port", "٣"), ("workers", "0"),

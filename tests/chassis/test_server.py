@@ -153,8 +153,8 @@ class BodyTest(ServerTest):
 
     def test_what_is_no_json_is_400(self):
         for body in (b"", b"{", b"{'a':1}", b"NaN", b"[Infinity]", b"-Infinity", b"1e999", b'{"a":1,"a":2}',
-                     b'"\\ud800"', b'{"\\udfff":1}', b"\xff", b'"\xc3"', b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000,
-                     b"\xef\xbb\xbf{}", '{"a":1}'.encode("utf-16"), b"{} {}", b"01", b'"\n"'):
+                     b'"\\ud800"', b'{"\\udfff":1}', b"\xff", b'"\xc3"', b"[" * 100_000, b'{"a":' * 100_000,
+                     b"9" * 5000, b"\xef\xbb\xbf{}", '{"a":1}'.encode("utf-16"), b"{} {}", b"01", b'"\n"'):
             with self.subTest(body[:20]):
                 answer = self.post(body)
                 self.assertEqual((answer.status, answer.headers["content-type"]), (400, "application/problem+json"))
@@ -311,6 +311,14 @@ class ConnectionTest(ServerTest):
         lookup = mock.Mock(side_effect=AssertionError)
         with mock.patch.multiple(socket, getfqdn=lookup, gethostbyaddr=lookup), running(Things) as service:
             self.assertEqual(ask(service.server_port, "GET", "/things").status, 200)
+
+    def test_a_client_that_is_gone_before_it_is_served_leaves_no_traceback(self):
+        with mock.patch("sys.stderr", io.StringIO()) as log:
+            for fault, told in ((OSError, False), (RuntimeError, True)):
+                with mock.patch.object(wire, "set_timeout", side_effect=fault), Wire(self.port) as connection:
+                    self.assertTrue(connection.is_closed())
+                self.service.log.flush()
+                self.assertEqual("Traceback" in log.getvalue(), told)
 
     def test_a_client_that_resets_leaves_no_traceback(self):
         with mock.patch("sys.stderr", io.StringIO()) as log:

@@ -1,0 +1,141 @@
+"""How fast the shop is, side by side with others in one run: `python -m tests.bench [--seconds S] [--seed FOLDER]`.
+
+Others: the textbook's version (tests/textbook.py) and the Express seed, where node is there and FOLDER holds
+it with its node_modules. Each measurement is done in ROUNDS turns, one system after another, and the median
+counts: so the ratios hold although the machine's speed drifts. Nothing here can fail; it prints.
+"""
+import argparse
+import contextlib
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from microshop.chassis.database import Database
+from microshop.users import SCHEMA
+from tests.helpers import TOP, process
+
+ROUNDS = 3
+CONNECTIONS = (1, 16, 64)
+EXPRESS = {"users": 3001, "gateway": 3000}
+Ports = dict[str, int]
+
+
+def load(port: int, connections: int, seconds: float, target: str = "/users") -> dict[str, float]:
+    command = [sys.executable, "-m", "tests.load", str(port), str(connections), str(seconds), target]
+    return json.loads(subprocess.run(command, cwd=TOP, stdout=subprocess.PIPE, check=True).stdout)
+
+
+@contextlib.contextmanager
+def microshop(*flags: str) -> Iterator[tuple[Ports, int, float]]:
+    """Run the shop; yields its ports, the supervisor's pid and the seconds from start to ready."""
+    began = time.perf_counter()
+    with process("microshop.run_all", "--port", "0", *flags) as shop:
+        shop.wait_for("ready in")
+        took = time.perf_counter() - began
+        yield {"users": shop.port("Users service"), "gateway": shop.port("API Gateway")}, shop.popen.pid, took
+        shop.stop()
+
+
+@contextlib.contextmanager
+def textbook() -> Iterator[Ports]:
+    with process("tests.textbook", "users", "0") as users:
+        ports = {"users": users.port("textbook")}
+        with process("tests.textbook", f"http://localhost:{ports['users']}", "0") as gateway:
+            yield {**ports, "gateway": gateway.port("textbook")}
+
+
+@contextlib.contextmanager
+def express(folder: Path) -> Iterator[Ports | None]:
+    if not shutil.which("node") or not (folder / "node_modules").is_dir():
+        print(f"without Express: it needs node, and {folder} with its node_modules (npm install)\n")
+        yield None
+        return
+    nodes = [subprocess.Popen(["node", f"{name}.js"], cwd=folder, stdout=subprocess.PIPE)
+             for name in ("users", "products", "orders", "api-gateway")]
+    try:
+        for node in nodes:
+            node.stdout.readline()
+        yield EXPRESS
+    finally:
+        for node in nodes:
+            node.kill()
+            node.communicate()
+
+
+def memory_of(supervisor: int) -> float:
+    """Return the resident MiB of a process and its children."""
+    table = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,rss="], capture_output=True, text=True).stdout
+    rows = [tuple(map(int, line.split())) for line in table.splitlines()]
+    return sum(rss for pid, parent, rss in rows if supervisor in (pid, parent)) / 1024
+
+
+def compare(systems: dict[str, Ports], connections: int, seconds: float) -> None:
+    """Print requests per second, p50 and p99 of each system, direct and through the gateway, and the ratios."""
+    for way, place in (("direct", "users"), ("gateway", "gateway")):
+        results: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
+        for _ in range(ROUNDS):
+            for name, ports in systems.items():
+                results[name].append(load(ports[place], connections, seconds))
+        middle = {name: {key: statistics.median(result[key] for result in each) for key in each[0]}
+                  for name, each in results.items()}
+        for name, figures in middle.items():
+            ratio = middle["microshop"]["rps"] / figures["rps"]
+            print(f"{way:8} {connections:3} connections  {name:10} {figures['rps']:7.0f}/s  "
+                  f"p50 {figures['p50']:6.2f} ms  p99 {figures['p99']:6.2f} ms"
+                  + (f"  microshop is {ratio:.2f}x" if name != "microshop" else ""))
+
+
+def compare_workers(systems: dict[str, Ports], seconds: float) -> None:
+    """Print what two gateway processes serve beside what Express does."""
+    with microshop("--fresh", "--workers", "2") as (ports, _, _):
+        two, other = [], []
+        for _ in range(ROUNDS):
+            two.append(load(ports["gateway"], 16, seconds)["rps"])
+            if "express" in systems:
+                other.append(load(systems["express"]["gateway"], 16, seconds)["rps"])
+    print(f"gateway   16 connections  --workers 2 {statistics.median(two):6.0f}/s"
+          + (f"  {statistics.median(two) / statistics.median(other):.2f}x express" if other else ""))
+
+
+def compare_tables(seconds: float) -> None:
+    """Print what a page of 100 costs in a table of 100,000 rows beside one of 100."""
+    rates = {}
+    for count in (100, 100_000):
+        with tempfile.TemporaryDirectory() as folder:
+            users = Database(Path(folder) / "users.db", SCHEMA)
+            with users.transaction() as connection:
+                connection.executemany("INSERT INTO users VALUES (?, 'Carol')", ((n,) for n in range(3, count + 1)))
+            users.close()
+            with microshop("--data", folder) as (ports, _, _):
+                target = f"/users?after={count - 100}"
+                rates[count] = statistics.median(load(ports["users"], 1, seconds, target)["rps"] for _ in range(ROUNDS))
+    print(f"a page of 100 rows costs {rates[100] / rates[100_000]:.2f}x in a table of 100,000 what it costs in one of 100")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser.add_argument("--seed", type=Path, default=TOP.parent / "shared" / "seed", help="folder of the Express seed")
+    options = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        ports, supervisor, took = stack.enter_context(microshop("--fresh"))
+        print(f"microshop is ready after {took:.2f} s; its five processes hold {memory_of(supervisor):.0f} MiB\n")
+        systems = {"microshop": ports, "textbook": stack.enter_context(textbook())}
+        if other := stack.enter_context(express(options.seed)):
+            systems["express"] = other
+        for connections in CONNECTIONS:
+            compare(systems, connections, options.seconds)
+            print()
+        compare_workers(systems, options.seconds)
+        print(f"after all that the five processes hold {memory_of(supervisor):.0f} MiB")
+    compare_tables(options.seconds)
+
+
+if __name__ == "__main__":
+    main()
