@@ -248,7 +248,7 @@ def main() -> None:
         if settings.fresh:
             settings.data = Path(folder)
         services, gateways = plan_children(settings)
-        for child in [*services, gateways[0]]:
+        for child in [gateways[0], *services]:
             refuse_taken_port(child)
         status = Supervisor(services, gateways).run()
     sys.exit(status)
