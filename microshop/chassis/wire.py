@@ -131,10 +131,10 @@ def parse_length(version: str, fields: Fields) -> int | None:
     """Return the body's length as the fields state it (RFC 9112 section 6.3): bytes, CHUNKED or None."""
     length = fields.get("content-length")
     if "transfer-encoding" in fields:
-        codings = fields.tokens("transfer-encoding")
+        codings = [coding.strip(" \t").lower() for coding in fields["transfer-encoding"].split(",")]
         if version == "HTTP/1.0" or length is not None:
             raise BadRequest("Transfer-Encoding goes neither with HTTP/1.0 nor with Content-Length")
-        if not codings or "chunked" in codings[:-1]:
+        if "" in codings or "chunked" in codings[:-1]:
             raise BadRequest("in Transfer-Encoding, chunked must come once and last")
         if codings != ["chunked"]:
             raise CodingNotImplemented("no Transfer-Encoding but chunked is understood here")

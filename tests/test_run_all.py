@@ -1,0 +1,321 @@
+"""The supervisor as a person meets it: a process that opens the shop, shows it, and leaves nothing behind."""
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.helpers import PATIENCE, TOP, Process, Wire, ask, process
+
+SEED = {case["path"]: case["body"] for case in json.loads((TOP / "tests" / "golden.json").read_text())["cases"]
+        if case["method"] == "GET" and case["port"] == 3000}
+MOMENT = 0.2  # seconds in which whoever was told to end has closed its port: two looks of an accept loop
+SOON = 2.0    # seconds: less than a child or the supervisor waits for what is in flight
+
+
+def free_ports() -> int:
+    """Return the first of four free ports in a row, below those that systems give to who asks for any."""
+    while True:
+        first = random.randrange(20000, 30000, 4)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as held:
+            for port in range(first, first + 4):
+                held.enter_context(socket.create_server(("127.0.0.1", port)))
+            return first
+
+
+def is_refused(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), PATIENCE).close()
+    except ConnectionError:
+        return True
+    return False
+
+
+def comes_true(condition: Callable[[], bool], patience: float = PATIENCE) -> bool:
+    """Look again and again, for what nothing tells."""
+    deadline = time.monotonic() + patience
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        threading.Event().wait(0.02)
+    return True
+
+
+class Shop(Process):
+    """The supervisor on four free ports, from `first` on, with a `folder` for its temporary files."""
+
+    def __init__(self, *flags: str, first: int | None = None, **environment: str):
+        self.first, self.folder = first or free_ports(), tempfile.mkdtemp()
+        super().__init__("microshop.run_all", "--port", str(self.first), *flags, TMPDIR=self.folder, **environment)
+
+    def wait_until_ready(self) -> "Shop":
+        self.wait_for(r"^run_all +\| ready in ")
+        return self
+
+    def children(self, module: str = r"(?!run_all)\w+") -> list[int]:
+        """Return the pids that the system lists for this shop, all but the supervisor's; a zombie has no arguments."""
+        table = subprocess.check_output(["ps", "-A", "-ww", "-o", "pid=", "-o", "ppid=", "-o", "args="], text=True)
+        ports = "|".join(map(str, range(self.first, self.first + 4)))
+        ours = rf"{self.popen.pid} |.*{re.escape(self.folder)}|.* --port (?:{ports})\b"
+        return [int(pid) for pid in re.findall(rf"(?m)^ *(\d+) +(?={ours}).* -m microshop\.{module} ", table)]
+
+    def kill(self) -> None:
+        known = self.children()  # on a port that was free for any, only their parent tells whose they are
+        super().kill()
+        for pid in {*known, *self.children()}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        comes_true(lambda: not self.children())
+        shutil.rmtree(self.folder)
+
+
+class HeadShop(Shop):
+    """A shop that shows what it does to `head -n 1`: one line is read, then the pipe is closed."""
+
+    def _read(self) -> None:
+        self.lines.append(self.popen.stdout.readline().decode())
+        self.popen.stdout.close()
+
+
+class ShopTestCase(unittest.TestCase):
+    def open(self, *flags: str, **environment: str) -> Shop:
+        shop = Shop(*flags, **environment)
+        self.addCleanup(shop.kill)
+        return shop.wait_until_ready()
+
+    def hang_request(self, shop: Shop) -> Wire:
+        """Send all of a request but five bytes. The interim answer tells that the gateway has it in hand."""
+        wire = Wire(shop.first)
+        self.addCleanup(wire.__exit__)
+        wire.send(b"POST /users HTTP/1.1\r\nHost: shop\r\nExpect: 100-continue\r\nContent-Length: 10\r\n\r\n")
+        self.assertEqual(wire.read().status, 100)
+        wire.send(b"12345")
+        return wire
+
+    def assert_nothing_is_left(self, shop: Shop) -> None:
+        self.assertEqual(shop.children(), [])
+        self.assertEqual(os.listdir(shop.folder), [])
+
+
+class OpenShopTest(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.shop = Shop("--fresh", "--port", "0")
+        cls.addClassCleanup(cls.shop.kill)
+        cls.shop.wait_until_ready()
+        cls.gateway = cls.shop.port(r"^gateway  \| API Gateway")
+
+    def test_every_process_tells_where_it_listens(self):
+        ports = {self.gateway}
+        for title in ("Users", "Products", "Orders"):
+            ports.add(port := self.shop.port(rf"^{title.lower():<8} \| {title} service"))
+            self.assertEqual(ask(port, target="/health").json["service"], title.lower())
+        self.assertEqual(len(ports), 4)
+
+    def test_one_line_tells_how_soon_the_shop_was_ready_and_where(self):
+        ready = [line for line in self.shop.lines if "ready" in line]
+        self.assertEqual(len(ready), 1)
+        self.assertRegex(ready[0], rf"ready in [0-9.]+ s\b.* http://localhost:{self.gateway}\b")
+
+    def test_the_gateway_answers_as_the_seed_does(self):
+        for path in ("/", "/users", "/products", "/orders"):
+            with self.subTest(path):
+                self.assertEqual(ask(self.gateway, target=path).body.decode(), SEED[path])
+
+    def test_a_request_is_logged_under_one_id_by_the_gateway_and_the_service(self):
+        request_id = ask(self.gateway, target="/users/1").headers["x-request-id"]
+        for name in ("gateway", "users"):
+            self.shop.wait_for(rf"^{name:<8} \| .*\b{request_id} GET /users/1 200 ")
+
+    def test_a_pipe_gets_names_without_colours(self):
+        for line in self.shop.lines:
+            self.assertRegex(line, r"^[a-z_]+ +\| [^\33]+$")
+
+    def test_fresh_data_lie_in_a_temporary_folder(self):
+        files = [path.name for path in Path(self.shop.folder).glob("*/*.db")]
+        self.assertCountEqual(files, ["users.db", "products.db", "orders.db"])
+
+
+class EndedShopTest(ShopTestCase):
+    """What is left of a quiet shop that was asked for some users and then got SIGTERM."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.home = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
+        cls.shop = Shop("--data", str(cls.home / "kept"), "--quiet", "--workers", "1", MICROSHOP_PORT="abc",
+                        MICROSHOP_DATA=str(cls.home / "other"), MICROSHOP_QUIET="0", MICROSHOP_WORKERS="0")
+        cls.addClassCleanup(cls.shop.kill)
+        cls.shop.wait_until_ready()
+        cls.asked = ask(cls.shop.first, target="/users")
+        cls.began_with = cls.shop.children()
+        began = time.monotonic()
+        cls.status = cls.shop.stop(signal.SIGTERM)
+        cls.took = time.monotonic() - began
+
+    def test_it_ended_in_time_with_status_0(self):
+        self.assertEqual(self.status, 0)
+        self.assertLess(self.took, 5)
+
+    def test_nothing_is_left_of_its_four_children(self):
+        self.assertEqual(len(self.began_with), 4)
+        self.assert_nothing_is_left(self.shop)
+
+    def test_a_quiet_shop_logs_no_request(self):
+        self.assertEqual(self.asked.status, 200)
+        self.assertNotIn("/users", "".join(self.shop.lines))
+
+    def test_a_flag_wins_over_its_environment_twin(self):
+        self.assertEqual([path.name for path in self.home.iterdir()], ["kept"])
+
+    def test_the_next_start_finds_the_data(self):
+        with contextlib.closing(sqlite3.connect(self.home / "kept" / "users.db")) as database, database:
+            database.execute("UPDATE users SET name = 'Carol' WHERE id = 1")
+        shop = self.open(MICROSHOP_DATA=str(self.home / "kept"))
+        self.assertEqual(ask(shop.first, target="/users/1").json["name"], "Carol")
+
+
+class EndTest(ShopTestCase):
+    def test_ctrl_c_lets_a_request_in_flight_be_answered_by_its_service(self):
+        shop = self.open("--fresh")
+        wire = self.hang_request(shop)
+        os.killpg(shop.popen.pid, signal.SIGINT)  # as a terminal does: to all in the supervisor's group
+        shop.wait_for(r"^run_all .*stopping")
+        self.assertTrue(comes_true(lambda: is_refused(shop.first)), "the gateway takes no more requests")
+        self.assertFalse(comes_true(lambda: is_refused(shop.first + 1), MOMENT), "users stays until the gateway ended")
+        wire.send(b"67890")
+        self.assertIn(wire.read().status, range(400, 500))
+        self.assertEqual(shop.status(), 0)
+        self.assertRegex("\n".join(shop.lines), r"(?m)^users .* POST /users 4")
+        self.assert_nothing_is_left(shop)
+
+    def test_a_second_ctrl_c_ends_it_at_once(self):
+        shop = self.open("--fresh")
+        self.hang_request(shop)
+        os.killpg(shop.popen.pid, signal.SIGINT)
+        shop.wait_for(r"^run_all .*stopping")
+        began = time.monotonic()
+        os.killpg(shop.popen.pid, signal.SIGINT)
+        self.assertEqual(shop.status(), 130)
+        self.assertLess(time.monotonic() - began, SOON)
+        self.assertNotIn("Traceback", "".join(shop.lines))
+        self.assert_nothing_is_left(shop)
+
+    def test_the_children_of_a_killed_supervisor_end_by_themselves(self):
+        shop = self.open("--fresh")
+        self.assertEqual(len(shop.children()), 4)
+        shop.popen.kill()
+        shop.status()
+        self.assertTrue(comes_true(lambda: not shop.children()))
+
+    def test_it_ends_when_nobody_reads_what_it_shows(self):
+        shop = HeadShop("--fresh")
+        self.addCleanup(shop.kill)
+        self.assertEqual(shop.status(), 0)
+        self.assertEqual(len(shop.lines), 1)
+        self.assert_nothing_is_left(shop)
+
+
+@unittest.skipUnless(hasattr(socket, "SO_REUSEPORT"), "this system cannot share a port among processes")
+class MendedShopTest(ShopTestCase):
+    """A shop with two gateway processes, where one of them and users are killed and come back."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.shop = Shop("--fresh", "--workers", "2")
+        cls.addClassCleanup(cls.shop.kill)
+        cls.shop.wait_until_ready()
+        cls.gateways, [users] = cls.shop.children("gateway"), cls.shop.children("users")
+        for pid in (users, cls.gateways[0]):
+            os.kill(pid, signal.SIGKILL)
+        for name in ("users", "gateway2?"):
+            cls.shop.wait_for(rf"^run_all .*\b{name}\b.*\b137\b")
+        cls.meanwhile = ask(cls.shop.first, target="/products")
+        cls.users_again = cls.shop.wait_for(r"Users service listening at http://\S+:(\d+)$", times=2)
+        cls.gateway_again = cls.shop.wait_for(r"API Gateway listening at http://\S+:(\d+)$", times=3)
+
+    def test_the_others_serve_meanwhile(self):
+        self.assertEqual(self.meanwhile.body.decode(), SEED["/products"])
+
+    def test_a_killed_service_serves_again_on_its_port(self):
+        self.assertEqual(int(self.users_again[1]), self.shop.first + 1)
+        self.assertEqual(ask(self.shop.first, target="/users").body.decode(), SEED["/users"])
+
+    def test_each_of_two_gateways_on_one_port_answers_without_the_other(self):
+        self.assertEqual(len(self.gateways), 2)
+        self.assertEqual(int(self.gateway_again[1]), self.shop.first)
+        os.kill(self.gateways[1], signal.SIGKILL)  # the one that answered meanwhile
+        self.shop.wait_for(r"^run_all .*\bgateway2?\b.*\b137\b", times=2)
+        self.assertEqual(ask(self.shop.first).body.decode(), SEED["/"])
+
+
+class TerminalTest(unittest.TestCase):
+    """What a terminal shows of a shop whose folder of data is a file: so it ends by itself."""
+
+    @classmethod
+    def setUpClass(cls):
+        spawn = "import pty, sys; pty.spawn(sys.argv[1:])"
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("MICROSHOP_", "NO_COLOR"))}
+        clean["TMPDIR"] = cls.enterClassContext(tempfile.TemporaryDirectory())
+        terminals = [subprocess.Popen(
+            [sys.executable, "-c", spawn, sys.executable, "-m", "microshop.run_all", "--port", "0", "--data", __file__],
+            cwd=TOP, env={**clean, **wish}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+            for wish in ({}, {"NO_COLOR": "1"})]
+        for terminal in terminals:
+            cls.addClassCleanup(terminal.kill)
+        cls.coloured, cls.plain = [terminal.communicate(timeout=PATIENCE)[0] for terminal in terminals]
+
+    def test_names_have_colours(self):
+        self.assertRegex(self.coloured, "\33\\[[0-9;]+musers +\\| \33\\[0m")
+
+    def test_who_wants_no_colours_gets_none(self):
+        self.assertRegex(self.plain, r"users +\| ")
+        self.assertNotIn("\33", self.plain)
+
+
+class RefusalTest(ShopTestCase):
+    def test_a_taken_port_is_named_with_who_needs_it_and_nothing_is_started(self):
+        for n, name in ((0, "gateway"), (2, "products")):
+            with self.subTest(name):
+                first = free_ports()
+                with socket.create_server(("127.0.0.1", first + n)):
+                    shop = Shop("--fresh", first=first)
+                    self.addCleanup(shop.kill)
+                    self.assertEqual(shop.status(), 1)
+                self.assertEqual(len(shop.lines), 1)
+                self.assertRegex(shop.lines[0], rf"\b{first + n}\b.*\b{name}\b")
+                self.assert_nothing_is_left(shop)
+
+    def test_a_child_that_cannot_start_is_heard_and_ends_the_shop(self):
+        shop = Shop("--data", __file__)
+        self.addCleanup(shop.kill)
+        self.assertEqual(shop.status(), 1)
+        shop.wait_for(rf"^users +\| .*{re.escape(__file__)}")
+        self.assert_nothing_is_left(shop)
+
+    def test_a_bad_setting_is_named_in_one_line(self):
+        with (process("microshop.run_all", "--prot", "3000") as flag,
+              process("microshop.run_all", "--port", "abc") as value,
+              process("microshop.run_all", MICROSHOP_PORT="abc") as twin,
+              process("microshop.run_all", "--port", "65533") as port):  # the services' would end at 65536
+            for shop, named in [
+                    (flag, "--prot"), (value, "--port.*abc"), (twin, "MICROSHOP_PORT.*abc"), (port, "65533")]:
+                with self.subTest(named):
+                    self.assertEqual(shop.status(), 2)
+                    self.assertEqual(len(shop.lines), 1)
+                    self.assertRegex(shop.lines[0], named)
+
+
+if __name__ == "__main__":
+    unittest.main()
