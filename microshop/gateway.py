@@ -20,22 +20,27 @@ HOP_BY_HOP = {"connection", "keep-alive", "proxy-connection", "proxy-authenticat
               "trailer", "transfer-encoding", "upgrade"}
 # What the gateway itself says to a service; a client's word for it does not count.
 OWN = {"host", "content-length", "expect", "forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto",
-       "x-request-id", "traceparent"}
+       "x-request-id", "traceparent", "tracestate"}
 NOT_SENT = HOP_BY_HOP | OWN
 NOT_ANSWERED = HOP_BY_HOP | {"x-request-id", "content-length"}
 
 
+def via(version: str) -> str:
+    return f"{version.removeprefix('HTTP/')} microshop"
+
+
 class GatewayHandler(Handler):
+    server: "Gateway"
+
     def dispatch(self) -> Answer:
-        upstream = self.server.upstreams.get(re.match("/([^/?]*)", self.path)[1])
+        upstream = self.server.upstreams.get(re.split("[/?]", self.path)[1])
         return self.forward(upstream) if upstream else super().dispatch()
 
     def forward(self, upstream: Upstream) -> Answer:
         """Pass the request on and return what the service answers. Raises BadGateway, GatewayTimeout."""
         named = self.headers.tokens("connection")
         headers = {name: value for name, value in self.headers.items() if name not in NOT_SENT and name not in named}
-        via = f"{self.request_version.removeprefix('HTTP/')} microshop"
-        headers["via"] = f"{headers['via']}, {via}" if "via" in headers else via
+        headers["via"] = ", ".join([*filter(None, [headers.get("via")]), via(self.request_version)])
         headers["x-forwarded-for"] = self.client_address[0]
         headers["x-forwarded-proto"] = "http"
         if "host" in self.headers:
@@ -47,7 +52,7 @@ class GatewayHandler(Handler):
                   if (key := name.lower()) not in NOT_ANSWERED and key not in named]
         if self.command == "HEAD" and "content-length" in reply.fields:  # the length of what GET would answer
             passed.append(("Content-Length", reply.fields["content-length"]))
-        return Answer(reply.body, reply.status, [*passed, ("Via", "1.1 microshop")])
+        return Answer(reply.body, reply.status, [*passed, ("Via", via(reply.version))])
 
     def greet(self) -> Answer:
         return Answer(b"API Gateway", headers=[("Content-Type", "text/html; charset=utf-8")])

@@ -194,6 +194,11 @@ class Passing(GatewayTest):
                 self.assertRegex(made, "^00-[0-9a-f]{32}-[0-9a-f]{16}-01$")
                 self.assertNotIn(made, given.lower())
 
+    def test_a_tracestate_goes_with_its_traceparent_alone(self):
+        for given, arrives in ((TRACEPARENT, ["shop=1"]), ("00-none", None)):
+            arrived = self.arrive(f"traceparent: {given}", "tracestate: shop=1")
+            self.assertEqual(arrived.get_all("tracestate"), arrives)
+
     # --- what is said
 
     def test_method_and_body_arrive_unchanged(self):
@@ -231,6 +236,10 @@ class Passing(GatewayTest):
         answer = self.come_back("Content-Length: 0", status="204 No Content", body=b"")
         self.assertTrue(answer.startswith(b"HTTP/1.1 204 ") and answer.endswith(b"\r\n\r\n"))
         self.assertNotIn("Content-Length", fields(answer))
+
+    def test_head_tells_no_length_that_the_service_did_not_tell(self):
+        self.stub.answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        self.assertNotIn("Content-Length", fields(self.send("HEAD /users HTTP/1.1", "Host: shop")))
 
 
 class RealService(GatewayTest):

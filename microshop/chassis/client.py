@@ -3,11 +3,13 @@
 The OpenerDirector is bare but for our handler: so it follows no redirect, raises for no status and
 ignores http_proxy, as it must between services. `Client.call` is all that other code sees.
 """
+import contextlib
 import itertools
 import socket
 import time
 import urllib.request
 from collections import defaultdict, deque
+from collections.abc import Iterator
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -24,6 +26,7 @@ class Reply(NamedTuple):
     """What a service answered."""
 
     status: int
+    version: str
     fields: wire.Fields
     body: bytes
 
@@ -79,27 +82,26 @@ class KeepAliveHandler(urllib.request.BaseHandler):
         self._idle: defaultdict[str, deque[_Connection]] = defaultdict(deque)
 
     def http_open(self, request: urllib.request.Request) -> Reply:
-        deadline = time.monotonic() + request.timeout
+        deadline = time.monotonic() + (request.timeout or 0)
         # The other end may close a kept connection just when it is used again: only what may be sent twice goes there.
         if request.get_method() in REPEATABLE and (connection := self._take_idle(request.host)):
             try:
-                return self._exchange(connection, request, deadline)
+                connection.ask(request, deadline)
             except (ConnectionError, EOFError):
-                if connection.reader.has_bytes():
-                    raise
-        return self._exchange(_Connection(request.host, request.timeout), request, deadline)
+                pass  # not a byte of an answer came
+            else:
+                return self._finish(connection, request)
+        connection = _Connection(request.host, deadline - time.monotonic())
+        connection.ask(request, deadline)
+        return self._finish(connection, request)
 
     def close(self) -> None:
         for idle in self._idle.values():
             while idle:
                 idle.pop().close()
 
-    def _exchange(self, connection: "_Connection", request: urllib.request.Request, deadline: float) -> Reply:
-        try:
-            reply, reusable = connection.exchange(request, deadline)
-        except BaseException:
-            connection.close()
-            raise
+    def _finish(self, connection: "_Connection", request: urllib.request.Request) -> Reply:
+        reply, reusable = connection.read_reply(request.get_method())
         idle = self._idle[request.host]
         if reusable and len(idle) < MAX_IDLE:
             connection.idle_since = time.monotonic()
@@ -122,13 +124,14 @@ class KeepAliveHandler(urllib.request.BaseHandler):
 
 
 class _Connection:
+    """A connection to an address; it is closed when it fails."""
+
     def __init__(self, address: str, timeout: float):
         url = urlsplit(f"//{address}")
         self.socket = socket.create_connection((url.hostname, url.port or 80), timeout)
         self.socket.settimeout(None)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        wire.set_timeout(self.socket, socket.SO_SNDTIMEO, timeout)
-        self.reader = wire.Reader(self.socket)
+        self.stream = wire.Stream(self.socket)
         self.idle_since = 0.0
 
     def close(self) -> None:
@@ -137,7 +140,7 @@ class _Connection:
     def has_news(self) -> bool:
         """Tell whether an idle connection was closed, or holds bytes that would pass for the next answer."""
         if not hasattr(socket, "MSG_DONTWAIT"):
-            return False  # Windows: then the exchange will tell
+            return False  # Windows: then the next request will tell
         try:
             self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -146,23 +149,39 @@ class _Connection:
             pass
         return True
 
-    def exchange(self, request: urllib.request.Request, deadline: float) -> tuple[Reply, bool]:
-        """Send a request and return the reply, and whether the connection can be used again."""
-        method, body = request.get_method(), request.data or b""
+    def ask(self, request: urllib.request.Request, deadline: float) -> None:
+        """Send a request, and wait for the first bytes of its answer."""
+        method = request.get_method()
+        body: bytes = request.data or b""  # type: ignore[assignment]
         headers = [("Host", request.host), *request.header_items()]
         if body or method not in ("GET", "HEAD", "DELETE", "OPTIONS"):
             headers.append(("Content-Length", str(len(body))))
-        self.socket.sendall(wire.format_head(f"{method} {request.selector} HTTP/1.1", headers) + body)
-        self.reader.deadline = deadline
-        response = wire.parse_response(self.reader.read_head())
-        while response.status < 200:  # interim answers, RFC 9110 15.2
-            response = wire.parse_response(self.reader.read_head())
-        status, version, fields, length = response
-        if method == "HEAD" or status in (204, 304):
-            content = b""
-        elif length is None:
-            content = self.reader.read_to_end(MAX_ANSWER)
-        else:
-            content = self.reader.read_body(length, MAX_ANSWER)
-        reusable = wire.keeps_alive(version, fields) and length is not None and not self.reader.has_bytes()
-        return Reply(status, fields, content), reusable
+        self.stream.deadline = deadline
+        with self._closed_on_failure():
+            self.stream.send(wire.format_head(f"{method} {request.selector} HTTP/1.1", headers) + body)
+            self.stream.fill()
+
+    def read_reply(self, method: str) -> tuple[Reply, bool]:
+        """Return the answer to what was asked, and whether the connection can be used again."""
+        with self._closed_on_failure():
+            response = wire.parse_response(self.stream.read_head())
+            while response.status < 200:  # interim answers, RFC 9110 15.2
+                response = wire.parse_response(self.stream.read_head())
+            status, version, fields, length = response
+            ends_itself = True
+            if method == "HEAD" or status in (204, 304):
+                body = b""
+            elif length is not None:
+                body = self.stream.read_body(length, MAX_ANSWER)
+            else:
+                body, ends_itself = self.stream.read_to_end(MAX_ANSWER), False
+        reusable = ends_itself and wire.keeps_alive(version, fields) and not self.stream.has_bytes()
+        return Reply(status, version, fields, body), reusable
+
+    @contextlib.contextmanager
+    def _closed_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise

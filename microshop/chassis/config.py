@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+LABEL = "[0-9A-Za-z_-]{1,63}"  # of a host name
 SWITCH = {"1": True, "true": True, "yes": True, "on": True,
           "0": False, "false": False, "no": False, "off": False, "": False}
 
@@ -57,7 +58,7 @@ def base_urls(text: str) -> list[str]:
     """Parse base URLs, comma-separated: the copies of one service."""
     urls = [url.strip().removesuffix("/") for url in text.split(",")]
     for url in urls:
-        match = re.fullmatch(r"http://(?:[0-9A-Za-z._-]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?", url)
+        match = re.fullmatch(rf"http://(?:{LABEL}(?:\.{LABEL})*|\[[0-9A-Fa-f:.]+\])(?::([0-9]{{1,5}}))?", url)
         if not match or int(match[1] or 80) not in range(1, 65536):
             raise ValueError("is no base URL like http://localhost:3001 (several: comma-separated)")
     return urls

@@ -2,6 +2,7 @@
 
 Raise one anywhere below a handler; server.py turns it into problem+json in one place.
 """
+from collections.abc import Sequence
 from http import HTTPStatus
 
 
@@ -14,7 +15,7 @@ class ServiceError(Exception):
 
     status = HTTPStatus.INTERNAL_SERVER_ERROR
 
-    def __init__(self, detail: str, headers: tuple[tuple[str, str], ...] = (), **members: object):
+    def __init__(self, detail: str, headers: Sequence[tuple[str, str]] = (), **members: object):
         super().__init__(detail)
         self.detail, self.headers, self.members = detail, headers, members
 

@@ -4,7 +4,7 @@ A subclass of Handler has a table of routes beside its methods. Such a method re
 raises a ServiceError, and format_answer() alone turns either into bytes. What http.server does wrongly
 or slowly is replaced here; the comments say why.
 
-Law: only this module and client.py write to a socket. Nothing here knows what a route is about.
+Law: services write to no socket; they return. Nothing here knows what a route is about.
 """
 import hashlib
 import os
@@ -36,7 +36,7 @@ from microshop.chassis.errors import (
 IDLE_TIME = 60.0     # seconds that a kept-alive connection may wait for its next request
 HEAD_TIME = 10.0     # seconds for a whole head, from its first byte
 BODY_TIME = 10.0     # seconds for a whole body
-SEND_TIME = 10.0     # seconds that a client may not take a byte of its answer
+SEND_TIME = 10.0     # seconds for a client to take a whole answer
 GRACE = 4.0          # seconds for requests in flight when the process ends
 POLL = 0.1           # seconds after which the accept loop notices that it shall end
 
@@ -46,6 +46,9 @@ TRACEPARENT = re.compile("(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a
 CLIENT_GONE = 499    # nginx's number, in the log alone, for a client that did not wait for its answer
 
 http_date = lru_cache(maxsize=2)(lambda second: formatdate(second, usegmt=True))
+
+
+Methods = dict[str, Callable[..., "Answer"]]  # of a path, by name
 
 
 class Answer(NamedTuple):
@@ -77,7 +80,8 @@ class Service(ThreadingHTTPServer):
         self.allow_reuse_port = getattr(settings, "reuse_port", False)
         super().__init__((settings.host, settings.port), self.handler)
         try:
-            self.database = Database(settings.data / f"{self.name}.db", self.schema) if self.schema else None
+            if self.schema:
+                self.database = Database(settings.data / f"{self.name}.db", self.schema)
         except DatabaseUnusable:
             self.server_close()
             raise
@@ -145,7 +149,7 @@ class Service(ThreadingHTTPServer):
 
     def close(self) -> None:
         """Let go of what the process holds besides its socket."""
-        if self.database:
+        if self.schema:
             self.database.close()
         self.log.flush()
 
@@ -158,9 +162,11 @@ class Handler(BaseHTTPRequestHandler):
     """
 
     server: Service
-    routes: dict[str, dict[str, Callable[..., Answer]]] = {}
+    headers: wire.Fields  # type: ignore[assignment]
+    routes: dict[str, Methods] = {}
+    _table: list[tuple[re.Pattern, Methods]]
     disable_nagle_algorithm = True  # else an answer may wait 40 ms for the client's ACK
-    rbufsize = 0                    # wire.Reader buffers
+    rbufsize = 0                    # wire.Stream buffers
 
     def __init_subclass__(cls) -> None:
         routes = {**cls.routes, "/health": {"GET": cls.health}}
@@ -171,15 +177,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        wire.set_timeout(self.connection, socket.SO_SNDTIMEO, SEND_TIME)
-        self.reader = wire.Reader(self.connection)
+        self.stream = wire.Stream(self.connection)
         self.busy = False  # with a request, from its first byte to the last of its answer
         self.server.connections.add(self)
 
     def finish(self) -> None:
         self.server.connections.discard(self)
-        self.reader.linger()
-        if self.server.database:
+        self.stream.linger()
+        if self.server.schema:
             self.server.database.close()  # a connection per thread would leak descriptors otherwise
         super().finish()
 
@@ -193,13 +198,14 @@ class Handler(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         """Read a request and answer it; handle() calls this until close_connection is true."""
         self.busy, self.close_connection = False, True
-        if not self.reader.await_message(0.05 if self.server.draining else IDLE_TIME):
+        if not self.stream.await_message(0.05 if self.server.draining else IDLE_TIME):
             return
         self.busy, started = True, time.perf_counter()
         self.command, self.path, self.request_id = "-", "-", f"{random.getrandbits(64):016x}"
         try:
             status, message = self._find_answer()
-            self.wfile.write(message)  # in one write: two would meet Nagle's delay
+            self.stream.deadline = time.monotonic() + SEND_TIME
+            self.stream.send(message)  # in one piece: two would meet Nagle's delay
         except OSError:
             self.close_connection, status = True, CLIENT_GONE
         self.server.log.request(self.request_id, self.command, self.path, status, time.perf_counter() - started)
@@ -220,10 +226,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def _read_request(self) -> None:
         """Read head and body. The body is read whatever the route, so it never passes for a request."""
-        self.reader.deadline = time.monotonic() + HEAD_TIME
+        self.stream.deadline = time.monotonic() + HEAD_TIME
         head = ""
         try:
-            head = self.reader.read_head()
+            head = self.stream.read_head()
             self.command, self.path, self.request_version, self.headers, length = wire.parse_request(head)
             if REQUEST_ID.fullmatch(self.headers.get("x-request-id", "")):
                 self.request_id = self.headers["x-request-id"]
@@ -231,8 +237,8 @@ class Handler(BaseHTTPRequestHandler):
                 self._meet_expectation(length)
             self.body = b""
             if length:
-                self.reader.deadline = time.monotonic() + BODY_TIME
-                self.body = self.reader.read_body(length, wire.MAX_BODY)
+                self.stream.deadline = time.monotonic() + BODY_TIME
+                self.body = self.stream.read_body(length, wire.MAX_BODY)
         except TimeoutError:
             raise RequestTimeout("the request did not come whole in time") from None
         except EOFError:
@@ -246,7 +252,7 @@ class Handler(BaseHTTPRequestHandler):
             if self.headers["expect"].lower() != "100-continue":
                 raise ExpectationFailed("the only expectation met here is 100-continue")
             if length and length <= wire.MAX_BODY:
-                self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self.stream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _describe(self, error: ServiceError) -> tuple[int, bytes]:
         headers = [("Content-Type", "application/problem+json"), *error.headers]
@@ -266,7 +272,7 @@ class Handler(BaseHTTPRequestHandler):
             if status == 200 or status == 201:
                 headers.append(("Content-Type", "application/json; charset=utf-8"))
         names = [name.lower() for name, _ in headers]
-        if status not in (204, 304) and "content-length" not in names:
+        if status not in (204, 304) and "content-length" not in names and (body or self.command != "HEAD"):
             headers.append(("Content-Length", str(len(body))))
         if "date" not in names:
             headers.append(("Date", http_date(int(time.time()))))
@@ -285,16 +291,19 @@ class Handler(BaseHTTPRequestHandler):
     def dispatch(self) -> Answer:
         """Call the route's function. Raises NotFound, or MethodNotAllowed with Allow."""
         path, _, self.query_string = self.path.partition("?")
-        found = ((match, methods) for pattern, methods in self._table if (match := pattern.fullmatch(path)))
-        match, methods = next(found, (None, {}))
-        if not match:
-            raise NotFound(f"there is nothing at {path}")
+        methods, ids = self._find_route(path)
         if function := methods.get("GET" if self.command == "HEAD" else self.command):
-            return function(self, *map(int, match.groups()))
+            return function(self, *ids)
         allow = ("Allow", ", ".join(["OPTIONS", *["GET, HEAD" if name == "GET" else name for name in methods]]))
         if self.command == "OPTIONS":
             return Answer(status=204, headers=[allow])
         raise MethodNotAllowed(f"{self.command} is not among the methods of {path}", [allow])
+
+    def _find_route(self, path: str) -> tuple[Methods, list[int]]:
+        for pattern, methods in self._table:
+            if match := pattern.fullmatch(path):
+                return methods, [int(text) for text in match.groups()]
+        raise NotFound(f"there is nothing at {path}")
 
     def health(self) -> Answer:
         state = "draining" if self.server.draining else "ok"
@@ -327,8 +336,11 @@ class Handler(BaseHTTPRequestHandler):
         return Answer(rows, headers=[("Link", f'<{target}>; rel="next"')])
 
     def trace(self) -> dict[str, str]:
-        """Return the fields that let one request be followed through every service it reaches."""
-        traceparent = self.headers.get("traceparent", "")
-        if not TRACEPARENT.fullmatch(traceparent):  # https://www.w3.org/TR/trace-context/
-            traceparent = f"00-{random.getrandbits(128):032x}-{random.getrandbits(64):016x}-01"
-        return {"x-request-id": self.request_id, "traceparent": traceparent}
+        """Return the fields that let one request be followed through every service it reaches.
+
+        A trace that came is continued, https://www.w3.org/TR/trace-context/; else one begins.
+        """
+        fields = {name: self.headers[name] for name in ("traceparent", "tracestate") if name in self.headers}
+        if not TRACEPARENT.fullmatch(fields.get("traceparent", "")):
+            fields = {"traceparent": f"00-{random.getrandbits(128):032x}-{random.getrandbits(64):016x}-01"}
+        return {**fields, "x-request-id": self.request_id}

@@ -172,11 +172,11 @@ def set_timeout(connection: socket.socket, option: int, seconds: float) -> None:
     connection.setsockopt(socket.SOL_SOCKET, option, timeval)
 
 
-class Reader:
-    """What a peer sends on a connection: heads and bodies, and whatever follows them.
+class Stream:
+    """A connection, as the messages that come and go on it.
 
-    `deadline` (of time.monotonic) bounds the message being read as a whole, however slowly its bytes
-    come. Every method that waits raises TimeoutError when it has passed, EOFError when the peer has
+    `deadline` (of time.monotonic) bounds the message on its way as a whole, however slowly its bytes
+    move. Every method that waits raises TimeoutError when it has passed, EOFError when the peer has
     ended its side, and OSError when the connection broke.
     """
 
@@ -185,7 +185,7 @@ class Reader:
         self.deadline = 0.0
         self._buffer = b""
         self._start = 0       # what comes before it in the buffer has been read
-        self._timeout = math.inf   # as the kernel knows it
+        self._timeouts = {socket.SO_RCVTIMEO: math.inf, socket.SO_SNDTIMEO: math.inf}  # as the kernel knows them
 
     def has_bytes(self) -> bool:
         """Tell whether bytes have come that were not read yet."""
@@ -247,13 +247,27 @@ class Reader:
         except (OSError, EOFError):
             pass
 
-    def _receive(self, size: int) -> bytes:
+    def send(self, message: bytes) -> None:
+        """Send a whole message, in one piece if the kernel takes it."""
+        rest = memoryview(message)
+        while rest:
+            self._bound(socket.SO_SNDTIMEO)
+            try:
+                rest = rest[self.connection.send(rest):]
+            except BlockingIOError:
+                raise TimeoutError from None
+
+    def _bound(self, option: int) -> None:
+        """Let the next recv or send end at the deadline."""
         timeout = self.deadline - time.monotonic()
         if timeout <= 0:
             raise TimeoutError
-        if abs(timeout - self._timeout) > PRECISION:
-            set_timeout(self.connection, socket.SO_RCVTIMEO, timeout)
-            self._timeout = timeout
+        if abs(timeout - self._timeouts[option]) > PRECISION:
+            set_timeout(self.connection, option, timeout)
+            self._timeouts[option] = timeout
+
+    def _receive(self, size: int) -> bytes:
+        self._bound(socket.SO_RCVTIMEO)
         try:
             received = self.connection.recv(size)
         except BlockingIOError:

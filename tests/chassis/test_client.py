@@ -191,6 +191,12 @@ class KeptConnections(ClientTest):
             with self.subTest(what):
                 self.assertEqual(self.call_in_turn([answer, BOB], "GET", "GET"), ([b"Alice", b"Bob"], [1, 1]))
 
+    def test_an_answer_that_has_no_body_leaves_the_connection_for_the_next(self):
+        for method, answer in (("GET", b"HTTP/1.1 304 Not Modified\r\n\r\n"),
+                               ("DELETE", b"HTTP/1.1 204 No Content\r\n\r\n"), ("HEAD", CHUNKED)):
+            with self.subTest(method):
+                self.assertEqual(self.call_in_turn([answer, BOB], method, "GET"), ([b"", b"Bob"], [2]))
+
     def test_what_comes_unasked_on_an_idle_connection_never_passes_for_the_next_answer(self):
         stub, go_on = Stub(ALICE), threading.Event()
 
@@ -215,7 +221,8 @@ class KeptConnections(ClientTest):
                                      ([b"Alice", b"Bob"], [2, 1]))
 
     def test_it_is_sent_twice_at_most_and_not_once_an_answer_has_begun(self):
-        for answer, counts in [(Last(b""), [2, 1]), (Last(OK), [2])]:
+        cut_body = Last(OK + b"Content-Length: 5\r\n\r\nAli")
+        for answer, counts in [(Last(b""), [2, 1]), (Last(OK), [2]), (cut_body, [2])]:
             with self.subTest(answer):
                 self.assertEqual(self.call_in_turn([ALICE, answer], "GET", "GET"), ([b"Alice", BadGateway], counts))
 
@@ -300,6 +307,22 @@ class Trouble(ClientTest):
                     Client(timeout=0.3).call(users, "GET", "/users")
                 self.assertEqual(raised.exception.members, {"service": "users"})
                 self.assertTrue(0.25 < time.monotonic() - started < 1.5)
+
+    def test_a_request_that_is_not_taken_in_time_is_a_gateway_timeout(self):
+        over = threading.Event()
+        self.addCleanup(over.set)
+
+        def take_nothing(connection: socket.socket) -> None:
+            over.wait(PATIENCE)
+
+        def take_crumbs(connection: socket.socket) -> None:
+            while connection.recv(65536) and not over.wait(0.1):
+                pass
+        for taker in (take_nothing, take_crumbs):
+            with self.subTest(taker.__name__):
+                users, started = self.serve(taker), time.monotonic()
+                self.assertRaises(GatewayTimeout, self.call, users, "POST", body=bytes(2**24), timeout=0.3)
+                self.assertLess(time.monotonic() - started, 1.5)
 
     def test_a_call_may_have_a_timeout_of_its_own(self):
         users, started = self.trickle(b"", b""), time.monotonic()

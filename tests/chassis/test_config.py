@@ -46,7 +46,8 @@ class ConfigTest(unittest.TestCase):
         for name, text in (("port", "x"), ("port", "65536"), ("port", "-1"), ("port", "٣"), ("workers", "0"),
                            ("timeout", "0"), ("timeout", "nan"), ("timeout", "-3"), ("host", "a b"),
                            ("users-url", "localhost:3001"), ("users-url", "ftp://a"), ("users-url", "http://a:x"),
-                           ("users-url", "http://a/path"), ("users-url", "http://a,"), ("users-url", "http://a:0")):
+                           ("users-url", "http://a/path"), ("users-url", "http://a,"), ("users-url", "http://a..b:80"),
+                            ("users-url", "http://a:0")):
             with self.subTest(name, text=text):
                 twin = f"MICROSHOP_{name.upper().replace('-', '_')}"
                 self.assertIn(f"--{name}: {text!r} ", self.refuse(f"--{name}={text}"))

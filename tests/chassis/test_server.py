@@ -273,8 +273,8 @@ class ConnectionTest(ServerTest):
         class Spy(ThingsHandler):
             def setup(self):
                 super().setup()
-                writer = self.wfile.write
-                self.wfile.write = lambda data: writes.append(data) or writer(data)
+                send = self.stream.send
+                self.stream.send = lambda data: writes.append(data) or send(data)
 
         with mock.patch.object(self.service, "RequestHandlerClass", Spy):
             exchange(self.port, GET + GET)
@@ -315,7 +315,7 @@ class ConnectionTest(ServerTest):
     def test_a_client_that_is_gone_before_it_is_served_leaves_no_traceback(self):
         with mock.patch("sys.stderr", io.StringIO()) as log:
             for fault, told in ((OSError, False), (RuntimeError, True)):
-                with mock.patch.object(wire, "set_timeout", side_effect=fault), Wire(self.port) as connection:
+                with mock.patch.object(wire, "Stream", side_effect=fault), Wire(self.port) as connection:
                     self.assertTrue(connection.is_closed())
                 self.service.log.flush()
                 self.assertEqual("Traceback" in log.getvalue(), told)

@@ -27,21 +27,21 @@ class Narrow(socket.socket):
 
 @contextlib.contextmanager
 def connected(kind=socket.socket):
-    """Yield a peer's socket, and a Reader of what it sends."""
+    """Yield a peer's socket, and a Stream of what it sends."""
     peer, own = socket.socketpair()
     with peer, kind(fileno=own.detach()) as own:
         peer.settimeout(PATIENCE)
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
         own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 18)
-        wire.set_timeout(own, socket.SO_RCVTIMEO, PATIENCE)  # a Reader that sets none shall fail, not hang
-        reader = wire.Reader(own)
+        wire.set_timeout(own, socket.SO_RCVTIMEO, PATIENCE)  # a Stream that sets none shall fail, not hang
+        reader = wire.Stream(own)
         reader.deadline = time.monotonic() + PATIENCE
         yield peer, reader
 
 
 @contextlib.contextmanager
 def incoming(data, kind=socket.socket, ended=True):
-    """Yield a Reader of a peer that has sent `data`, and half-closed unless more is to be expected."""
+    """Yield a Stream of a peer that has sent `data`, and half-closed unless more is to be expected."""
     with connected(kind) as (peer, reader):
         peer.sendall(data)
         if ended:
@@ -344,7 +344,7 @@ class SpoiltRequestTest(WireTest):
         self.assertTrue(all(outcomes[name] > 200 for name in ("accepted", "refused", "short")), outcomes)
 
 
-class ReaderTest(WireTest):
+class StreamTest(WireTest):
     def test_pipelined_requests_come_out_one_after_another_even_byte_by_byte(self):
         for kind in (socket.socket, Narrow):
             with incoming(b"".join(REQUESTS), kind) as reader:
