@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from microshop.chassis import config
 
 KILL_WAIT = 5.0      # seconds from the wish to end until what still runs is killed
+SERVICE_WAIT = 1.0   # seconds of these that services get although a gateway hangs
 RESTART_WAIT = 0.5   # seconds before a child that died is started again
 TICK = 0.1           # seconds between looks at the clock and the signals
 MAX_LINE = 2**20     # bytes of a line that are shown without waiting for its end
@@ -91,25 +92,22 @@ class Supervisor:
 
     def run(self) -> int:
         """Start all, serve, stop all; return the exit status."""
-        signal.signal(signal.SIGINT, self._on_signal)
-        signal.signal(signal.SIGTERM, self._on_signal)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self._on_signal)
         try:
             while not self.stop_by or any(child.process for child in self.children):
                 self._decide()
                 self._take_event()
-        except KeyboardInterrupt:
-            self.status = 128 + signal.SIGINT
         finally:
             self._kill_children()
-            for child in self.children:
-                if child.process:
-                    child.process.wait()
         return self.status
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self.signals += 1
-        if self.signals > 1:
-            raise KeyboardInterrupt  # who asks twice does not want to wait
+        if self.signals > 1:  # who asks twice does not want to wait
+            self.status = 128 + number
+            self._kill_children()
 
     def _decide(self) -> None:
         if self.signals and not self.stop_by:
@@ -181,17 +179,16 @@ class Supervisor:
     def _read(self, child: Child, process: subprocess.Popen) -> None:
         """Put what a child prints into the queue, in whole lines, and then its end."""
         rest = b""
-        while chunk := os.read(process.stdout.fileno(), 2**16):
-            lines, newline, rest = (rest + chunk).rpartition(b"\n")
-            if len(rest) > MAX_LINE:
-                lines, newline, rest = lines + newline + rest, b"\n", b""
-            if newline:
-                self.events.put(Event(child, lines))
-        if rest:
-            self.events.put(Event(child, rest))
-        process.stdout.close()
-        process.stdin.close()
-        self.events.put(Event(child, status=process.wait()))
+        with process:  # which at its end closes the pipes and waits
+            while chunk := os.read(process.stdout.fileno(), 2**16):  # type: ignore[union-attr]
+                lines, newline, rest = (rest + chunk).rpartition(b"\n")
+                if len(rest) > MAX_LINE:
+                    lines, newline, rest = lines + newline + rest, b"\n", b""
+                if newline:
+                    self.events.put(Event(child, lines))
+            if rest:
+                self.events.put(Event(child, rest))
+        self.events.put(Event(child, status=process.returncode))
 
     def _stop(self, why: str) -> None:
         self._say(why)
@@ -200,12 +197,11 @@ class Supervisor:
     def _end_children(self) -> None:
         """Tell the gateways to end; and when they have, the services, which their last requests needed."""
         for group in (self.gateways, self.services):
-            running = [child for child in group if child.process]
-            for child in running:
-                if not child.told_to_end:
+            for child in group:
+                if child.process and not child.told_to_end:
                     child.told_to_end = True
                     child.process.terminate()
-            if running:
+            if any(child.process for child in group) and time.monotonic() < self.stop_by - SERVICE_WAIT:
                 return
 
     def _kill_children(self) -> None:
@@ -225,7 +221,7 @@ class Supervisor:
         try:
             sys.stdout.buffer.write(b"".join([prefix.encode() + line + b"\n" for line in lines.split(b"\n")]))
             sys.stdout.flush()
-        except BrokenPipeError:  # nobody reads us any more
+        except OSError:  # nobody can read us any more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             self.signals = max(self.signals, 1)
 
@@ -244,6 +240,7 @@ def refuse_taken_port(child: Child) -> None:
 def main() -> None:
     """Read the settings, then run the shop; exit with its status."""
     settings = config.read("microshop.run_all", OPTIONS, check)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it was closed
     with tempfile.TemporaryDirectory(prefix="microshop-") as folder:
         if settings.fresh:
             settings.data = Path(folder)

@@ -119,12 +119,12 @@ def running(service: type, **settings: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def process(*arguments: str, **environment: str) -> Iterator["Process"]:
-    """Run `python -m ...` as a person would; it is killed at the end if it still runs."""
+    """Run `python -m ...` as a person would; it is ended at the end if it still runs."""
     child = Process(*arguments, **environment)
     try:
         yield child
     finally:
-        child.kill()
+        child.close()
 
 
 class Process:
@@ -176,9 +176,13 @@ class Process:
         self._reader.join(PATIENCE)
         return status
 
-    def kill(self) -> None:
-        self.popen.kill()
-        self.status()
+    def close(self) -> None:
+        """End it, by force if need be."""
+        try:
+            self.stop()
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            self.status()
         self.popen.stdout.close()
 
 

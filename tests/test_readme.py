@@ -21,7 +21,7 @@ class ReadmeTest(unittest.TestCase):
         printed, = (printed for command, printed in COMMANDS if command == "python -m microshop.run_all")
         with process("microshop.run_all", "--fresh", "--port", "0") as shop:
             shop.wait_for("ready in")
-            lines = shop.lines
+            lines = shop.lines.copy()
         promised = printed.strip().split("\n")
         self.assertEqual(len(lines), len(promised))
         for line in promised[:-1]:  # the services may be quicker than each other

@@ -16,7 +16,10 @@ import time
 import unittest
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
+from microshop import run_all
+from microshop.run_all import Child, Supervisor
 from tests.helpers import PATIENCE, TOP, Process, Wire, ask, process
 
 SEED = {case["path"]: case["body"] for case in json.loads((TOP / "tests" / "golden.json").read_text())["cases"]
@@ -73,7 +76,9 @@ class Shop(Process):
 
     def kill(self) -> None:
         known = self.children()  # on a port that was free for any, only their parent tells whose they are
-        super().kill()
+        self.popen.kill()
+        self.status()
+        self.popen.stdout.close()
         for pid in {*known, *self.children()}:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -200,17 +205,37 @@ class EndTest(ShopTestCase):
         self.assertRegex("\n".join(shop.lines), r"(?m)^users .* POST /users 4")
         self.assert_nothing_is_left(shop)
 
-    def test_a_second_ctrl_c_ends_it_at_once(self):
+    def test_more_than_one_ctrl_c_ends_it_at_once(self):
         shop = self.open("--fresh")
         self.hang_request(shop)
         os.killpg(shop.popen.pid, signal.SIGINT)
         shop.wait_for(r"^run_all .*stopping")
         began = time.monotonic()
-        os.killpg(shop.popen.pid, signal.SIGINT)
+        for _ in range(5):
+            os.killpg(shop.popen.pid, signal.SIGINT)
         self.assertEqual(shop.status(), 130)
         self.assertLess(time.monotonic() - began, SOON)
         self.assertNotIn("Traceback", "".join(shop.lines))
         self.assert_nothing_is_left(shop)
+
+    def test_a_terminal_that_is_closed_ends_it(self):
+        shop = self.open("--fresh")
+        self.assertEqual(shop.stop(signal.SIGHUP), 0)
+        self.assert_nothing_is_left(shop)
+
+    def test_a_gateway_that_hangs_does_not_cost_the_services_their_clean_end(self):
+        gateway, users = (Child(name, name, "127.0.0.1", 0, [], []) for name in ("gateway", "users"))
+        gateway.process, users.process = mock.Mock(), mock.Mock()
+        supervisor = Supervisor([users], [gateway])
+        for left, told in ((run_all.KILL_WAIT, False), (run_all.SERVICE_WAIT - 0.1, True)):
+            supervisor.stop_by = time.monotonic() + left
+            supervisor._decide()
+            self.assertTrue(gateway.process.terminate.called)
+            self.assertEqual(users.process.terminate.called, told)
+            self.assertFalse(users.process.kill.called)
+        supervisor.stop_by = time.monotonic() - 0.1
+        supervisor._decide()
+        self.assertTrue(gateway.process.kill.called and users.process.kill.called)
 
     def test_the_children_of_a_killed_supervisor_end_by_themselves(self):
         shop = self.open("--fresh")

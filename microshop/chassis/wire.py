@@ -277,12 +277,10 @@ class Stream:
         return received
 
     def _read_exactly(self, size: int) -> bytes:
-        body = self._buffer[self._start:self._start + size]
+        body = bytearray(self._buffer[self._start:self._start + size])
         self._start += len(body)
-        if len(body) < size:
-            body = bytearray(body)
-            while len(body) < size:
-                body += self._receive(min(size - len(body), RECEIVE_SIZE))
+        while len(body) < size:
+            body += self._receive(min(size - len(body), RECEIVE_SIZE))
         return bytes(body)
 
     def _read_chunks(self, limit: int) -> bytes:

@@ -19,10 +19,13 @@ LIMIT = 100     # bytes of a body, where a test needs a limit
 
 
 class Narrow(socket.socket):
-    """A socket from which bytes come one by one."""
+    """A socket on which bytes come and go one by one."""
 
     def recv(self, size):
         return super().recv(1)
+
+    def send(self, data):
+        return super().send(data[:1])
 
 
 @contextlib.contextmanager
@@ -33,7 +36,8 @@ def connected(kind=socket.socket):
         peer.settimeout(PATIENCE)
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
         own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 18)
-        wire.set_timeout(own, socket.SO_RCVTIMEO, PATIENCE)  # a Stream that sets none shall fail, not hang
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            wire.set_timeout(own, option, PATIENCE)  # a Stream that sets none shall fail, not hang
         reader = wire.Stream(own)
         reader.deadline = time.monotonic() + PATIENCE
         yield peer, reader
@@ -220,8 +224,8 @@ class UnderstoodHeadTest(WireTest):
     def test_connection_is_a_list_of_options(self):
         for version, value, alive in [
                 ("HTTP/1.1", None, True), ("HTTP/1.1", "close, Foo", False), ("HTTP/1.1", "foo ,\tCLOSE", False),
-                ("HTTP/1.1", "closed", True), ("HTTP/1.1", "keep-alive, close", False), ("HTTP/1.0", None, False),
-                ("HTTP/1.0", "Keep-Alive", True), ("HTTP/1.0", "foo,keep-alive", True), ("HTTP/1.0", "foo", False)]:
+                ("HTTP/1.1", "closed, \xa0close", True), ("HTTP/1.1", "keep-alive, close", False),
+                ("HTTP/1.0", None, False), ("HTTP/1.0", "Keep-Alive", True), ("HTTP/1.0", "foo,keep-alive", True), ("HTTP/1.0", "foo", False)]:
             with self.subTest(version=version, value=value):
                 fields = wire.Fields([("Connection", value)] if value else [])
                 self.assertIs(alive, wire.keeps_alive(version, fields))
@@ -456,6 +460,19 @@ class WritingTest(WireTest):
             for line, field in [("/", ("Name", text)), ("/", (text, "Ada")), (f"/{text}", ("Name", "Ada"))]:
                 with self.subTest(line=line, field=field), self.assertRaises(ValueError):
                     wire.format_head(f"GET {line} HTTP/1.1", [field])
+
+    def test_a_message_is_sent_whole_even_byte_by_byte(self):
+        with connected(Narrow) as (peer, stream):
+            stream.send(REQUESTS[0])
+            stream.connection.shutdown(socket.SHUT_WR)
+            self.assertEqual(REQUESTS[0], peer.makefile("rb").read())
+
+    def test_sending_to_a_peer_that_takes_nothing_is_cut_by_the_deadline(self):
+        with connected() as (_, stream):
+            began = time.monotonic()
+            stream.deadline = began + 0.1
+            self.assertRaises(TimeoutError, stream.send, bytes(1 << 24))
+            self.assertTrue(0.05 < time.monotonic() - began < 1.0)
 
     def test_a_timeout_bounds_a_call_and_zero_is_not_for_ever(self):
         for seconds in (0.01, 0):
