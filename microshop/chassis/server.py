@@ -260,17 +260,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def format_answer(self, answer: Answer) -> tuple[int, bytes]:
         """Return an answer's status and its bytes. Raises ValueError where it cannot be written."""
+        if not isinstance(answer.body, bytes):
+            answer = self._represent(answer)
         body, status, headers = answer.body, int(answer.status), list(answer.headers)
-        if not isinstance(body, bytes):
-            body = encode(body).encode()
-            if status == 200 and self.command in ("GET", "HEAD"):
-                tag = f'"{hashlib.blake2b(body, digest_size=8).hexdigest()}"'
-                headers.append(("ETag", f"W/{tag}"))
-                known = self.headers.get("if-none-match", "")
-                if tag in known or known == "*":  # RFC 9110 13.1.2
-                    status, body = 304, b""
-            if status == 200 or status == 201:
-                headers.append(("Content-Type", "application/json; charset=utf-8"))
         names = [name.lower() for name, _ in headers]
         if status not in (204, 304) and "content-length" not in names and (body or self.command != "HEAD"):
             headers.append(("Content-Length", str(len(body))))
@@ -285,6 +277,19 @@ class Handler(BaseHTTPRequestHandler):
         phrase = self.responses.get(status, ("",))[0]
         head = wire.format_head(f"HTTP/1.1 {status} {phrase}", headers)
         return status, head if self.command == "HEAD" else head + body
+
+    def _represent(self, answer: Answer) -> Answer:
+        """Turn a JSON value into bytes; into none if the client has the very same (RFC 9110 section 13.1.2)."""
+        body, headers = encode(answer.body).encode(), list(answer.headers)
+        if answer.status == 200 and self.command in ("GET", "HEAD"):
+            tag = f'"{hashlib.blake2b(body, digest_size=8).hexdigest()}"'
+            headers.append(("ETag", f"W/{tag}"))
+            known = self.headers.get("if-none-match", "")
+            if tag in known or known == "*":
+                return Answer(b"", 304, headers)
+        if all(name != "Content-Type" for name, _ in headers):
+            headers.append(("Content-Type", "application/json; charset=utf-8"))
+        return Answer(body, answer.status, headers)
 
     # --- from a request to a route
 

@@ -405,6 +405,7 @@ class EndTest(unittest.TestCase):
             connection.send(b"GET /health HTTP/1.1\r\nHost: shop\r\n\r\n")
             answer = connection.read()
             self.assertEqual((answer.status, answer.json["status"]), (503, "draining"))
+            self.assertEqual(answer.headers["content-type"], "application/json; charset=utf-8")
 
     def test_a_request_that_never_ends_does_not_hold_the_end_up_for_ever(self):
         with mock.patch.object(server, "GRACE", 0.05):
