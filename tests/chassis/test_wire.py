@@ -224,8 +224,8 @@ class UnderstoodHeadTest(WireTest):
     def test_connection_is_a_list_of_options(self):
         for version, value, alive in [
                 ("HTTP/1.1", None, True), ("HTTP/1.1", "close, Foo", False), ("HTTP/1.1", "foo ,\tCLOSE", False),
-                ("HTTP/1.1", "\xa0close", True), ("HTTP/1.1", "keep-alive, close", False),
-                ("HTTP/1.0", None, False), ("HTTP/1.0", "Keep-Alive", True), ("HTTP/1.0", "foo,keep-alive", True), ("HTTP/1.0", "foo", False)]:
+                ("HTTP/1.1", "\xa0close", True), ("HTTP/1.1", "keep-alive, close", False), ("HTTP/1.0", None, False),
+                ("HTTP/1.0", "Keep-Alive", True), ("HTTP/1.0", "foo,keep-alive", True), ("HTTP/1.0", "foo", False)]:
             with self.subTest(version=version, value=value):
                 fields = wire.Fields([("Connection", value)] if value else [])
                 self.assertIs(alive, wire.keeps_alive(version, fields))
