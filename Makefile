@@ -21,8 +21,9 @@ bench:
 
 lint:
 	$(PYTHON) -m compileall -q microshop tests
-	@if command -v ruff >/dev/null; then ruff check --line-length 120 --select E,F,W,B,UP --ignore E701,B006 microshop tests; fi
-	@if command -v mypy >/dev/null; then mypy microshop; fi
+	@if command -v ruff >/dev/null; then ruff check --line-length 120 --select E,F,W,B,UP --ignore E701 microshop tests; \
+		else echo "ruff is not here"; fi
+	@if command -v mypy >/dev/null; then mypy microshop; else echo "mypy is not here"; fi
 
 clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

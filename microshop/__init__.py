@@ -25,5 +25,6 @@ The life of GET /users/1, from the client and back:
   6. both       a line in the access log, with the same request id
 
 A handler returns its answer or raises a chassis.errors.ServiceError; it never writes.
+A "Law" in a module's first docstring says what may not stand there; tests/test_laws.py holds it to that.
 To read it all, begin with users.py; then server.py, wire.py, client.py and gateway.py; then run_all.py.
 """

@@ -50,7 +50,7 @@ class GatewayHandler(Handler):
         named = reply.fields.tokens("connection")
         passed = [(name, value) for name, value in reply.fields.pairs
                   if (key := name.lower()) not in NOT_ANSWERED and key not in named]
-        if self.command == "HEAD" and "content-length" in reply.fields:  # the length of what GET would answer
+        if self.command == "HEAD" and "content-length" in reply.fields and reply.status != 204:  # what GET would send
             passed.append(("Content-Length", reply.fields["content-length"]))
         return Answer(reply.body, reply.status, [*passed, ("Via", via(reply.version))])
 
@@ -88,7 +88,7 @@ class Gateway(Service):
         config.HOST, config.QUIET,
         config.Setting("timeout", config.seconds, "5", "seconds for a service to answer"),
         config.Setting("reuse-port", config.switch, "", "share the port with other gateway processes"),
-        *[config.Setting(f"{name}-url", config.base_urls, url, f"where {name} is; several copies comma-separated")
+        *[config.Setting(f"{name}-url", config.base_urls, url, f"base URL of the {name} service, or of its copies")
           for name, url in SERVICES.items()]]
 
     def __init__(self, settings: Namespace):

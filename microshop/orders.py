@@ -12,7 +12,7 @@ from microshop.chassis.server import Answer, Handler, Service
 
 STATES = ("pending", "confirmed", "rejected", "cancelling", "cancelled")
 
-SCHEMA = [[  # version 1; `listed` is what a collection shows when no status is asked for
+SCHEMA = [[  # the statements of version 1; `listed` is what a collection shows when no status is asked for
     f"""CREATE TABLE orders (
             id INTEGER PRIMARY KEY AUTOINCREMENT,
             userId INTEGER NOT NULL,
@@ -30,9 +30,9 @@ SCHEMA = [[  # version 1; `listed` is what a collection shows when no status is 
 
 def find_orders(database: Database, status: str | None, page: Page) -> list[dict]:
     """Return the summaries of a page, and one more where more follow: all but the rejected, or those of a status."""
-    among = "id IN (SELECT value FROM json_each(:ids)) AND" if page.ids else ""
-    having = "status = :status" if status else "status != 'rejected'"
-    return database.rows(f"SELECT id, userId, productId FROM orders WHERE {among} {having} AND id > :after "
+    chosen = "id IN (SELECT value FROM json_each(:ids)) AND" if page.ids else ""
+    listed = "status = :status" if status else "status != 'rejected'"
+    return database.rows(f"SELECT id, userId, productId FROM orders WHERE {chosen} {listed} AND id > :after "
                          "ORDER BY id LIMIT :limit + 1", {**page._asdict(), "status": status})
 
 

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 from microshop.chassis import config
 
-KILL_WAIT = 5.0      # seconds from the wish to end until what still runs is killed
-SERVICE_WAIT = 1.0   # seconds of these that services get although a gateway hangs
+KILL_WAIT = 5.0      # seconds after the order to stop in which a child must end, or is killed
+SERVICE_WAIT = 1.0   # seconds of these that are left to the services even if a gateway hangs
 RESTART_WAIT = 0.5   # seconds before a child that died is started again
 TICK = 0.1           # seconds between looks at the clock and the signals
 MAX_LINE = 2**20     # bytes of a line that are shown without waiting for its end
@@ -33,9 +33,11 @@ COLOURS = {"users": 32, "products": 33, "orders": 35}  # of a terminal; the othe
 
 OPTIONS = [
     config.Setting("host", config.host, "127.0.0.1", f"address of the gateway; the services stay on {SERVICE_HOST}"),
-    config.Setting("port", config.port, "3000", "port of the gateway, the services take the next three; 0: free ones"),
+    config.Setting("port", config.port, "3000",
+                   "port of the gateway, the services have the next three; 0 picks free ones"),
     config.DATA,
-    config.Setting("fresh", config.switch, "", "keep the data in a temporary folder that goes at the end"),
+    config.Setting("fresh", config.switch, "",
+                   "use a temporary data folder, whatever --data says; it goes at the end"),
     config.Setting("workers", config.count, "1", "gateway processes that share the one port"),
     config.QUIET,
 ]
@@ -83,7 +85,7 @@ class Supervisor:
 
     def __init__(self, services: list[Child], gateways: list[Child]):
         self.services, self.gateways, self.children = services, gateways, services + gateways
-        self.events: queue.Queue[Event] = queue.Queue(maxsize=1000)  # who prints faster than we do has to wait
+        self.events: queue.Queue[Event] = queue.Queue(maxsize=1000)  # a child that prints faster than we do blocks
         self.signals = 0
         self.status = 0
         self.stop_by = 0.0  # when what still runs is killed; 0 until the shop is to end
@@ -101,6 +103,7 @@ class Supervisor:
                 self._take_event()
         finally:
             self._kill_children()
+        self._say("stopped")
         return self.status
 
     def _on_signal(self, number: int, frame: Any) -> None:
@@ -143,9 +146,10 @@ class Supervisor:
         child.process = None
         if self.stop_by:
             return
-        ended = f"{child.name} ended with exit status {status if status >= 0 else 128 - status}"
+        ended = f"{child.name} ended with exit status {status}" if status >= 0 else (
+            f"{child.name} was killed by signal {-status} (exit status {128 - status})")
         if not child.url:
-            self.status = 1
+            self.status = 2 if status == 2 else 1  # a bad setting is one of ours, handed on
             self._stop(f"{ended} before it listened; stopping")
         else:
             child.start_at = time.monotonic() + RESTART_WAIT
@@ -167,7 +171,7 @@ class Supervisor:
         """Keep a child's threads on one core, where the system lets us choose.
 
         The interpreter's lock lets one of them run at a time anyway. On several cores each change of turn is
-        an interrupt from one to another, and a busy service answers a half of what it answers on one.
+        an interrupt from one to another, and a busy service answers half of what it answers on one.
         """
         if hasattr(os, "sched_setaffinity"):
             cores, group = sorted(os.sched_getaffinity(0)), self.gateways
@@ -226,15 +230,16 @@ class Supervisor:
             self.signals = max(self.signals, 1)
 
 
-def refuse_taken_port(child: Child) -> None:
-    """Exit with status 1 where a child cannot have its port: before any is started."""
+def try_port(child: Child) -> None:
+    """Listen for a moment where a child will. Exits with status 1 if that fails: before any child is started."""
     family = socket.AF_INET6 if ":" in child.host else socket.AF_INET
     try:
         socket.create_server((child.host, child.port), family=family).close()
     except OSError as error:
-        reason = "is already in use" if error.errno == errno.EADDRINUSE else f"cannot be had: {error.strerror}"
-        sys.exit(f"run_all: port {child.port}, which {child.name} needs on {child.host}, {reason}; "
-                 "stop what holds it, or choose another --port")
+        if error.errno == errno.EADDRINUSE:
+            sys.exit(f"run_all: port {child.port}, which {child.name} needs on {child.host}, is already in use; "
+                     "stop what holds it, or choose another --port")
+        sys.exit(f"run_all: {child.name} cannot listen on port {child.port} of {child.host}: {error.strerror}")
 
 
 def main() -> None:
@@ -246,7 +251,7 @@ def main() -> None:
             settings.data = Path(folder)
         services, gateways = plan_children(settings)
         for child in [gateways[0], *services]:
-            refuse_taken_port(child)
+            try_port(child)
         status = Supervisor(services, gateways).run()
     sys.exit(status)
 

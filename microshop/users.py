@@ -10,7 +10,7 @@ from microshop.chassis.database import Database
 from microshop.chassis.errors import NotFound
 from microshop.chassis.server import Answer, Handler, Service
 
-SCHEMA = [[  # version 1
+SCHEMA = [[  # the statements of version 1
     "CREATE TABLE users (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL)",
     "INSERT INTO users VALUES (1, 'Alice'), (2, 'Bob')",
 ]]
@@ -20,8 +20,8 @@ SCHEMA = [[  # version 1
 
 def find_users(database: Database, page: Page) -> list[dict]:
     """Return the summaries of a page, and one more where more follow."""
-    among = "id IN (SELECT value FROM json_each(:ids)) AND" if page.ids else ""
-    return database.rows(f"SELECT id, name FROM users WHERE {among} id > :after ORDER BY id LIMIT :limit + 1",
+    chosen = "id IN (SELECT value FROM json_each(:ids)) AND" if page.ids else ""
+    return database.rows(f"SELECT id, name FROM users WHERE {chosen} id > :after ORDER BY id LIMIT :limit + 1",
                          page._asdict())
 
 

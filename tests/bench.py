@@ -2,12 +2,13 @@
 
 Others: the textbook's version (tests/textbook.py) and the Express seed, where node is there and FOLDER holds
 it with its node_modules. Each measurement is done in ROUNDS turns, one system after another, and the median
-counts: so the ratios hold although the machine's speed drifts. Nothing here can fail; it prints.
+counts: so the ratios hold although the machine's speed drifts. It judges nothing; it prints.
 """
 import argparse
 import contextlib
 import json
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -124,6 +125,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
     parser.add_argument("--seed", type=Path, default=TOP.parent / "shared" / "seed", help="folder of the Express seed")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended
     with contextlib.ExitStack() as stack:
         ports, supervisor, took = stack.enter_context(microshop("--fresh"))
         print(f"microshop is ready after {took:.2f} s; its five processes hold {memory_of(supervisor):.0f} MiB\n")

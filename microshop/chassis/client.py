@@ -14,7 +14,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from microshop.chassis import wire
-from microshop.chassis.errors import BadGateway, GatewayTimeout, ServiceError
+from microshop.chassis.errors import BadGateway, BadRequest, GatewayTimeout, ServiceError
 
 MAX_ANSWER = 8 * 1024 * 1024   # bytes of an answer's body
 MAX_IDLE = 128                 # connections kept for later, per address
@@ -40,7 +40,7 @@ class Upstream:
 
 
 class Client:
-    """Calls services; answers late after `timeout` seconds."""
+    """Calls services, and gives up after `timeout` seconds."""
 
     def __init__(self, timeout: float):
         self.timeout = timeout
@@ -166,6 +166,8 @@ class _Connection:
         with self._closed_on_failure():
             response = wire.parse_response(self.stream.read_head())
             while response.status < 200:  # interim answers, RFC 9110 15.2
+                if response.status == 101:
+                    raise BadRequest("it switches protocols, which nobody asked for")
                 response = wire.parse_response(self.stream.read_head())
             status, version, fields, length = response
             ends_itself = True

@@ -1,9 +1,10 @@
 """Settings: a flag wins over its environment twin, which wins over the default.
 
 `--data` and MICROSHOP_DATA are one setting. Law: read once, in main(); nothing else looks at the
-environment. A bad value ends the process with one line that names it, exit status 2.
+environment but the supervisor, to hand it on. A bad value ends the process with one line that names it, exit status 2.
 """
 import argparse
+import ipaddress
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -58,14 +59,21 @@ def base_urls(text: str) -> list[str]:
     """Parse base URLs, comma-separated: the copies of one service."""
     urls = [url.strip().removesuffix("/") for url in text.split(",")]
     for url in urls:
-        match = re.fullmatch(rf"http://(?:{LABEL}(?:\.{LABEL})*|\[[0-9A-Fa-f:.]+\])(?::([0-9]{{1,5}}))?", url)
-        if not match or int(match[1] or 80) not in range(1, 65536):
+        match = re.fullmatch(rf"http://(?:{LABEL}(?:\.{LABEL})*|\[([0-9A-Fa-f:.]+)\])(?::([0-9]{{1,5}}))?", url)
+        if not match or int(match[2] or 80) not in range(1, 65536):
             raise ValueError("is no base URL like http://localhost:3001 (several: comma-separated)")
+        ipaddress.IPv6Address(match[1] or "::")  # its ValueError says what is wrong
     return urls
 
 
+def folder(text: str) -> Path:
+    if not text:
+        raise ValueError("is no folder")
+    return Path(text)
+
+
 HOST = Setting("host", host, "127.0.0.1", "address to listen on")
-DATA = Setting("data", Path, "data", "folder of the database files")
+DATA = Setting("data", folder, "data", "folder of the database files")
 QUIET = Setting("quiet", switch, "", "write no access log")
 
 

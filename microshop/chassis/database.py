@@ -30,9 +30,10 @@ class Database:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.connection().execute("PRAGMA journal_mode = WAL")
             self._upgrade(versions)
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, DatabaseUnusable) as error:
             self.close()
-            raise DatabaseUnusable(f"cannot use {path}: {error}; mend or move it, or choose another --data") from error
+            reason = f"{path.parent} is not a folder" if isinstance(error, FileExistsError) else error
+            raise DatabaseUnusable(f"cannot use {path}: {reason}; mend or move it, or choose another --data") from error
 
     def connection(self) -> sqlite3.Connection:
         """Return this thread's connection, opened at its first use."""
@@ -76,8 +77,7 @@ class Database:
         with self.transaction() as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version > len(versions):
-                raise DatabaseUnusable(f"cannot use {self.path}: a newer microshop wrote it (schema {version}, "
-                                       f"this one knows {len(versions)}); update, or choose another --data")
+                raise DatabaseUnusable(f"a newer microshop wrote it (schema {version}, this one knows {len(versions)})")
             for statement in (statement for statements in versions[version:] for statement in statements):
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {len(versions)}")

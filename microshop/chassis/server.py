@@ -6,10 +6,12 @@ or slowly is replaced here; the comments say why.
 
 Law: services write to no socket; they return. Nothing here knows what a route is about.
 """
+import contextlib
 import hashlib
 import os
 import random
 import re
+import select
 import signal
 import socket
 import socketserver
@@ -38,7 +40,7 @@ HEAD_TIME = 10.0     # seconds for a whole head, from its first byte
 BODY_TIME = 10.0     # seconds for a whole body
 SEND_TIME = 10.0     # seconds for a client to take a whole answer
 GRACE = 4.0          # seconds for requests in flight when the process ends
-POLL = 0.1           # seconds after which the accept loop notices that it shall end
+POLL = 0.1           # seconds after which the accept loop notices that it should end
 
 ID = "([1-9][0-9]{0,15})"
 REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,64}")
@@ -66,7 +68,7 @@ class Service(ThreadingHTTPServer):
     title = "Service"
     port = 0
     handler: type["Handler"]
-    schema: Sequence[Sequence[str]] = ()     # see Database; none where a process owns no data
+    schema: Sequence[Sequence[str]] = ()     # its versions, see Database; none where a process owns no data
     options: Sequence[config.Setting] = (config.HOST, config.DATA, config.QUIET)
 
     request_queue_size = 1024                # the default, 5, turns clients away that come together
@@ -75,7 +77,7 @@ class Service(ThreadingHTTPServer):
     def __init__(self, settings: Namespace):
         self.settings = settings
         self.draining = False
-        self.connections: set[Handler] = set()
+        self.connections: dict[socket.socket, bool] = {}  # those open, and whether each is busy with a request
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         self.allow_reuse_port = getattr(settings, "reuse_port", False)
         super().__init__((settings.host, settings.port), self.handler)
@@ -119,9 +121,16 @@ class Service(ThreadingHTTPServer):
             threading.Thread(target=self._stop_at_end_of_input, daemon=True).start()
         print(f"{self.title} listening at {self.url}", flush=True)
         self.serve_forever(POLL)
-        self.server_close()
         self.drain()
         self.close()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections[request] = False  # noted here, and not in its thread, so that drain() overlooks none
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self.connections.pop(request, None)
+        super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), OSError):  # that a client went away is no news
@@ -138,12 +147,16 @@ class Service(ThreadingHTTPServer):
         self.shutdown()
 
     def drain(self) -> None:
-        """Close idle connections and let the busy ones finish, for GRACE seconds at most."""
+        """Stop accepting, close idle connections and let the busy ones finish, for GRACE seconds at most."""
         self.draining = True
         deadline = time.monotonic() + GRACE
-        for handler in self.connections.copy():
-            if not handler.busy:
-                handler.stop_waiting()
+        while select.select([self], [], [], 0)[0] and time.monotonic() < deadline:
+            self.handle_request()  # of a client that the kernel has let in: closing would reset it
+        self.server_close()
+        for connection, busy in list(self.connections.items()):
+            if not busy:  # then its thread sees the end of the connection, after what has come before it
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RD)
         while self.connections and time.monotonic() < deadline:
             time.sleep(0.01)
 
@@ -169,6 +182,7 @@ class Handler(BaseHTTPRequestHandler):
     rbufsize = 0                    # wire.Stream buffers
 
     def __init_subclass__(cls) -> None:
+        """Make a table of patterns of the routes; a slash at the end is the same resource, as in the seed."""
         routes = {**cls.routes, "/health": {"GET": cls.health}}
         cls._table = [(re.compile(re.sub("{[a-z_]+}", ID, path.rstrip("/")) + "/?"), methods)
                       for path, methods in routes.items()]
@@ -178,29 +192,20 @@ class Handler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.stream = wire.Stream(self.connection)
-        self.busy = False  # with a request, from its first byte to the last of its answer
-        self.server.connections.add(self)
 
     def finish(self) -> None:
-        self.server.connections.discard(self)
-        self.stream.linger()
         if self.server.schema:
             self.server.database.close()  # a connection per thread would leak descriptors otherwise
+        self.server.connections.pop(self.connection, None)
+        self.stream.linger()
         super().finish()
-
-    def stop_waiting(self) -> None:
-        """Let the thread that waits for the next request see the end of the connection."""
-        try:
-            self.connection.shutdown(socket.SHUT_RD)
-        except OSError:
-            pass  # the client was quicker
 
     def handle_one_request(self) -> None:
         """Read a request and answer it; handle() calls this until close_connection is true."""
-        self.busy, self.close_connection = False, True
+        self.server.connections[self.connection], self.close_connection = False, True
         if not self.stream.await_message(0.05 if self.server.draining else IDLE_TIME):
             return
-        self.busy, started = True, time.perf_counter()
+        self.server.connections[self.connection], started = True, time.perf_counter()
         self.command, self.path, self.request_id = "-", "-", f"{random.getrandbits(64):016x}"
         try:
             status, message = self._find_answer()
@@ -214,7 +219,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self._read_request()
         except ServiceError as error:
-            return self._describe(error)  # and close: where the next request begins is not known
+            return self._describe(error)  # close_connection stays true: where a next request begins is not known
         self.close_connection = not wire.keeps_alive(self.request_version, self.headers)
         try:
             return self.format_answer(self.dispatch())
@@ -312,7 +317,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def health(self) -> Answer:
         state = "draining" if self.server.draining else "ok"
-        return Answer({"status": state, "service": self.server.name}, 200 if state == "ok" else 503)
+        answer = Answer({"status": state, "service": self.server.name})
+        return answer if state == "ok" else answer._replace(status=503, headers=[("Retry-After", "1")])
 
     # --- what routes ask of a request
 

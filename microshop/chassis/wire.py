@@ -56,7 +56,9 @@ class Fields(dict):
         self.pairs = pairs
         for name, value in pairs:
             name, value = name.lower(), value.rstrip(" \t")
-            self[name] = f"{self[name]}, {value}" if name in self else value
+            if name in self:
+                value = f"{self[name]}{'; ' if name == 'cookie' else ', '}{value}"
+            self[name] = value
 
     def tokens(self, name: str) -> list[str]:
         """Return the members of a list field in lower case (RFC 9110 5.6.1)."""
@@ -300,7 +302,7 @@ class Stream:
             body += self._read_exactly(size)
             if self._read_exactly(2) != b"\r\n":
                 raise BadRequest("a chunk is longer than its size")
-        self._start -= 2  # with the line break of the last size, trailers end as heads do
+        self._start -= 2  # from the CRLF of that last size line on, trailers look like a head: CRLF, fields, CRLF
         parse_fields(self.read_head()[2:])
         return bytes(body)
 

@@ -250,6 +250,7 @@ class Trouble(ClientTest):
             "a chunk longer than its size": CHUNKED + b"2\r\nAlice\r\n0\r\n\r\n",
             "a chunk without a size": CHUNKED + b"\r\nAlice\r\n0\r\n\r\n",
             "a chunk of size 0x5": CHUNKED + b"0x5\r\nAlice\r\n0\r\n\r\n",
+            "an upgrade": b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
         }.items():
             with self.subTest(what):
                 self.assert_bad_gateway(self.serve(Stub(answer)), "not valid HTTP")

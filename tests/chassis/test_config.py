@@ -47,11 +47,13 @@ class ConfigTest(unittest.TestCase):
                            ("timeout", "0"), ("timeout", "nan"), ("timeout", "-3"), ("host", "a b"),
                            ("users-url", "localhost:3001"), ("users-url", "ftp://a"), ("users-url", "http://a:x"),
                            ("users-url", "http://a/path"), ("users-url", "http://a,"), ("users-url", "http://a..b:80"),
+                           ("users-url", "http://[::::]"),
                             ("users-url", "http://a:0")):
             with self.subTest(name, text=text):
                 twin = f"MICROSHOP_{name.upper().replace('-', '_')}"
                 self.assertIn(f"--{name}: {text!r} ", self.refuse(f"--{name}={text}"))
                 self.assertIn(f"{twin}: {text!r} ", self.refuse(**{twin: text}))
+        self.assertIn("--data: '' is no folder", self.refuse("--data", ""))
         self.assertIn("MICROSHOP_QUIET: 'maybe' ", self.refuse(MICROSHOP_QUIET="maybe"))
 
     def test_an_unknown_or_shortened_flag_is_named(self):

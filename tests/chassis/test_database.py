@@ -125,7 +125,7 @@ class UnusableTest(unittest.TestCase):
 
     def test_a_folder_that_is_a_file(self):
         self.path.parent.write_text("")
-        self.refuse()
+        self.assertIn(f"{self.path.parent} is not a folder", self.refuse())
 
     def test_a_file_that_is_a_folder(self):
         self.path.mkdir(parents=True)

@@ -284,8 +284,8 @@ class ConnectionTest(ServerTest):
         with Wire(self.port) as connection:
             connection.send(GET)
             connection.read()
-            handler, = self.service.connections
-            self.assertTrue(handler.connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            served, = self.service.connections
+            self.assertTrue(served.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
 
     def test_two_hundred_clients_that_come_at_once_are_all_served(self):
         with contextlib.ExitStack() as stack:
@@ -385,7 +385,6 @@ class EndTest(unittest.TestCase):
             busy.send(b"GET /wait HTTP/1.1\r\nHost: shop\r\n\r\n")
             self.assertTrue(service.waiting.acquire(timeout=PATIENCE))
             service.shutdown()
-            service.server_close()
             draining = threading.Thread(target=service.drain)
             draining.start()
             self.assertTrue(idle.is_closed())
@@ -396,6 +395,15 @@ class EndTest(unittest.TestCase):
             self.assertTrue(busy.is_closed())
             draining.join(PATIENCE)
             self.assertFalse(draining.is_alive())
+
+    def test_a_client_that_the_kernel_has_let_in_is_served(self):
+        with running(Things) as service, contextlib.ExitStack() as stack:
+            service.shutdown()  # from here on nobody accepts
+            waiting = [stack.enter_context(Wire(service.server_port)) for _ in range(20)]
+            for connection in waiting:
+                connection.send(GET)
+            service.drain()
+            self.assertEqual([connection.read().status for connection in waiting], [200] * 20)
 
     def test_health_is_503_while_it_drains(self):
         with running(Things) as service, Wire(service.server_port) as connection:
