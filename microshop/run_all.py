@@ -24,7 +24,7 @@ from microshop.chassis import config
 KILL_WAIT = 5.0      # seconds after the order to stop in which a child must end, or is killed
 SERVICE_WAIT = 1.0   # seconds of these that are left to the services even if a gateway hangs
 RESTART_WAIT = 0.5   # seconds before a child that died is started again
-TICK = 0.1           # seconds between looks at the clock and the signals
+TICK = 0.05          # seconds between looks at the clock and the signals
 MAX_LINE = 2**20     # bytes of a line that are shown without waiting for its end
 SERVICE_HOST = "127.0.0.1"
 

@@ -17,37 +17,37 @@ def pattern_of(printed: str) -> str:
 
 
 class ReadmeTest(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.shop = cls.enterClassContext(process("microshop.run_all", "--fresh", "--port", "0"))
+        cls.shop.wait_for("ready in")
+        cls.lines = cls.shop.lines.copy()
+
     def test_run_all_prints_what_is_promised(self):
         printed, = (printed for command, printed in COMMANDS if command == "python -m microshop.run_all")
-        with process("microshop.run_all", "--fresh", "--port", "0") as shop:
-            shop.wait_for("ready in")
-            lines = shop.lines.copy()
         promised = printed.strip().split("\n")
-        self.assertEqual(len(lines), len(promised))
+        self.assertEqual(len(self.lines), len(promised))
         for line in promised[:-1]:  # the services may be quicker than each other
-            self.assertTrue(any(re.fullmatch(pattern_of(line), given) for given in lines), line)
-        self.assertRegex(lines[-1], f"^{pattern_of(promised[-1])}$")
+            self.assertTrue(any(re.fullmatch(pattern_of(line), given) for given in self.lines), line)
+        self.assertRegex(self.lines[-1], f"^{pattern_of(promised[-1])}$")
 
     def test_curl_prints_what_is_promised(self):
-        tried = 0
-        with process("microshop.run_all", "--fresh", "--port", "0") as shop:
-            shop.wait_for("ready in")
-            port = shop.port("API Gateway")
-            for command, printed in COMMANDS:
-                program, *arguments = shlex.split(command)
-                if program != "curl":
-                    continue
-                with self.subTest(command):
-                    target = arguments[-1].removeprefix("localhost:3000")
-                    answer, expected = ask(port, "GET", target), printed.strip()
-                    if "-i" in arguments:
-                        head, expected = expected.split("\n\n")
-                        status, *fields = head.split("\n")
-                        self.assertEqual(int(status.split()[1]), answer.status)
-                        for name, value in (field.split(": ", 1) for field in fields):
-                            self.assertEqual(answer.headers[name.lower()], value)
-                    self.assertRegex(answer.body.decode(), f"^{pattern_of(expected)}$")
-                    tried += 1
+        tried, port = 0, self.shop.port("API Gateway")
+        for command, printed in COMMANDS:
+            program, *arguments = shlex.split(command)
+            if program != "curl":
+                continue
+            with self.subTest(command):
+                target = arguments[-1].removeprefix("localhost:3000")
+                answer, expected = ask(port, "GET", target), printed.strip()
+                if "-i" in arguments:
+                    head, expected = expected.split("\n\n")
+                    status, *fields = head.split("\n")
+                    self.assertEqual(int(status.split()[1]), answer.status)
+                    for name, value in (field.split(": ", 1) for field in fields):
+                        self.assertEqual(answer.headers[name.lower()], value)
+                self.assertRegex(answer.body.decode(), f"^{pattern_of(expected)}$")
+                tried += 1
         self.assertGreater(tried, 8)
 
     def test_make_knows_each_command_that_is_shown(self):

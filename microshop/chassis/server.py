@@ -40,7 +40,7 @@ HEAD_TIME = 10.0     # seconds for a whole head, from its first byte
 BODY_TIME = 10.0     # seconds for a whole body
 SEND_TIME = 10.0     # seconds for a client to take a whole answer
 GRACE = 4.0          # seconds for requests in flight when the process ends
-POLL = 0.1           # seconds after which the accept loop notices that it should end
+POLL = 0.05          # seconds after which the accept loop notices that it should end
 
 ID = "([1-9][0-9]{0,15})"
 REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,64}")
