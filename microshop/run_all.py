@@ -68,7 +68,7 @@ class Event(NamedTuple):
 
 def plan_children(settings: Namespace) -> tuple[list[Child], list[Child]]:
     """Return the services and the gateways that the settings ask for."""
-    first, quiet = settings.port, ["--quiet"] if settings.quiet else []
+    first, quiet = settings.port, ["--quiet"] if settings.quiet else []  # port 0 is 0 for all
     services = [Child(name, name, SERVICE_HOST, first and first + n, [], ["--data", str(settings.data), *quiet])
                 for n, name in enumerate(("users", "products", "orders"), start=1)]
     gateways = [Child("gateway", "gateway", settings.host, first, services, quiet)]

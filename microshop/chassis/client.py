@@ -91,7 +91,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
                 pass  # not a byte of an answer came
             else:
                 return self._finish(connection, request)
-        connection = _Connection(request.host, deadline - time.monotonic())
+        connection = _Connection(request.host, max(deadline - time.monotonic(), 0.001))
         connection.ask(request, deadline)
         return self._finish(connection, request)
 
