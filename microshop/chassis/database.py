@@ -41,11 +41,15 @@ class Database:
             return self._local.connection
         except AttributeError:
             connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT, isolation_level=None)
+        try:
             connection.row_factory = sqlite3.Row
             connection.execute("PRAGMA synchronous = FULL")  # WAL with less may lose a commit at power loss
             connection.execute("PRAGMA foreign_keys = ON")
-            self._local.connection = connection
-            return connection
+        except sqlite3.Error:
+            connection.close()
+            raise
+        self._local.connection = connection
+        return connection
 
     def close(self) -> None:
         """Close this thread's connection, if it has one; the last to close tidies the file up."""
