@@ -171,7 +171,7 @@ class Supervisor:
         """Keep a child's threads on one core, where the system lets us choose.
 
         The interpreter's lock lets one of them run at a time anyway. On several cores each change of turn is
-        an interrupt from one to another, and a busy service answers half of what it answers on one.
+        an interrupt from one to another, and a busy service answers less than half of what it answers on one.
         """
         if hasattr(os, "sched_setaffinity"):
             cores, group = sorted(os.sched_getaffinity(0)), self.gateways

@@ -164,10 +164,7 @@ def format_head(start_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
 
 
 def set_timeout(connection: socket.socket, option: int, seconds: float) -> None:
-    """Let the kernel bound each recv (SO_RCVTIMEO) or send (SO_SNDTIMEO), at the cost of nothing per call.
-
-    socket.settimeout() would add a poll() to each, about a tenth of this system's throughput.
-    """
+    """Let the kernel bound each recv (SO_RCVTIMEO) or send (SO_SNDTIMEO); settimeout() would add a poll() to each."""
     seconds = max(seconds, 0.001)  # zero would mean for ever
     timeval = (struct.pack("@L", int(seconds * 1000)) if os.name == "nt"
                else struct.pack("@ll", int(seconds), int(seconds % 1 * 1_000_000)))
