@@ -322,6 +322,13 @@ class RefusalTest(ShopTestCase):
                 self.assertRegex(shop.lines[0], rf"\b{first + n}\b.*\b{name}\b")
                 self.assert_nothing_is_left(shop)
 
+    def test_a_bad_setting_of_a_child_is_the_shops(self):
+        shop = Shop("--fresh", MICROSHOP_TIMEOUT="soon")
+        self.addCleanup(shop.kill)
+        self.assertEqual(shop.status(), 2)
+        self.assertRegex("\n".join(shop.lines), "(?m)^gateway .*MICROSHOP_TIMEOUT: 'soon'")
+        self.assert_nothing_is_left(shop)
+
     def test_a_child_that_cannot_start_is_heard_and_ends_the_shop(self):
         shop = Shop("--data", __file__)
         self.addCleanup(shop.kill)

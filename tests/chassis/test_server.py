@@ -405,6 +405,26 @@ class EndTest(unittest.TestCase):
             service.drain()
             self.assertEqual([connection.read().status for connection in waiting], [200] * 20)
 
+    def test_a_client_whose_thread_has_hardly_begun_is_served(self):
+        class LateHandler(ThingsHandler):
+            def setup(self):
+                self.server.waiting.release()
+                self.server.go_on.wait(PATIENCE)
+                super().setup()
+
+        with running(Things) as service, mock.patch.object(service, "RequestHandlerClass", LateHandler):
+            with Wire(service.server_port) as connection:
+                connection.send(GET)
+                self.assertTrue(service.waiting.acquire(timeout=PATIENCE))
+                service.shutdown()
+                draining = threading.Thread(target=service.drain)
+                draining.start()
+                draining.join(0.1)
+                self.assertTrue(draining.is_alive())
+                service.go_on.set()
+                self.assertEqual(connection.read().status, 200)
+                draining.join(PATIENCE)
+
     def test_health_is_503_while_it_drains(self):
         with running(Things) as service, Wire(service.server_port) as connection:
             connection.send(GET)
