@@ -40,7 +40,7 @@ class GatewayHandler(Handler):
         """Pass the request on and return what the service answers. Raises BadGateway, GatewayTimeout."""
         named = self.headers.tokens("connection")
         headers = {name: value for name, value in self.headers.items() if name not in NOT_SENT and name not in named}
-        headers["via"] = ", ".join([*filter(None, [headers.get("via")]), via(self.request_version)])
+        headers["via"] = ", ".join(filter(None, (headers.get("via"), via(self.request_version))))
         headers["x-forwarded-for"] = self.client_address[0]
         headers["x-forwarded-proto"] = "http"
         if "host" in self.headers:

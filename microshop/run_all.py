@@ -4,6 +4,7 @@ Threads only read the children's pipes; what they read becomes an Event in one q
 A child that dies is started again. Every child watches a pipe that only the supervisor holds, its standard
 input, and ends with it: so none outlives the supervisor, even one that is killed.
 """
+import contextlib
 import errno
 import os
 import queue
@@ -246,9 +247,9 @@ def main() -> None:
     """Read the settings, then run the shop; exit with its status."""
     settings = config.read("microshop.run_all", OPTIONS, check)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None where it was closed
-    with tempfile.TemporaryDirectory(prefix="microshop-") as folder:
+    with contextlib.ExitStack() as stack:
         if settings.fresh:
-            settings.data = Path(folder)
+            settings.data = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="microshop-")))
         services, gateways = plan_children(settings)
         for child in [gateways[0], *services]:
             try_port(child)

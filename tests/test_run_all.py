@@ -244,6 +244,10 @@ class EndTest(ShopTestCase):
         shop.status()
         self.assertTrue(comes_true(lambda: not shop.children()))
 
+    def test_a_temporary_folder_is_made_only_to_be_used(self):
+        shop = self.open("--data", self.enterContext(tempfile.TemporaryDirectory()))
+        self.assertEqual(os.listdir(shop.folder), [])
+
     def test_it_ends_when_nobody_reads_what_it_shows(self):
         shop = HeadShop("--fresh")
         self.addCleanup(shop.kill)

@@ -164,11 +164,9 @@ class _Connection:
     def read_reply(self, method: str) -> tuple[Reply, bool]:
         """Return the answer to what was asked, and whether the connection can be used again."""
         with self._closed_on_failure():
-            response = wire.parse_response(self.stream.read_head())
-            while response.status < 200:  # interim answers, RFC 9110 15.2
+            while (response := wire.parse_response(self.stream.read_head())).status < 200:  # interim, RFC 9110 15.2
                 if response.status == 101:
                     raise BadRequest("it switches protocols, which nobody asked for")
-                response = wire.parse_response(self.stream.read_head())
             status, version, fields, length = response
             ends_itself = True
             if method == "HEAD" or status in (204, 304):

@@ -40,6 +40,7 @@ HEAD_TIME = 10.0     # seconds for a whole head, from its first byte
 BODY_TIME = 10.0     # seconds for a whole body
 SEND_TIME = 10.0     # seconds for a client to take a whole answer
 GRACE = 4.0          # seconds for requests in flight when the process ends
+LAST_LOOK = 0.05     # seconds for what has come already, when the process ends
 POLL = 0.05          # seconds after which the accept loop notices that it should end
 
 ID = "([1-9][0-9]{0,15})"
@@ -129,7 +130,7 @@ class Service(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
-        self.connections.pop(request, None)
+        self.connections.pop(request, None)  # of one that came to no handler; else finish() did
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -196,14 +197,14 @@ class Handler(BaseHTTPRequestHandler):
     def finish(self) -> None:
         if self.server.schema:
             self.server.database.close()  # a connection per thread would leak descriptors otherwise
-        self.server.connections.pop(self.connection, None)
+        self.server.connections.pop(self.connection, None)  # drain() need not wait while it lingers
         self.stream.linger()
         super().finish()
 
     def handle_one_request(self) -> None:
         """Read a request and answer it; handle() calls this until close_connection is true."""
         self.server.connections[self.connection], self.close_connection = False, True
-        if not self.stream.await_message(0.05 if self.server.draining else IDLE_TIME):
+        if not self.stream.await_message(LAST_LOOK if self.server.draining else IDLE_TIME):
             return
         self.server.connections[self.connection], started = True, time.perf_counter()
         self.command, self.path, self.request_id = "-", "-", f"{random.getrandbits(64):016x}"
