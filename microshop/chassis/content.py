@@ -1,13 +1,15 @@
-"""What messages carry: JSON, written compactly and read strictly, and pages of a collection."""
+"""What messages carry: JSON, written compactly and read strictly, its fields, and pages of a collection."""
 import json
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
-from microshop.chassis.errors import BadRequest
+from microshop.chassis.errors import BadRequest, UnprocessableContent
 
-MAX_ID = 2**53 - 1   # the largest integer that every JSON client can hold
-MAX_PAGE = 1000      # rows, and ids, in one request
+MAX_INTEGER = 2**53 - 1   # the largest that every JSON client can hold
+MAX_PAGE = 1000           # rows, and ids, in one request
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 
@@ -41,6 +43,49 @@ def parse_query(query: str) -> dict[str, str]:
         raise BadRequest(f"the query is malformed: {error}") from None
 
 
+class Integer(NamedTuple):
+    """A field that holds an integer from `least` to MAX_INTEGER."""
+
+    least: int = 1
+    default: int | None = None  # if it is left out; None where it may not be
+
+    def check(self, value: Any) -> int:
+        if type(value) is not int or not self.least <= value <= MAX_INTEGER:  # True is an instance of int
+            raise ValueError(f"must be an integer from {self.least} to {MAX_INTEGER}")
+        return value
+
+
+class Text(NamedTuple):
+    """A field that holds a text of 1 to `longest` characters; spaces around it do not count."""
+
+    longest: int = 200
+    default: None = None
+
+    def check(self, value: Any) -> str:
+        text = value.strip() if isinstance(value, str) else ""
+        if not 1 <= len(text) <= self.longest or CONTROL.search(value):
+            raise ValueError(f"must be a text of 1 to {self.longest} characters, none of them a control character")
+        return text
+
+
+FieldTable = Mapping[str, Integer | Text]  # the fields of a JSON object, by name
+
+
+def validate(value: Any, fields: FieldTable) -> dict[str, Any]:
+    """Return a JSON object's fields in the table's order. Raises UnprocessableContent naming each that is wrong."""
+    if not isinstance(value, dict):
+        raise UnprocessableContent({"body": "must be a JSON object"})
+    valid, errors = {}, {name: "is not known here" for name in value if name not in fields}
+    for name, field in fields.items():
+        try:
+            valid[name] = field.check(value.get(name, field.default))
+        except ValueError as reason:
+            errors[name] = str(reason)
+    if errors:
+        raise UnprocessableContent(errors)
+    return valid
+
+
 class Page(NamedTuple):
     """Which part of a collection to show: `limit` rows after the id `after`, of those in `ids` if given."""
 
@@ -52,10 +97,10 @@ class Page(NamedTuple):
 def parse_page(query: dict[str, str]) -> Page:
     """Return the page that a query asks for. Raises BadRequest naming the parameter."""
     limit = _integer("limit", query["limit"], 1, MAX_PAGE) if "limit" in query else 100
-    after = _integer("after", query["after"], 0, MAX_ID) if "after" in query else 0
+    after = _integer("after", query["after"], 0, MAX_INTEGER) if "after" in query else 0
     if "ids" not in query:
         return Page(limit, after, None)
-    ids = [_integer("ids", text, 1, MAX_ID) for text in query["ids"].split(",")]
+    ids = [_integer("ids", text, 1, MAX_INTEGER) for text in query["ids"].split(",")]
     if len(ids) > MAX_PAGE:
         raise BadRequest(f"ids: {len(ids)} are more than {MAX_PAGE}")
     return Page(limit, after, str(ids))

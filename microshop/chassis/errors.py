@@ -29,7 +29,9 @@ class BadRequest(ServiceError): status = HTTPStatus.BAD_REQUEST                 
 class NotFound(ServiceError): status = HTTPStatus.NOT_FOUND                                      # 404
 class MethodNotAllowed(ServiceError): status = HTTPStatus.METHOD_NOT_ALLOWED                     # 405
 class RequestTimeout(ServiceError): status = HTTPStatus.REQUEST_TIMEOUT                          # 408
+class Conflict(ServiceError): status = HTTPStatus.CONFLICT                                       # 409
 class LengthRequired(ServiceError): status = HTTPStatus.LENGTH_REQUIRED                          # 411
+class PreconditionFailed(ServiceError): status = HTTPStatus.PRECONDITION_FAILED                  # 412
 class ContentTooLarge(ServiceError): status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE                # 413
 class TargetTooLong(ServiceError): status = HTTPStatus.REQUEST_URI_TOO_LONG                      # 414
 class UnsupportedMediaType(ServiceError): status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE             # 415
@@ -37,6 +39,17 @@ class ExpectationFailed(ServiceError): status = HTTPStatus.EXPECTATION_FAILED   
 class FieldsTooLarge(ServiceError): status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE          # 431
 class CodingNotImplemented(ServiceError): status = HTTPStatus.NOT_IMPLEMENTED                    # 501
 class VersionNotSupported(ServiceError): status = HTTPStatus.HTTP_VERSION_NOT_SUPPORTED          # 505
+
+
+class UnprocessableContent(ServiceError):                                                        # 422
+    """A body that is well-formed but makes no sense here; `errors` tells why, by field."""
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+
+    def __init__(self, errors: dict[str, str]):
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        super().__init__(": ".join(next(iter(errors.items()))) + more,
+                         errors=[{"field": field, "detail": detail} for field, detail in errors.items()])
 
 
 # About a service behind this one; `service` names it in the problem.
