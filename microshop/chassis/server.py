@@ -29,11 +29,12 @@ from urllib.parse import urlencode
 
 from microshop.chassis import config, wire
 from microshop.chassis.access_log import AccessLog
-from microshop.chassis.content import Page, encode, parse_json, parse_page, parse_query
+from microshop.chassis.content import (
+    MAX_INTEGER, FieldTable, Page, encode, parse_json, parse_page, parse_query, validate)
 from microshop.chassis.database import Database, DatabaseUnusable
 from microshop.chassis.errors import (
-    BadRequest, ExpectationFailed, LengthRequired, MethodNotAllowed, NotFound, RequestTimeout, ServiceError,
-    UnsupportedMediaType)
+    BadRequest, ExpectationFailed, LengthRequired, MethodNotAllowed, NotFound, PreconditionFailed, RequestTimeout,
+    ServiceError, UnsupportedMediaType)
 
 IDLE_TIME = 60.0     # seconds that a kept-alive connection may wait for its next request
 HEAD_TIME = 10.0     # seconds for a whole head, from its first byte
@@ -44,6 +45,7 @@ LAST_LOOK = 0.05     # seconds for what has come already, when the process ends
 POLL = 0.05          # seconds after which the accept loop notices that it should end
 
 ID = "([1-9][0-9]{0,15})"
+ENTITY_TAG = re.compile(r'(?:W/)?"[^"]*"')  # RFC 9110 8.8.3
 REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,64}")
 TRACEPARENT = re.compile("(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 CLIENT_GONE = 499    # nginx's number, in the log alone, for a client that did not wait for its answer
@@ -52,6 +54,10 @@ http_date = lru_cache(maxsize=2)(lambda second: formatdate(second, usegmt=True))
 
 
 Methods = dict[str, Callable[..., "Answer"]]  # of a path, by name
+
+
+def entity_tag(body: bytes) -> str:
+    return f'"{hashlib.blake2b(body, digest_size=8).hexdigest()}"'
 
 
 class Answer(NamedTuple):
@@ -288,8 +294,8 @@ class Handler(BaseHTTPRequestHandler):
         """Turn a JSON value into bytes; into none if the client has the very same (RFC 9110 section 13.1.2)."""
         body, headers = encode(answer.body).encode(), list(answer.headers)
         if answer.status == 200 and self.command in ("GET", "HEAD"):
-            tag = f'"{hashlib.blake2b(body, digest_size=8).hexdigest()}"'
-            headers.append(("ETag", f"W/{tag}"))
+            tag = entity_tag(body)  # strong for an item, since If-Match takes no other
+            headers.append(("ETag", tag if isinstance(answer.body, dict) else f"W/{tag}"))
             known = self.headers.get("if-none-match", "")
             if tag in known or known == "*":
                 return Answer(b"", 304, headers)
@@ -313,7 +319,9 @@ class Handler(BaseHTTPRequestHandler):
     def _find_route(self, path: str) -> tuple[Methods, list[int]]:
         for pattern, methods in self._table:
             if match := pattern.fullmatch(path):
-                return methods, [int(text) for text in match.groups()]
+                ids = [int(text) for text in match.groups()]
+                if max(ids, default=0) <= MAX_INTEGER:
+                    return methods, ids
         raise NotFound(f"there is nothing at {path}")
 
     def health(self) -> Answer:
@@ -332,6 +340,19 @@ class Handler(BaseHTTPRequestHandler):
         if "content-encoding" in self.headers:
             raise UnsupportedMediaType("the body must come without Content-Encoding")
         return parse_json(self.body)
+
+    def read_fields(self, fields: FieldTable) -> dict[str, Any]:
+        """Return the fields of the JSON object that came. Raises UnprocessableContent, or as read_json does."""
+        return validate(self.read_json(), fields)
+
+    def check_match(self, item: dict) -> None:
+        """Raise PreconditionFailed where If-Match names only other states of an item (RFC 9110 section 13.1.1).
+
+        Call it in the transaction that changes the item: else that may change after the look at it.
+        """
+        wanted = self.headers.get("if-match", "*")
+        if wanted != "*" and entity_tag(encode(item).encode()) not in ENTITY_TAG.findall(wanted):
+            raise PreconditionFailed("it is not as it was when you got it; get it again, then decide")
 
     def answer_page(self, find: Callable[[Page], list[dict]]) -> Answer:
         """Answer with the part of a collection that the query asks for, and a Link to the next (RFC 8288).
