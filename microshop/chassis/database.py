@@ -6,14 +6,23 @@ service that owns them.
 import contextlib
 import sqlite3
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 BUSY_TIMEOUT = 5.0  # seconds that a writer waits for another
 
 
 class DatabaseUnusable(Exception):
     """The file cannot serve; says which, why and what to do, in one line."""
+
+
+class Written(NamedTuple):
+    """What a statement did: how many rows it changed, and the id of the last that it added."""
+
+    rowcount: int
+    lastrowid: int
 
 
 class Database:
@@ -26,6 +35,8 @@ class Database:
     def __init__(self, path: Path, versions: Sequence[Sequence[str]]):
         self.path = path
         self._local = threading.local()
+        self._writer = threading.Lock()  # of this process; others are kept out by the file's lock
+        self._waiting: deque[tuple[str, Sequence | dict, list]] = deque()  # statements, and where their outcome goes
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.connection().execute("PRAGMA journal_mode = WAL")
@@ -60,11 +71,35 @@ class Database:
         """Return what a query finds, each row as a dict by column."""
         return [dict(row) for row in self.connection().execute(statement, values)]
 
+    def write(self, statement: str, values: Sequence | dict = ()) -> Written:
+        """Carry out one statement, durably.
+
+        A commit costs more than most statements, so those that wait for their turn at the same time share one
+        (group commit): whoever is first in line does it for all. One that breaks a constraint fails alone.
+        """
+        outcome: list[Written | Exception] = []
+        self._waiting.append((statement, values, outcome))
+        with self._writer:
+            if not outcome:
+                self._write_waiting()
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        return outcome[0]
+
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Commit what is done within, durably; undo it all where it raises.
 
-        IMMEDIATE takes the write lock at once: a transaction that reads first and then writes would
+        Threads queue at a lock of our own: SQLite would let them sleep between one try and the next.
+        """
+        with self._writer, self._transaction() as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """Let one transaction through.
+
+        IMMEDIATE takes the file's write lock at once: a transaction that reads first and then writes would
         fail with SQLITE_BUSY_SNAPSHOT when another has written meanwhile, busy_timeout or not.
         """
         connection = self.connection()
@@ -76,6 +111,22 @@ class Database:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
+
+    def _write_waiting(self) -> None:
+        waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        results: list[Written | Exception] = []
+        try:
+            with self._transaction() as connection:
+                for statement, values, _ in waiting:
+                    try:
+                        cursor = connection.execute(statement, values)
+                        results.append(Written(cursor.rowcount, cursor.lastrowid or 0))
+                    except sqlite3.IntegrityError as error:  # which has undone this statement alone
+                        results.append(error)
+        except Exception as error:
+            results = [error] * len(waiting)
+        for (_, _, outcome), result in zip(waiting, results, strict=True):
+            outcome.append(result)
 
     def _upgrade(self, versions: Sequence[Sequence[str]]) -> None:
         with self.transaction() as connection:
