@@ -13,6 +13,7 @@ from microshop.chassis.errors import ServiceError
 from microshop.chassis.server import Answer, Handler, Service
 
 SERVICES = {"users": "http://127.0.0.1:3001", "products": "http://127.0.0.1:3002", "orders": "http://127.0.0.1:3003"}
+KEEPS_KEYS = {"orders"}  # who honours an Idempotency-Key: a POST with one may be sent twice
 HEALTH_TIME = 1.0  # seconds for a service to tell how it is
 
 # What concerns one hop alone is not passed on: RFC 9110 7.6.1, and the framing, which each hop makes anew.
@@ -94,7 +95,8 @@ class Gateway(Service):
     def __init__(self, settings: Namespace):
         super().__init__(settings)
         self.client = Client(settings.timeout)
-        self.upstreams = {name: Upstream(name, getattr(settings, f"{name}_url")) for name in SERVICES}
+        self.upstreams = {name: Upstream(name, getattr(settings, f"{name}_url"), keeps_keys=name in KEEPS_KEYS)
+                          for name in SERVICES}
 
     def close(self) -> None:
         self.client.close()

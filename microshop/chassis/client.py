@@ -5,6 +5,7 @@ ignores http_proxy, as it must between services. `Client.call` is all that other
 """
 import contextlib
 import itertools
+import select
 import socket
 import time
 import urllib.request
@@ -14,6 +15,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from microshop.chassis import wire
+from microshop.chassis.content import parse_json
 from microshop.chassis.errors import BadGateway, BadRequest, GatewayTimeout, ServiceError
 
 MAX_ANSWER = 8 * 1024 * 1024   # bytes of an answer's body
@@ -30,12 +32,22 @@ class Reply(NamedTuple):
     fields: wire.Fields
     body: bytes
 
+    @property
+    def detail(self) -> str:
+        """What went wrong, as far as a problem document tells."""
+        with contextlib.suppress(BadRequest, KeyError, TypeError):
+            return str(parse_json(self.body)["detail"])
+        return f"the answer was {self.status}"
+
 
 class Upstream:
-    """A service to call, at one or more base URLs: its copies, taken in turn."""
+    """A service to call, at one or more base URLs: its copies, taken in turn.
 
-    def __init__(self, name: str, base_urls: list[str]):
-        self.name = name
+    One that `keeps_keys` does what comes with an Idempotency-Key once, however often that comes.
+    """
+
+    def __init__(self, name: str, base_urls: list[str], *, keeps_keys: bool = False):
+        self.name, self.keeps_keys = name, keeps_keys
         self.copies = itertools.cycle(base_urls)
 
 
@@ -56,8 +68,9 @@ class Client:
         answer is to be had, GatewayTimeout where it is not whole within `timeout` seconds: then nobody
         knows whether the request was carried out.
         """
-        request = urllib.request.Request(next(upstream.copies) + target, body, headers or {}, method=method,
-                                         origin_req_host="")  # for cookies, and costly to find out
+        request = _Request(next(upstream.copies) + target, body, headers or {}, method=method,
+                           origin_req_host="")  # for cookies, and costly to find out
+        request.repeatable = method in REPEATABLE or upstream.keeps_keys and request.has_header("Idempotency-key")
         try:
             return self._opener.open(request, timeout=timeout or self.timeout)
         except TimeoutError:
@@ -75,20 +88,24 @@ class Client:
         self._connections.close()
 
 
+class _Request(urllib.request.Request):
+    repeatable = False  # whether twice does what once does
+
+
 class KeepAliveHandler(urllib.request.BaseHandler):
     """Opens http: URLs as urllib's HTTPHandler does, but keeps the connections for the next requests."""
 
     def __init__(self) -> None:
         self._idle: defaultdict[str, deque[_Connection]] = defaultdict(deque)
 
-    def http_open(self, request: urllib.request.Request) -> Reply:
+    def http_open(self, request: _Request) -> Reply:
         deadline = time.monotonic() + (request.timeout or 0)
-        # The other end may close a kept connection just when it is used again: only what may be sent twice goes there.
-        if request.get_method() in REPEATABLE and (connection := self._take_idle(request.host)):
+        if connection := self._take_idle(request.host):
             try:
                 connection.ask(request, deadline)
-            except (ConnectionError, EOFError):
-                pass  # not a byte of an answer came
+            except (ConnectionError, EOFError):  # not a byte of an answer came: the other end closed just now
+                if not request.repeatable:
+                    raise
             else:
                 return self._finish(connection, request)
         connection = _Connection(request.host, max(deadline - time.monotonic(), 0.001))
@@ -139,8 +156,8 @@ class _Connection:
 
     def has_news(self) -> bool:
         """Tell whether an idle connection was closed, or holds bytes that would pass for the next answer."""
-        if not hasattr(socket, "MSG_DONTWAIT"):
-            return False  # Windows: then the next request will tell
+        if not hasattr(socket, "MSG_DONTWAIT"):  # Windows
+            return bool(select.select([self.socket], [], [], 0)[0])
         try:
             self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
