@@ -1,11 +1,11 @@
 """The users service: who may order. Owns users.db.
 
-Read from top to bottom: what is stored, how it is found, what is answered, the process.
+Read from top to bottom: what is stored, how it is found and changed, what is answered, the process.
 Law: SQL stands in the queries alone; nothing here knows of products or orders.
 """
 from functools import partial
 
-from microshop.chassis.content import Page
+from microshop.chassis.content import Page, Text
 from microshop.chassis.database import Database
 from microshop.chassis.errors import NotFound
 from microshop.chassis.server import Answer, Handler, Service
@@ -14,6 +14,9 @@ SCHEMA = [[  # the statements of version 1
     "CREATE TABLE users (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL)",
     "INSERT INTO users VALUES (1, 'Alice'), (2, 'Bob')",
 ]]
+
+
+FIELDS = {"name": Text()}  # what a client says of a user
 
 
 # --- queries
@@ -33,6 +36,20 @@ def find_user(database: Database, user_id: int) -> dict:
     return rows[0]
 
 
+def add_user(database: Database, fields: dict) -> dict:
+    return {"id": database.write("INSERT INTO users (name) VALUES (:name)", fields).lastrowid, **fields}
+
+
+def change_user(database: Database, user_id: int, fields: dict) -> dict:
+    """Change a user that is there, within a transaction."""
+    database.connection().execute("UPDATE users SET name = :name WHERE id = :id", {"id": user_id, **fields})
+    return {"id": user_id, **fields}
+
+
+def delete_user(database: Database, user_id: int) -> None:
+    database.connection().execute("DELETE FROM users WHERE id = ?", [user_id])
+
+
 # --- routes
 
 class UsersHandler(Handler):
@@ -42,9 +59,25 @@ class UsersHandler(Handler):
     def get_user(self, user_id: int) -> Answer:
         return Answer(find_user(self.server.database, user_id))
 
+    def post_user(self) -> Answer:
+        user = add_user(self.server.database, self.read_fields(FIELDS))
+        return Answer(user, 201, [("Location", f"/users/{user['id']}")])
+
+    def put_user(self, user_id: int) -> Answer:
+        fields = self.read_fields(FIELDS)
+        with self.server.database.transaction():
+            self.check_match(find_user(self.server.database, user_id))
+            return Answer(change_user(self.server.database, user_id, fields))
+
+    def delete_user(self, user_id: int) -> Answer:
+        with self.server.database.transaction():
+            self.check_match(find_user(self.server.database, user_id))
+            delete_user(self.server.database, user_id)
+        return Answer(status=204)
+
     routes = {
-        "/users": {"GET": list_users},
-        "/users/{id}": {"GET": get_user},
+        "/users": {"GET": list_users, "POST": post_user},
+        "/users/{id}": {"GET": get_user, "PUT": put_user, "DELETE": delete_user},
     }
 
 

@@ -9,7 +9,7 @@ class ProductsTest(CollectionTests, unittest.TestCase):
     service, path = Products, "/products"
     summaries = [{"id": 101, "name": "Laptop"}, {"id": 102, "name": "Mouse"}]
     item = {"id": 101, "name": "Laptop", "stock": 100}
-    insert = "INSERT INTO products VALUES (?, 'Lamp', 5)"
+    insert = "INSERT INTO products VALUES (?, 'Lamp', 5, 5)"
 
 
 if __name__ == "__main__":
