@@ -72,6 +72,7 @@ def plan_children(settings: Namespace) -> tuple[list[Child], list[Child]]:
     first, quiet = settings.port, ["--quiet"] if settings.quiet else []  # port 0 is 0 for all
     services = [Child(name, name, SERVICE_HOST, first and first + n, [], ["--data", str(settings.data), *quiet])
                 for n, name in enumerate(("users", "products", "orders"), start=1)]
+    services[-1].needs = services[:-1]  # orders calls the two others
     gateways = [Child("gateway", "gateway", settings.host, first, services, quiet)]
     for n in range(2, settings.workers + 1):  # these need the port that the first one took
         gateways.append(Child(f"gateway{n}", "gateway", settings.host, first, [*services, gateways[0]], quiet))

@@ -15,8 +15,13 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from microshop.orders import Orders
+from microshop.products import Products
+from microshop.users import Users
+
 TOP = Path(__file__).resolve().parent.parent
 PATIENCE = 10.0  # seconds after which a test that waits has failed
+NOBODY = "http://127.0.0.1:1"  # a base URL at which nobody listens
 
 
 class Answered(NamedTuple):
@@ -103,7 +108,8 @@ def ask(port: int, method: str = "GET", target: str = "/", headers: dict[str, st
 def running(service: type, **settings: Any) -> Iterator[Any]:
     """Serve in a thread of this process, on a free port and a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
-        values = {"host": "127.0.0.1", "port": 0, "data": Path(folder), "quiet": True, "supervised": False, **settings}
+        values = {"host": "127.0.0.1", "port": 0, "data": Path(folder), "quiet": True, "supervised": False,
+                  "users_url": [NOBODY], "products_url": [NOBODY], **settings}
         server = service(Namespace(**values))
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -115,6 +121,38 @@ def running(service: type, **settings: Any) -> Iterator[Any]:
             if server.socket.fileno() >= 0:  # a test may have done it
                 server.drain()
             server.close()
+
+
+class Shop(NamedTuple):
+    """Three services of one shop, without a gateway."""
+
+    users: Any
+    products: Any
+    orders: Any
+
+    def ask(self, method: str, target: str, content: Any = None, **headers: str) -> Answered:
+        """Ask the service that the target is for, with JSON if there is content; Idempotency_Key="k" is a header."""
+        server = {"users": self.users, "orders": self.orders}.get(target.split("/")[1], self.products)
+        fields = {name.replace("_", "-"): value for name, value in headers.items()}
+        if content is None:
+            return ask(server.server_port, method, target, fields)
+        return ask(server.server_port, method, target, {"Content-Type": "application/json", **fields},
+                   json.dumps(content).encode())
+
+    def stock(self, product: int = 101) -> int:
+        return self.ask("GET", f"/products/{product}").json["stock"]
+
+    def status(self, order: int) -> str:
+        return self.ask("GET", f"/orders/{order}").json["status"]
+
+
+@contextlib.contextmanager
+def running_shop(**settings: Any) -> Iterator[Shop]:
+    """Run users, products and orders in threads of this process; `settings` are those of orders."""
+    with running(Users) as users, running(Products) as products:
+        urls = {"users_url": [users.url], "products_url": [products.url]}
+        with running(Orders, **{**urls, **settings}) as orders:
+            yield Shop(users, products, orders)
 
 
 @contextlib.contextmanager

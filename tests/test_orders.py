@@ -9,7 +9,8 @@ class OrdersTest(CollectionTests, unittest.TestCase):
     service, path = Orders, "/orders"
     summaries = [{"id": 201, "userId": 1, "productId": 101}, {"id": 202, "userId": 2, "productId": 102}]
     item = {"id": 201, "userId": 1, "productId": 101, "quantity": 1, "status": "confirmed"}
-    insert = "INSERT INTO orders VALUES (?, 1, 101, 3, 'pending', NULL)"
+    insert = ("INSERT INTO orders (id, userId, productId, quantity, status, placed, since) "
+              "VALUES (?, 1, 101, 3, 'pending', 0, 0)")
 
     def reject(self, order_id, reason):
         with self.server.database.transaction() as connection:
