@@ -1,16 +1,21 @@
-"""A load generator: keeps a number of connections busy with one prepared request and measures the answers.
+"""A load generator: keeps a number of connections busy with one kind of request and measures the answers.
 
-    python -m tests.load PORT CONNECTIONS SECONDS TARGET
+    python -m tests.load PORT CONNECTIONS SECONDS TARGET [JSON]
+
+It asks with GET, or sends the JSON with POST, and an Idempotency-Key that is new each time.
 
 One thread and a selector instead of a thread per connection: threads of one process would fight for its
 interpreter lock, and measure that. Prints requests per second, and p50 and p99 in milliseconds, as JSON.
 """
+import itertools
 import json
 import re
+import secrets
 import selectors
 import socket
 import sys
 import time
+from collections.abc import Iterator
 
 WARM_UP = 0.5  # seconds that are not counted
 
@@ -30,7 +35,7 @@ class Connection:
         received = self.received + self.socket.recv(65536)
         if not received.startswith(b"HTTP/1.1 20"):
             raise ValueError(f"no success: {received!r}")
-        if len(received) != self.size:
+        if len(received) != self.size:  # an answer that is as long as the last is whole
             head, end, body = received.partition(b"\r\n\r\n")
             if not end or len(body) < int(re.search(rb"(?i)\ncontent-length: ?([0-9]+)", head)[1]):
                 self.received = received
@@ -40,14 +45,24 @@ class Connection:
         return True
 
 
-def measure(port: int, connections: int, seconds: float, request: bytes) -> dict[str, float]:
+def requests(port: int, target: str, body: str = "") -> Iterator[bytes]:
+    """Yield the requests to send, for ever."""
+    if not body:
+        yield from itertools.repeat(f"GET {target} HTTP/1.1\r\nHost: localhost:{port}\r\n\r\n".encode())
+    run = secrets.token_hex(8)
+    for number in itertools.count():
+        yield (f"POST {target} HTTP/1.1\r\nHost: localhost:{port}\r\nContent-Type: application/json\r\n"
+               f"Idempotency-Key: {run}-{number}\r\nContent-Length: {len(body)}\r\n\r\n{body}").encode()
+
+
+def measure(port: int, connections: int, seconds: float, to_send: Iterator[bytes]) -> dict[str, float]:
     """Return what was measured in `seconds` after the warm-up."""
     selector = selectors.DefaultSelector()
     for _ in range(connections):
         connection = Connection(port)
         selector.register(connection.socket, selectors.EVENT_READ, connection)
         connection.sent_at = time.perf_counter()
-        connection.socket.sendall(request)
+        connection.socket.sendall(next(to_send))
     times = []
     begin = time.perf_counter() + WARM_UP
     end = begin + seconds
@@ -58,7 +73,7 @@ def measure(port: int, connections: int, seconds: float, request: bytes) -> dict
                 now = time.perf_counter()
                 times.append(now - connection.sent_at)
                 connection.sent_at = now
-                connection.socket.send(request)
+                connection.socket.send(next(to_send))
         if begin and now > begin:
             times, begin = [], 0.0
     times.sort()
@@ -67,6 +82,5 @@ def measure(port: int, connections: int, seconds: float, request: bytes) -> dict
 
 
 if __name__ == "__main__":
-    port, connections, seconds, target = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
-    request = f"GET {target} HTTP/1.1\r\nHost: localhost:{port}\r\n\r\n".encode()
-    print(json.dumps(measure(port, connections, seconds, request)))
+    port, connections, seconds = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+    print(json.dumps(measure(port, connections, seconds, requests(port, *sys.argv[4:]))))

@@ -81,7 +81,12 @@ class LawTest(unittest.TestCase):
         for name, source in SOURCES.items():
             with self.subTest(name):
                 found = re.search(r"\b(SELECT|INSERT|UPDATE|DELETE FROM|CREATE TABLE)\b", source)
-                self.assertEqual(bool(found), name.removesuffix(".py") in SERVICES)
+                self.assertEqual(bool(found), name.removesuffix(".py") in (*SERVICES, "audit"))
+
+    def test_the_audit_only_reads(self):
+        self.assertNotRegex(SOURCES["audit.py"], r"\b(INSERT|UPDATE|DELETE|CREATE|DROP|REPLACE)\b")
+        self.assertEqual(SOURCES["audit.py"].count("connect("), 1)
+        self.assertIn("?mode=ro", SOURCES["audit.py"])
 
     def test_only_the_chassis_writes_to_sockets(self):
         for name, source in SOURCES.items():
