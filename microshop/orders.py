@@ -222,7 +222,8 @@ class Saga:
     def ask(self, upstream: Upstream, method: str, target: str, certain: set[int],
             content: dict | None = None) -> Reply:
         """Call a service. Raises BadGateway, GatewayTimeout where it says nothing that is certain."""
-        headers, body = {**self.trace, "content-type": "application/json"}, encode(content).encode() if content else None
+        headers = {**self.trace, "content-type": "application/json"}
+        body = encode(content).encode() if content else None
         reply = self.service.client.call(upstream, method, target, headers, body)
         if reply.status not in certain:
             raise BadGateway(f"the {upstream.name} service answered {reply.status}", service=upstream.name)
