@@ -68,7 +68,7 @@ def change_product(database: Database, product_id: int, fields: dict) -> dict:
 def delete_product(database: Database, product_id: int) -> None:
     """Delete a product, within a transaction. Raises Conflict."""
     if reserved := count_reserved(database, product_id):
-        raise Conflict(f"{reserved} units of product {product_id} are reserved")
+        raise Conflict(f"product {product_id} has reservations (units: {reserved})")
     database.connection().execute("DELETE FROM products WHERE id = ?", [product_id])
 
 
@@ -114,13 +114,11 @@ class ProductsHandler(Handler):
 
     def put_product(self, product_id: int) -> Answer:
         fields = self.read_fields(FIELDS)
-        with self.server.database.transaction():
-            self.check_match(find_product(self.server.database, product_id))
+        with self.changing(find_product, product_id):
             return Answer(change_product(self.server.database, product_id, fields))
 
     def delete_product(self, product_id: int) -> Answer:
-        with self.server.database.transaction():
-            self.check_match(find_product(self.server.database, product_id))
+        with self.changing(find_product, product_id):
             delete_product(self.server.database, product_id)
         return Answer(status=204)
 

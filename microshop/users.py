@@ -65,13 +65,11 @@ class UsersHandler(Handler):
 
     def put_user(self, user_id: int) -> Answer:
         fields = self.read_fields(FIELDS)
-        with self.server.database.transaction():
-            self.check_match(find_user(self.server.database, user_id))
+        with self.changing(find_user, user_id):
             return Answer(change_user(self.server.database, user_id, fields))
 
     def delete_user(self, user_id: int) -> Answer:
-        with self.server.database.transaction():
-            self.check_match(find_user(self.server.database, user_id))
+        with self.changing(find_user, user_id):
             delete_user(self.server.database, user_id)
         return Answer(status=204)
 

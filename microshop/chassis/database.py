@@ -35,7 +35,7 @@ class Database:
     def __init__(self, path: Path, versions: Sequence[Sequence[str]]):
         self.path = path
         self._local = threading.local()
-        self._writer = threading.Lock()  # of this process; others are kept out by the file's lock
+        self._writer = threading.RLock()  # of this process; others are kept out by the file's lock
         self._waiting: deque[tuple[str, Sequence | dict, list]] = deque()  # statements, and where their outcome goes
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,32 +91,25 @@ class Database:
         """Commit what is done within, durably; undo it all where it raises.
 
         Threads queue at a lock of our own: SQLite would let them sleep between one try and the next.
-        """
-        with self._writer, self._transaction() as connection:
-            yield connection
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """Let one transaction through.
-
         IMMEDIATE takes the file's write lock at once: a transaction that reads first and then writes would
         fail with SQLITE_BUSY_SNAPSHOT when another has written meanwhile, busy_timeout or not.
         """
         connection = self.connection()
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield connection
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
+        with self._writer:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
 
     def _write_waiting(self) -> None:
         waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
         results: list[Written | Exception] = []
         try:
-            with self._transaction() as connection:
+            with self.transaction() as connection:
                 for statement, values, _ in waiting:
                     try:
                         cursor = connection.execute(statement, values)

@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from email.utils import formatdate
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -345,14 +345,19 @@ class Handler(BaseHTTPRequestHandler):
         """Return the fields of the JSON object that came. Raises UnprocessableContent, or as read_json does."""
         return validate(self.read_json(), fields)
 
-    def check_match(self, item: dict) -> None:
-        """Raise PreconditionFailed where If-Match names only other states of an item (RFC 9110 section 13.1.1).
+    @contextlib.contextmanager
+    def changing(self, find: Callable[[Database, int], dict], item_id: int) -> Iterator[None]:
+        """Let an item be changed within, in a transaction, so that it stays as it was found.
 
-        Call it in the transaction that changes the item: else that may change after the look at it.
+        Raises what `find` does where it is not there, and PreconditionFailed where If-Match names only other
+        states of it (RFC 9110 section 13.1.1).
         """
         wanted = self.headers.get("if-match", "*")
-        if wanted != "*" and entity_tag(encode(item).encode()) not in ENTITY_TAG.findall(wanted):
-            raise PreconditionFailed("it is not as it was when you got it; get it again, then decide")
+        with self.server.database.transaction():
+            item = find(self.server.database, item_id)
+            if wanted != "*" and entity_tag(encode(item).encode()) not in ENTITY_TAG.findall(wanted):
+                raise PreconditionFailed("it is not as it was when you got it; get it again, then decide")
+            yield
 
     def answer_page(self, find: Callable[[Page], list[dict]]) -> Answer:
         """Answer with the part of a collection that the query asks for, and a Link to the next (RFC 8288).
