@@ -18,17 +18,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from microshop.chassis.database import Database
-from microshop.users import SCHEMA
-from tests.helpers import TOP, process
+from microshop.chassis.server import Service
+from microshop.orders import Orders
+from microshop.users import Users
+from tests.helpers import TOP, ask, process
 
 ROUNDS = 3
 CONNECTIONS = (1, 16, 64)
+ORDER = '{"userId":1,"productId":101}'
 EXPRESS = {"users": 3001, "gateway": 3000}
 Ports = dict[str, int]
 
 
-def load(port: int, connections: int, seconds: float, target: str = "/users") -> dict[str, float]:
-    command = [sys.executable, "-m", "tests.load", str(port), str(connections), str(seconds), target]
+def load(port: int, connections: int, seconds: float, target: str = "/users", *content: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "tests.load", str(port), str(connections), str(seconds), target, *content]
     return json.loads(subprocess.run(command, cwd=TOP, stdout=subprocess.PIPE, check=True).stdout)
 
 
@@ -104,20 +107,53 @@ def compare_workers(systems: dict[str, Ports], seconds: float) -> None:
           + (f"  {statistics.median(two) / statistics.median(other):.2f}x express" if other else ""))
 
 
+def compare_writes(seconds: float) -> None:
+    """Print what durable writes cost beside a read through the gateway, with 16 connections."""
+    with microshop("--fresh") as (ports, _, _):
+        fill_stock(ports)
+        kinds = {
+            "GET  /users  gateway": (ports["gateway"], "/users?limit=2"),  # what POST adds would make the page longer
+            "POST /orders gateway": (ports["gateway"], "/orders", ORDER),
+            "POST /users  gateway": (ports["gateway"], "/users", '{"name":"Carol"}'),
+            "POST /users  direct": (ports["users"], "/users", '{"name":"Carol"}')}
+        rates: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for _ in range(ROUNDS):
+            for kind, (port, *request) in kinds.items():
+                rates[kind].append(load(port, 16, seconds, *request)["rps"])
+    read, *_ = middle = [statistics.median(each) for each in rates.values()]
+    for kind, rate in zip(kinds, middle, strict=True):
+        print(f"{kind:20}  {rate:7.0f}/s  {rate / read:.2f}x")
+
+
+def fill_stock(ports: Ports) -> None:
+    content = json.dumps({"name": "Laptop", "stock": 10**9}).encode()
+    ask(ports["gateway"], "PUT", "/products/101", {"Content-Type": "application/json"}, content)
+
+
 def compare_tables(seconds: float) -> None:
-    """Print what a page of 100 costs in a table of 100,000 rows beside one of 100."""
-    rates = {}
+    """Print what a page of 100, and an order, cost in a table of 100,000 rows beside one of 100."""
+    pages, orders = {}, {}
     for count in (100, 100_000):
         with tempfile.TemporaryDirectory() as folder:
-            users = Database(Path(folder) / "users.db", SCHEMA)
-            with users.transaction() as connection:
-                connection.executemany("INSERT INTO users VALUES (?, 'Carol')", ((n,) for n in range(3, count + 1)))
-            users.close()
+            fill(Users, folder, "INSERT INTO users VALUES (?, 'Carol')", range(3, count + 1))
+            fill(Orders, folder, "INSERT INTO orders (id, userId, productId, quantity, status, key, placed, since) "
+                 "VALUES (?1, 1, 101, 1, 'confirmed', hex(randomblob(8)), 0, 0)", range(203, count + 1))
             with microshop("--data", folder) as (ports, _, _):
-                target = f"/users?after={count - 100}"
-                each = [load(ports["users"], 1, seconds, target)["rps"] for _ in range(ROUNDS)]
-                rates[count] = statistics.median(each)
-    print(f"a page of 100 costs {rates[100] / rates[100_000]:.2f}x with 100,000 rows what it does with 100")
+                fill_stock(ports)
+                page = (ports["users"], 1, seconds, f"/users?after={count - 100}")
+                order = (ports["gateway"], 16, seconds, "/orders", ORDER)
+                pages[count], orders[count] = (statistics.median(load(*what)["rps"] for _ in range(ROUNDS))
+                                               for what in (page, order))
+    for what, rates in (("a page of 100", pages), ("an order", orders)):
+        print(f"{what} costs {rates[100] / rates[100_000]:.2f}x with 100,000 rows what it does with 100")
+
+
+def fill(service: type[Service], folder: str, insert: str, ids: range) -> None:
+    """Make a service's database with rows of these ids."""
+    database = Database(Path(folder) / f"{service.name}.db", service.schema)
+    with database.transaction() as connection:
+        connection.executemany(insert, ((n,) for n in ids))
+    database.close()
 
 
 def main() -> None:
@@ -137,6 +173,7 @@ def main() -> None:
             print()
         compare_workers(systems, options.seconds)
         print(f"after all that the five processes hold {memory_of(supervisor):.0f} MiB")
+    compare_writes(options.seconds)
     compare_tables(options.seconds)
 
 
