@@ -248,6 +248,31 @@ class Passing(GatewayTest):
             self.assertNotIn("Content-Length", fields(self.send("HEAD /users HTTP/1.1", "Host: shop")))
 
 
+class Repeats(GatewayTest):
+    """A kept connection on which the service ends without a word, as one does that is being restarted."""
+
+    def post_twice(self, service: str, **headers: str) -> tuple[list[int], int]:
+        """Post on a connection that is kept and then on it again; return the statuses and how often a post came."""
+        requests = []
+
+        def answer_once(connection: socket.socket) -> None:
+            requests.append(read_request(connection))
+            connection.sendall(OK + b"Alice")
+            requests.append(read_request(connection))
+
+        self.open(**{service: answer_once})
+        statuses = [self.ask("POST", f"/{service}", headers, b"{}").status for _ in range(2)]
+        return statuses, len([request for request in requests if request])
+
+    def test_an_order_with_a_key_is_sent_again(self):
+        self.assertEqual(self.post_twice("orders", **{"Idempotency-Key": "k"}), ([200, 200], 3))
+
+    def test_no_other_post_is_sent_twice(self):
+        for service, headers in (("orders", {}), ("users", {"Idempotency-Key": "k"}), ("users", {})):
+            with self.subTest(service, headers=headers):
+                self.assertEqual(self.post_twice(service, **headers), ([200, 502], 2))
+
+
 class RealService(GatewayTest):
     def setUp(self) -> None:
         users = self.enterContext(running(Users))
@@ -258,6 +283,16 @@ class RealService(GatewayTest):
         self.assertEqual((answer.status, answer.json), (200, {"id": 1, "name": "Alice"}))
         again = self.ask("GET", "/users/1", {"If-None-Match": answer.headers["etag"]})
         self.assertEqual((again.status, again.body, again.headers["etag"]), (304, b"", answer.headers["etag"]))
+
+    def test_writes_pass_with_their_conditions_and_locations(self):
+        json_type, tag = {"Content-Type": "application/json"}, self.ask("GET", "/users/1").headers["etag"]
+        posted = self.ask("POST", "/users", json_type, b'{"name":"Carol"}')
+        self.assertEqual((posted.status, self.ask("GET", posted.headers["location"]).json["name"]), (201, "Carol"))
+        statuses = [self.ask("PUT", "/users/1", {**json_type, "If-Match": tag}, b'{"name":"Al"}').status
+                    for _ in range(2)]
+        self.assertEqual(statuses, [200, 412])
+        self.assertEqual(self.ask("DELETE", "/users/1").status, 204)
+        self.assertEqual(self.ask("GET", "/users/1").status, 404)
 
     def test_head_tells_the_length_and_sends_no_body(self):
         with Wire(self.gateway.server_port) as wire:

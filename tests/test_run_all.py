@@ -139,6 +139,13 @@ class OpenShopTest(unittest.TestCase):
             with self.subTest(path):
                 self.assertEqual(ask(self.gateway, target=path).body.decode(), SEED[path])
 
+    def test_orders_finds_the_services_that_an_order_needs(self):
+        answer = ask(self.gateway, "POST", "/orders", {"Content-Type": "application/json"},
+                     b'{"userId":1,"productId":102,"quantity":101}')  # rejected, so that no list changes
+        self.assertEqual((answer.status, answer.json["detail"]), (409, "product 102 has 100 of 101 units left"))
+        for name in ("gateway", "orders", "users", "products"):  # and all of it is logged under one id
+            self.shop.wait_for(rf"^{name:<8} \| .*\b{answer.headers['x-request-id']} ")
+
     def test_a_request_is_logged_under_one_id_by_the_gateway_and_the_service(self):
         request_id = ask(self.gateway, target="/users/1").headers["x-request-id"]
         for name in ("gateway", "users"):
