@@ -1,6 +1,6 @@
 """microshop: the Microservices pattern in nothing but Python's standard library.
 
-Each module here but this one is a process; what they share is in chassis/.
+Each module here is a process, but this one and audit.py, a tool; what they share is in chassis/.
 
                                run_all  starts, watches and ends the others
                                   :
@@ -14,6 +14,8 @@ Each module here but this one is a process; what they share is in chassis/.
       |  users   :3001 |  |  products  :3002 |  |  orders  :3003 |    chassis.server
       +----------------+  +------------------+  +----------------+
            users.db            products.db           orders.db        chassis.database
+               ^                   ^                   |
+               +-------------------+--- an order asks -+              chassis.client again
 
 The life of GET /users/1, from the client and back:
 
@@ -24,7 +26,9 @@ The life of GET /users/1, from the client and back:
   5.            the row travels back as return values; Handler.format_answer makes bytes of it, once
   6. both       a line in the access log, with the same request id
 
+The life of an order is the saga in orders.py; audit.py checks what came of all of them.
 A handler returns its answer or raises a chassis.errors.ServiceError; it never writes.
 A "Law" in a module's first docstring says what may not stand there; tests/test_laws.py holds it to that.
-To read it all, begin with users.py; then server.py, wire.py, client.py and gateway.py; then run_all.py.
+To read it all, begin with users.py, products.py and orders.py; then server.py, wire.py, client.py and gateway.py;
+then run_all.py.
 """
