@@ -19,7 +19,7 @@ class DatabaseUnusable(Exception):
 
 
 class Written(NamedTuple):
-    """What a statement did: how many rows it changed, and the id of the last that it added."""
+    """What a statement did: how many rows it changed or added, and the id of the last added if it was any."""
 
     rowcount: int
     lastrowid: int
