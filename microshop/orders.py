@@ -31,8 +31,8 @@ from microshop.chassis.server import Answer, Handler, Service
 
 CALL_TIME = 2.0          # seconds for a service to answer: two such calls fit into the gateway's patience
 TAKE_OVER = 5.0          # seconds after which the background goes on with what a request left undone
-RETRY_FIRST = 0.2        # seconds until the first retry at least, and
-RETRY_LAST = 10.0        # between any two at most
+RETRY_FIRST = 0.2        # seconds until the first retry, and
+RETRY_LAST = 10.0        # between any two at most; jitter takes up to half of them off
 LOOK = 0.1               # seconds between looks for orders that are due
 KEY_LIFE = 24 * 3600.0   # seconds that an Idempotency-Key is remembered
 
@@ -275,10 +275,11 @@ class OrdersHandler(Handler):
         return Answer(body, status, headers)
 
     def cancel_order(self, order_id: int) -> Answer:
-        Saga(self.server, order_id, self.trace()).advance()  # one that is pending is decided first, if that goes
-        if move_order(self.server.database, order_id, "cancelling"):
+        """Cancel an order, or go on with it; one that is pending is decided first, if that can be done now."""
+        Saga(self.server, order_id, self.trace()).advance()
+        while (order := find_order(self.server.database, order_id))["status"] == "confirmed":
+            move_order(self.server.database, order_id, "cancelling")
             Saga(self.server, order_id, self.trace()).advance()
-        order = find_order(self.server.database, order_id)
         if order["status"] == "cancelled":
             return Answer(order)
         if order["status"] == "cancelling":
