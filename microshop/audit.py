@@ -44,10 +44,12 @@ def find_breaches(folder: Path) -> list[str]:
     connection = sqlite3.connect(":memory:", uri=True)
     try:
         for name in SERVICES:
-            connection.execute(f"ATTACH ? AS {name}_file", [f"{(folder / name).absolute().as_uri()}.db?mode=ro"])
+            path = (folder / f"{name}.db").absolute()
+            closed = "" if path.with_suffix(".db-wal").exists() else "&immutable=1"  # else SQLite would leave a log
+            connection.execute(f"ATTACH ? AS {name}_file", [f"{path.as_uri()}?mode=ro{closed}"])
             for problem, in connection.execute(f"PRAGMA {name}_file.quick_check"):
                 if problem != "ok":
-                    raise sqlite3.DatabaseError(f"{name}.db: {problem}")
+                    raise sqlite3.DatabaseError(f"{name}.db: {' '.join(problem.splitlines())}")
         first, second = ([text.format(*row) for text, query in BREACHES.items() for row in connection.execute(
             query, {"now": time.time(), "patience": PATIENCE})] for _ in range(2))
         return [line for line in second if line in set(first)]
@@ -59,7 +61,7 @@ def main() -> None:
     settings = config.read("microshop.audit", [config.DATA])
     try:
         breaches = find_breaches(settings.data)
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         sys.exit(f"audit: cannot read the databases in {settings.data}: {error}")
     print("\n".join(breaches) or f"the databases in {settings.data} agree")
     sys.exit(bool(breaches))
