@@ -1,5 +1,6 @@
 """What the tests say to the shop: start it, speak to it over real sockets, read what it answers."""
 import contextlib
+import io
 import json
 import os
 import re
@@ -9,12 +10,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from microshop.audit import find_breaches
 from microshop.orders import Orders
 from microshop.products import Products
 from microshop.users import Users
@@ -79,6 +82,15 @@ class Wire:
         return True
 
 
+def wait_until(condition: Callable[[], Any]) -> None:
+    """Look again and again, for what nothing tells; fail when it does not come true."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError("what was waited for did not come true")
+        threading.Event().wait(0.005)
+
+
 def exchange(port: int, data: bytes) -> list[Answered]:
     """Send bytes on a new connection, half-close, and return every answer until it is closed."""
     with Wire(port) as wire:
@@ -132,7 +144,7 @@ class Shop(NamedTuple):
 
     def ask(self, method: str, target: str, content: Any = None, **headers: str) -> Answered:
         """Ask the service that the target is for, with JSON if there is content; Idempotency_Key="k" is a header."""
-        server = {"users": self.users, "orders": self.orders}.get(target.split("/")[1], self.products)
+        server = {"users": self.users, "orders": self.orders}.get(re.split("[/?]", target)[1], self.products)
         fields = {name.replace("_", "-"): value for name, value in headers.items()}
         if content is None:
             return ask(server.server_port, method, target, fields)
@@ -145,14 +157,50 @@ class Shop(NamedTuple):
     def status(self, order: int) -> str:
         return self.ask("GET", f"/orders/{order}").json["status"]
 
+    @contextlib.contextmanager
+    def with_orders_restarted(self) -> Iterator["Shop"]:
+        """End the orders service, and run another on its database."""
+        self.orders.shutdown()
+        self.orders.drain()
+        self.orders.close()
+        with running(Orders, **{**vars(self.orders.settings), "port": 0}) as orders:
+            yield self._replace(orders=orders)
+
 
 @contextlib.contextmanager
 def running_shop(**settings: Any) -> Iterator[Shop]:
-    """Run users, products and orders in threads of this process; `settings` are those of orders."""
-    with running(Users) as users, running(Products) as products:
+    """Run users, products and orders in threads of this process, on one folder; `settings` are those of orders.
+
+    What was done in the shop must pass the audit at the end.
+    """
+    with (tempfile.TemporaryDirectory() as name, running(Users, data=Path(name)) as users,
+          running(Products, data=Path(name)) as products):
         urls = {"users_url": [users.url], "products_url": [products.url]}
-        with running(Orders, **{**urls, **settings}) as orders:
+        with running(Orders, **{**urls, "data": Path(name), **settings}) as orders:
             yield Shop(users, products, orders)
+            if breaches := find_breaches(Path(name)):
+                raise AssertionError("\n".join(breaches))
+
+
+def together(*functions: Callable[[], Any]) -> list[Any]:
+    """Call each in a thread of its own, all at once; return what each returned, or the exception that it raised."""
+    start, outcomes = threading.Barrier(len(functions)), {}
+
+    def call(number: int, function: Callable[[], Any]) -> None:
+        start.wait(PATIENCE)
+        try:
+            outcomes[number] = function()
+        except Exception as error:
+            outcomes[number] = error
+
+    threads = [threading.Thread(target=call, args=numbered, daemon=True) for numbered in enumerate(functions)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    if len(outcomes) < len(functions):
+        raise AssertionError(f"{len(functions) - len(outcomes)} of {len(functions)} threads hang")
+    return [outcomes[number] for number in range(len(functions))]
 
 
 @contextlib.contextmanager
@@ -261,3 +309,50 @@ def read_request(connection: socket.socket) -> bytes:
     while length and len(body) < int(length[1]):
         body += connection.recv(65536)
     return head + b"\r\n\r\n" + body
+
+
+class Moody:
+    """Stands before a service. Its `mood` is what it says and hangs up, or how it passes requests on.
+
+    "well": as it should; "lossy": what is asked is done, but the answer is lost; "silent": nothing ever comes.
+    """
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.mood: str | bytes = "well"
+        self.calls: list[str] = []  # method and target of each
+
+    def __call__(self, connection: socket.socket) -> None:
+        while request := read_request(connection):
+            self.calls.append(request.partition(b" HTTP/")[0].decode())
+            if self.mood == "well":
+                connection.sendall(self.pass_on(request))
+                continue
+            if self.mood == "silent":
+                connection.recv(1)  # until the other end gives up
+            elif self.mood == "lossy":
+                self.pass_on(request)
+            else:
+                connection.sendall(self.mood)
+            return
+
+    def pass_on(self, request: bytes) -> bytes:
+        with Wire(self.port) as wire:
+            wire.send(request)
+            wire.end()
+            return wire.file.read()
+
+
+@contextlib.contextmanager
+def running_moody_shop() -> Iterator[tuple[Shop, Moody, Moody]]:
+    """Run a shop whose orders service comes to users and products only through these two.
+
+    Its log is not shown; it must tell of no failure but theirs.
+    """
+    users, products = Moody(), Moody()
+    with (contextlib.redirect_stderr(io.StringIO()) as log, upstream(users) as users_url,
+          upstream(products) as products_url, running_shop(users_url=[users_url], products_url=[products_url]) as shop):
+        users.port, products.port = shop.users.server_port, shop.products.server_port
+        yield shop, users, products
+    if re.search(r"(?m)^\S+Z \w+ .* failed\b", log.getvalue()):
+        raise AssertionError(log.getvalue())

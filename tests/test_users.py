@@ -2,13 +2,15 @@
 import unittest
 
 from microshop.users import Users
-from tests.collection import CollectionTests
+from tests.collection import WritableCollectionTests
 
 
-class UsersTest(CollectionTests, unittest.TestCase):
+class UsersTest(WritableCollectionTests, unittest.TestCase):
     service, path = Users, "/users"
     summaries = [{"id": 1, "name": "Alice"}, {"id": 2, "name": "Bob"}]
     item = {"id": 1, "name": "Alice"}
+    content = {"name": "Zoë"}
+    wrong = [({"name": "Ann", "stock": 1}, ["stock"]), ({"name": "", "age": 7, "sex": "?"}, ["age", "name", "sex"])]
     insert = "INSERT INTO users VALUES (?, 'Carol')"
 
 

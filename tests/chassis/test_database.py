@@ -5,11 +5,13 @@ import sqlite3
 import tempfile
 import threading
 import unittest
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 from microshop.chassis import database
-from microshop.chassis.database import Database, DatabaseUnusable
+from microshop.chassis.database import Database, DatabaseUnusable, Written
+from tests.helpers import PATIENCE, together
 
 VERSION_1 = ("CREATE TABLE cats (id INTEGER PRIMARY KEY, name TEXT NOT NULL)", "INSERT INTO cats VALUES (1, 'Mia')")
 VERSION_2 = ("ALTER TABLE cats ADD lives INTEGER NOT NULL DEFAULT 9",)
@@ -95,6 +97,131 @@ class DatabaseTest(unittest.TestCase):
     def test_closing_tidies_up(self):
         self.open().close()
         self.assertEqual([path.name for path in self.path.parent.iterdir()], ["cats.db"])
+
+
+class Door:
+    """A lock that tells of each thread that comes to it."""
+
+    def __init__(self):
+        self.lock, self.arrived = threading.RLock(), threading.Semaphore(0)
+
+    def __enter__(self):
+        self.arrived.release()
+        self.lock.acquire()
+
+    def __exit__(self, *_):
+        self.lock.release()
+
+
+@mock.patch.object(database, "BUSY_TIMEOUT", 0)  # threads wait for each other here; SQLite would refuse at once
+class WriteTest(unittest.TestCase):
+    open = DatabaseTest.open
+
+    def setUp(self):
+        DatabaseTest.setUp(self)
+        self.cats = self.open()
+
+    def names(self):
+        return [row["name"] for row in self.cats.rows("SELECT name FROM cats ORDER BY id")]
+
+    def as_visitor(self, function):
+        """Call a function in a thread that is served by the database, and leave as a handler does."""
+        try:
+            return function()
+        finally:
+            self.cats.close()
+
+    def queue(self, *writes, prepare="PRAGMA user_version"):
+        """Let writers come while a transaction goes on; return what became of them, and how many commits it took."""
+        door, begun, commits = Door(), threading.Event(), []
+
+        def hold():
+            with self.cats.transaction() as connection:
+                begun.set()
+                for _ in range(len(writes) + 1):  # the transaction itself came to the door too
+                    self.assertTrue(door.arrived.acquire(timeout=PATIENCE))
+                connection.execute("INSERT INTO cats (name) VALUES ('Last')")
+
+        def write(*statement):
+            begun.wait(PATIENCE)
+            connection = self.cats.connection()
+            connection.execute(prepare)
+            connection.set_trace_callback(lambda line: commits.append(line) if line == "COMMIT" else None)
+            return self.cats.write(*statement)
+
+        calls = (hold, *(partial(write, *statement) for statement in writes))
+        with mock.patch.object(self.cats, "_writer", door):
+            held, *outcomes = together(*(partial(self.as_visitor, call) for call in calls))
+        self.assertIsNone(held)
+        return outcomes, len(commits)
+
+    def test_a_write_tells_what_it_did(self):
+        for statement, values, written in (
+                ("INSERT INTO cats VALUES (7, ?)", ["Tom"], Written(1, 7)),
+                ("INSERT INTO cats (name) VALUES (:name), ('Kim')", {"name": "Ben"}, Written(2, 9))):
+            self.assertEqual(self.cats.write(statement, values), written)
+        for statement, values, count in (("UPDATE cats SET name = 'Leo' WHERE id > ?", [6], 3),
+                                         ("DELETE FROM cats WHERE id = ?", [5], 0)):
+            self.assertEqual(self.cats.write(statement, values).rowcount, count)
+        self.assertEqual(self.names(), ["Mia", "Leo", "Leo", "Leo"])
+
+    def test_a_write_that_fails_raises_and_the_next_one_goes_through(self):
+        for statement, error in (("INSERT INTO cats VALUES (1, 'Twin')", sqlite3.IntegrityError),
+                                 ("INSERT INTO dogs VALUES (1, 'Rex')", sqlite3.OperationalError)):
+            with self.subTest(statement), self.assertRaises(error):
+                self.cats.write(statement)
+        self.cats.write("INSERT INTO cats VALUES (2, 'Tom')")
+        self.assertEqual(self.names(), ["Mia", "Tom"])
+
+    def test_what_is_written_is_in_the_file_at_once(self):
+        self.cats.write("INSERT INTO cats VALUES (2, 'Tom')")
+        with contextlib.closing(sqlite3.connect(self.path)) as other:
+            self.assertEqual(other.execute("SELECT count(*) FROM cats").fetchall(), [(2,)])
+
+    def test_writers_and_transactions_that_come_at_once_lose_nothing(self):
+        def write(name):
+            return [(self.cats.write("INSERT INTO cats (name) VALUES (?)", [name]).lastrowid, name) for _ in range(20)]
+
+        def transact(name):
+            ids = []
+            for _ in range(20):
+                with self.cats.transaction() as connection:
+                    ids.append((connection.execute("INSERT INTO cats (name) VALUES (?)", [name]).lastrowid, name))
+            return ids
+
+        outcomes = together(*(partial(self.as_visitor, partial(way, name)) for way, name in (
+            (write, "Tom"), (write, "Kim"), (write, "Ben"), (write, "Leo"), (transact, "Ida"), (transact, "Eva"))))
+        told = sorted(row for rows in outcomes for row in rows)
+        self.assertEqual([(row["id"], row["name"]) for row in self.cats.rows("SELECT * FROM cats WHERE id > 1")], told)
+        self.assertEqual(len(told), 6 * 20)
+
+    def test_writers_wait_for_a_transaction_and_then_share_a_commit(self):
+        outcomes, commits = self.queue(*[("INSERT INTO cats (name) VALUES (?)", [f"Kitten {n}"]) for n in range(10)])
+        self.assertEqual([outcome.rowcount for outcome in outcomes], [1] * 10)
+        self.assertEqual(commits, 1)
+        self.assertEqual(self.names()[:2], ["Mia", "Last"])
+        self.assertEqual([self.names()[outcome.lastrowid - 1] for outcome in outcomes],
+                         [f"Kitten {n}" for n in range(10)])
+
+    def test_a_write_that_breaks_a_constraint_fails_alone(self):
+        outcomes, commits = self.queue(
+            ("INSERT INTO cats VALUES (7, 'Tom')",), ("INSERT INTO cats VALUES (8, NULL)",),
+            ("INSERT INTO cats VALUES (9, 'Kim')",), ("INSERT INTO cats VALUES (10, 'Half'), (1, 'Mia')",))
+        self.assertEqual(outcomes[::2], [Written(1, 7), Written(1, 9)])
+        for outcome, told in zip(outcomes[1::2], ("NOT NULL", "UNIQUE"), strict=True):
+            self.assertIsInstance(outcome, sqlite3.IntegrityError)
+            self.assertIn(told, str(outcome))
+        self.assertEqual(commits, 1)
+        self.assertEqual(self.names(), ["Mia", "Last", "Tom", "Kim"])
+
+    def test_a_full_disk_is_told_to_all_who_share_the_commit(self):
+        small, large = "INSERT INTO cats (name) VALUES ('Tom')", "INSERT INTO cats (name) VALUES (hex(zeroblob(9999)))"
+        outcomes, _ = self.queue(*[(small,)] * 5, (large,), prepare="PRAGMA max_page_count = 1")
+        for outcome in outcomes:
+            self.assertIsInstance(outcome, sqlite3.OperationalError)
+            self.assertIn("full", str(outcome))
+        self.assertEqual(self.names(), ["Mia", "Last"])
+        self.assertEqual(self.cats.write("INSERT INTO cats (name) VALUES ('Kim')").rowcount, 1)
 
 
 class UnusableTest(unittest.TestCase):

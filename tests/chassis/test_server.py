@@ -82,6 +82,13 @@ class RouteTest(ServerTest):
             with self.subTest(text):
                 self.assertEqual(self.ask("GET", f"/things/{text}" if text != "²" else "/things/%C2%B2").status, 404)
 
+    def test_an_id_is_one_that_every_client_can_hold(self):
+        self.assertEqual(self.ask("GET", "/things/9007199254740991").json, {"id": 2**53 - 1})
+        for number in (2**53, 2**53 + 1, 2**63, 10**16 - 1):
+            with self.subTest(number):
+                answer = self.ask("GET", f"/things/{number}")
+                self.assertEqual((answer.status, answer.json["detail"]), (404, f"there is nothing at /things/{number}"))
+
     def test_head_is_get_without_its_body(self):
         got, headed = self.ask("GET", "/things"), self.ask("HEAD", "/things")
         self.assertEqual((headed.status, headed.body), (200, b""))
@@ -139,6 +146,35 @@ class RouteTest(ServerTest):
             self.service.log.flush()
         self.assertEqual([answer.status for answer in answers], [500])
         self.assertNotIn("set-cookie", answers[0].headers)
+
+
+class KeptThingsHandler(ThingsHandler):
+    def change_thing(self, thing_id: int) -> Answer:
+        with self.changing(lambda database, number: {"id": number}, thing_id):
+            return Answer(status=204)
+
+    routes = {"/things/{id}": {"GET": ThingsHandler.get_thing, "PUT": change_thing}}
+
+
+class KeptThings(Things):
+    handler, schema = KeptThingsHandler, [[]]  # changes take a database, though nothing is in it
+
+
+class MatchTest(unittest.TestCase):
+    def test_if_match_takes_strong_tags_alone(self):
+        service = self.enterContext(running(KeptThings))
+        tag = ask(service.server_port, "GET", "/things/7").headers["etag"]
+        self.assertRegex(tag, '^"[0-9a-f]{16}"$')
+        for wanted, status in (
+                (tag, 204), ("*", 204), (f'"old", {tag}', 204), (f'{tag},"old"', 204), (f'W/"old", {tag}', 204),
+                (f'"old"\r\nIf-Match: {tag}', 204), (f'"a, b" , {tag}', 204),
+                (f"W/{tag}", 412), (f'W/{tag}, "old"', 412), ('"old"', 412), ("", 412), ('"*"', 412), ('""', 412),
+                (tag.strip('"'), 412), (f'"{tag[1:-1]}0"', 412), (tag.replace('"', "'"), 412)):
+            with self.subTest(wanted):
+                head = f"PUT /things/7 HTTP/1.1\r\nHost: shop\r\nIf-Match: {wanted}\r\n\r\n"
+                answer, = exchange(service.server_port, head.encode())
+                self.assertEqual(answer.status, status)
+        self.assertEqual(ask(service.server_port, "PUT", "/things/7").status, 204)
 
 
 class BodyTest(ServerTest):
