@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: run test test-all bench lint clean
+.PHONY: run test test-all bench chaos lint clean
 
 run:
 	$(PYTHON) -m microshop.run_all
@@ -18,6 +18,9 @@ test-all:
 
 bench:
 	$(PYTHON) -m tests.bench
+
+chaos:
+	$(PYTHON) -m tests.chaos
 
 lint:
 	$(PYTHON) -m compileall -q microshop tests
