@@ -183,7 +183,7 @@ class Blow(NamedTuple):
 def plan_blows(seed: int, seconds: float) -> list[Blow]:
     """Plan rounds in which each process is killed once and stopped once, in any order; the first round is whole."""
     dice, blows, at, end = random.Random(seed), [], 0.0, seconds
-    while at < seconds:
+    while not blows or at < seconds:
         hits = [(name, number) for name in STOPS for number in (signal.SIGKILL, signal.SIGSTOP)]
         for name, number in dice.sample(hits, len(hits)):
             at += dice.uniform(0, 2 * PACE)
@@ -293,7 +293,6 @@ class Report:
 
     seed: int
     seconds: float = 0.0
-    placed: int = 0
     cancels: int = 0
     resent: int = 0
     retries: int = 0
@@ -350,7 +349,10 @@ class Run:
             self.report.faults.append(str(fault))
         finally:
             self.end()
-        self.judge()
+        try:
+            self.judge()
+        except sqlite3.Error as error:
+            self.report.faults.append(f"the books cannot be read: {error}")
         return self.report
 
     def strike(self) -> None:
@@ -379,6 +381,7 @@ class Run:
         return bool(answered) and answered.json["status"] == "ok"
 
     def is_settled(self) -> bool:
+        """Tell whether the saga has nothing left to do, for rejected orders either: no answer tells that."""
         return not query(self.folder, "orders", "SELECT id FROM orders WHERE due IS NOT NULL LIMIT 1")
 
     def end(self) -> None:
@@ -399,8 +402,8 @@ class Run:
     def judge(self) -> None:
         """Compare what is in the books with what was told."""
         report, placed = self.report, [order for client in self.clients for order in client.placed]
-        report.placed, report.told = len(placed), Counter(order.told.status for order in placed)
-        report.cancels = sum(1 for order in placed if order.cancelled and order.cancelled.status != 409)
+        report.told = Counter(order.told.status for order in placed)
+        report.cancels = sum(order.cancelled is not None and order.cancelled.status != 409 for order in placed)
         report.retries = sum(client.retries for client in self.clients)
         report.resent = sum(client.resent for client in self.clients)
         report.kills = self.shop.count("was killed by signal 9 ")
