@@ -1,53 +1,112 @@
 """The API gateway: the front door. Owns nothing.
 
-A path's first segment names the service that it is for; that is all that is known here about any.
+A path's first segment names the service that it is for. Some resources name others, and can be asked for with those
+inside (API composition). That is all that is known here about any; what to do when one fails is in chassis.client.
 Law: the gateway knows prefixes, not business.
 """
-import re
+import json
+import math
+import time
 from argparse import Namespace
 from threading import Thread
 
 from microshop.chassis import config
-from microshop.chassis.client import Client, Upstream
-from microshop.chassis.errors import ServiceError
+from microshop.chassis.client import Client, Reply, Upstream
+from microshop.chassis.content import parse_query
+from microshop.chassis.errors import BadGateway, BadRequest, TooManyRequests, Unauthorized, UpstreamError
+from microshop.chassis.policies import RateLimit, client_of, is_bearer
 from microshop.chassis.server import Answer, Handler, Service
 
 SERVICES = {"users": "http://127.0.0.1:3001", "products": "http://127.0.0.1:3002", "orders": "http://127.0.0.1:3003"}
 KEEPS_KEYS = {"orders"}  # who honours an Idempotency-Key: a POST with one may be sent twice
-HEALTH_TIME = 1.0  # seconds for a service to tell how it is
+PARTS = {"orders": {"user": "users", "product": "products"}}  # what ?expand= puts inside, and who has it, by its id
+MAX_IDS = 100            # parts that are asked for at once: a page, unless told otherwise
+HEALTH_TIME = 1.0        # seconds for a service to tell how it is
+HEALTH = {200: "ok", 503: "draining"}  # how a service is that answers so
+READS = {"GET", "HEAD", "OPTIONS", "TRACE"}  # RFC 9110 9.2.1: they ask for no change
 
 # What concerns one hop alone is not passed on: RFC 9110 7.6.1, and the framing, which each hop makes anew.
 HOP_BY_HOP = {"connection", "keep-alive", "proxy-connection", "proxy-authenticate", "proxy-authorization", "te",
               "trailer", "transfer-encoding", "upgrade"}
 # What the gateway itself says to a service; a client's word for it does not count.
 OWN = {"host", "content-length", "expect", "forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto",
-       "x-request-id", "traceparent", "tracestate"}
+       "x-request-id", "x-request-timeout", "traceparent", "tracestate"}
 NOT_SENT = HOP_BY_HOP | OWN
+CONDITIONS = {"if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "if-range", "range"}
 NOT_ANSWERED = HOP_BY_HOP | {"x-request-id", "content-length"}
+
+Parts = dict[tuple[str, int], dict]  # by name and id
 
 
 def via(version: str) -> str:
     return f"{version.removeprefix('HTTP/')} microshop"
 
 
+def read_rows(service: str, body: bytes, *ids: str) -> list[dict]:
+    """Return the resources in a service's answer, each of which must have these ids. Raises BadGateway."""
+    try:
+        value = json.loads(body)
+        rows = value if isinstance(value, list) else [value]
+        if all(type(row[name]) is int for row in rows for name in ids):
+            return rows
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    raise BadGateway(service, "gave an answer that makes no sense")
+
+
+def read_page(service: str, reply: Reply | UpstreamError) -> tuple[list[dict], int, str]:
+    """Return the resources in a page, and with what status and detail those are missing that are not there."""
+    try:
+        if isinstance(reply, UpstreamError):
+            raise reply
+        if reply.status == 200:
+            return read_rows(service, reply.body, "id"), 404, ""
+        return [], reply.status, reply.detail
+    except UpstreamError as failure:
+        return [], failure.status, failure.detail
+
+
 class GatewayHandler(Handler):
     server: "Gateway"
 
     def dispatch(self) -> Answer:
-        upstream = self.server.upstreams.get(re.split("[/?]", self.path)[1])
-        return self.forward(upstream) if upstream else super().dispatch()
+        self.check_client()
+        path, _, query = self.path.partition("?")
+        if not (upstream := self.server.upstreams.get(path.split("/")[1])):
+            return super().dispatch()
+        if query and upstream.name in PARTS and self.command in ("GET", "HEAD"):
+            if (expand := parse_query(query).get("expand")) is not None:
+                return self.compose(upstream, list(dict.fromkeys(expand.split(","))))
+        return self.pass_back(self.forward(upstream, self.command))
 
-    def forward(self, upstream: Upstream) -> Answer:
-        """Pass the request on and return what the service answers. Raises BadGateway, GatewayTimeout."""
+    def check_client(self) -> None:
+        """Raise TooManyRequests, or Unauthorized where a write comes without the token."""
+        limit, token = self.server.limit, self.server.token
+        if limit and (wait := math.ceil(limit.take(client_of(self.client_address[0])))):
+            raise TooManyRequests(f"you may send {limit.rate.requests} requests in {limit.rate.seconds} s", [
+                ("Retry-After", str(wait)), ("RateLimit", f'"client";r=0;t={wait}'),
+                ("RateLimit-Policy", f'"client";q={limit.rate.requests};w={limit.rate.seconds}')])
+        if token and self.command not in READS and not is_bearer(self.headers.get("authorization", ""), token):
+            raise Unauthorized("a write needs Authorization: Bearer with the shop's token",
+                               [("WWW-Authenticate", 'Bearer realm="microshop"')])
+
+    # --- forwarding
+
+    def forward(self, upstream: Upstream, method: str, not_sent: set[str] = NOT_SENT) -> Reply:
+        """Send the request on, and return what the service answers. Raises UpstreamError."""
         named = self.headers.tokens("connection")
-        headers = {name: value for name, value in self.headers.items() if name not in NOT_SENT and name not in named}
+        headers = {name: value for name, value in self.headers.items() if name not in not_sent and name not in named}
         headers["via"] = ", ".join(filter(None, (headers.get("via"), via(self.request_version))))
         headers["x-forwarded-for"] = self.client_address[0]
         headers["x-forwarded-proto"] = "http"
         if "host" in self.headers:
             headers["x-forwarded-host"] = self.headers["host"]
+        if self.server.token:
+            headers.pop("authorization", None)
         headers.update(self.trace())
-        reply = self.server.client.call(upstream, self.command, self.path, headers, self.body)
+        return self.server.client.call(upstream, method, self.path, headers, self.body, self.deadline)
+
+    def pass_back(self, reply: Reply) -> Answer:
         named = reply.fields.tokens("connection")
         passed = [(name, value) for name, value in reply.fields.pairs
                   if (key := name.lower()) not in NOT_ANSWERED and key not in named]
@@ -55,29 +114,87 @@ class GatewayHandler(Handler):
             passed.append(("Content-Length", reply.fields["content-length"]))
         return Answer(reply.body, reply.status, [*passed, ("Via", via(reply.version))])
 
-    def greet(self) -> Answer:
-        return Answer(b"API Gateway", headers=[("Content-Type", "text/html; charset=utf-8")])
+    # --- composition
 
-    def health(self) -> Answer:
-        """Tell how the gateway is and each service behind it."""
-        states = dict.fromkeys(self.server.upstreams, "away")
-        threads = [Thread(target=self.ask_health, args=(upstream, states))
-                   for upstream in self.server.upstreams.values()]
+    def compose(self, upstream: Upstream, names: list[str]) -> Answer:
+        """Answer with resources that have their parts of these names inside, all of them by one call per service.
+
+        A part that is not to be had is null, and the resource tells under `missing` why. X-Complete tells how
+        many there are of how many.
+        """
+        services = PARTS[upstream.name]
+        for name in names:
+            if name not in services:
+                raise BadRequest(f"expand: {name!r} is none of {', '.join(services)}")
+        reply = self.forward(upstream, "GET", NOT_SENT | CONDITIONS)
+        if reply.status != 200:
+            return self.pass_back(reply)
+        rows = read_rows(upstream.name, reply.body, *[f"{name}Id" for name in names])
+        parts, reasons = self.find_parts({name: {row[f"{name}Id"] for row in rows} for name in names}, services)
+        for row in rows:
+            keys = [(name, row[f"{name}Id"]) for name in names]
+            row.update({key[0]: parts.get(key) for key in keys})
+            if missing := [reasons[key] for key in keys if key in reasons]:
+                row["missing"] = missing
+        found = sum(row[name] is not None for row in rows for name in names)
+        links = [("Link", reply.fields["link"])] if "link" in reply.fields else []
+        return Answer(rows if reply.body.startswith(b"[") else rows[0], headers=[
+            *links, ("X-Complete", f"{found}/{len(rows) * len(names)}"), ("Via", via(reply.version))])
+
+    def find_parts(self, wanted: dict[str, set[int]], services: dict[str, str]) -> tuple[Parts, Parts]:
+        """Return the parts that are found, by name and id, and for each that is not what to tell."""
+        pages = [(name, sorted(ids)[first:first + MAX_IDS]) for name, ids in wanted.items()
+                 for first in range(0, len(ids), MAX_IDS)]
+        replies = self.ask_together([
+            (self.server.upstreams[services[name]], f"/{services[name]}?ids={','.join(map(str, ids))}")
+            for name, ids in pages], self.deadline)
+        parts: Parts = {}
+        reasons: Parts = {}
+        for (name, ids), reply in zip(pages, replies, strict=True):
+            rows, status, detail = read_page(services[name], reply)
+            parts.update({(name, row["id"]): row for row in rows})
+            for part in ids:
+                if (name, part) not in parts:
+                    reasons[name, part] = {"service": services[name], "status": status,
+                                           "detail": detail or f"there is no {name} {part}"}
+        return parts, reasons
+
+    def ask_together(self, questions: list[tuple[Upstream, str]], deadline: float) -> list[Reply | UpstreamError]:
+        """Ask services side by side; return what each answers, or why it does not."""
+        outcomes: dict[int, Reply | UpstreamError] = {}
+        trace = self.trace()
+
+        def ask(number: int, upstream: Upstream, target: str) -> None:
+            try:
+                outcomes[number] = self.server.client.call(upstream, "GET", target, trace, deadline=deadline)
+            except UpstreamError as failure:
+                outcomes[number] = failure
+
+        threads = [Thread(target=ask, args=(number, *question), daemon=True)
+                   for number, question in enumerate(questions)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        return [outcomes[number] for number in range(len(questions))]
+
+    # --- the gateway's own
+
+    def greet(self) -> Answer:
+        return Answer(b"API Gateway", headers=[("Content-Type", "text/html; charset=utf-8")])
+
+    def health(self) -> Answer:
+        """Tell how the gateway is, each service behind it, and the breaker of each copy of those."""
+        upstreams = self.server.upstreams
+        replies = self.ask_together([(upstream, "/health") for upstream in upstreams.values()],
+                                    min(self.deadline, time.monotonic() + HEALTH_TIME))
+        states = {name: HEALTH.get(reply.status, "away") if isinstance(reply, Reply) else "away"
+                  for name, reply in zip(upstreams, replies, strict=True)}
+        breakers = {name: [copy.breaker.state for copy in upstream.copies] for name, upstream in upstreams.items()}
         answer = super().health()
         if answer.status == 200 and set(states.values()) != {"ok"}:
             answer.body["status"] = "degraded"
-        return answer._replace(body={**answer.body, "services": states})
-
-    def ask_health(self, upstream: Upstream, states: dict[str, str]) -> None:
-        try:
-            reply = self.server.client.call(upstream, "GET", "/health", self.trace(), timeout=HEALTH_TIME)
-        except ServiceError:
-            return
-        states[upstream.name] = {200: "ok", 503: "draining"}.get(reply.status, "away")
+        return answer._replace(body={**answer.body, "services": states, "breakers": breakers})
 
     routes = {"/": {"GET": greet}}
 
@@ -86,17 +203,18 @@ class Gateway(Service):
     name, title, port = "gateway", "API Gateway", 3000
     handler = GatewayHandler
     options = [
-        config.HOST, config.QUIET,
-        config.Setting("timeout", config.seconds, "5", "seconds for a service to answer"),
+        config.HOST, *config.OF_THE_GATEWAY, config.TOKEN, config.QUIET,
         config.Setting("reuse-port", config.switch, "", "share the port with other gateway processes"),
         *[config.Setting(f"{name}-url", config.base_urls, url, f"base URL of the {name} service, or of its copies")
           for name, url in SERVICES.items()]]
 
     def __init__(self, settings: Namespace):
         super().__init__(settings)
+        self.token = settings.token_file or settings.token or ""
+        self.limit = RateLimit(settings.rate) if settings.rate else None
         self.client = Client(settings.timeout)
-        self.upstreams = {name: Upstream(name, getattr(settings, f"{name}_url"), keeps_keys=name in KEEPS_KEYS)
-                          for name in SERVICES}
+        self.upstreams = {name: Upstream(name, getattr(settings, f"{name}_url"), keeps_keys=name in KEEPS_KEYS,
+                                         max_in_flight=settings.max_in_flight) for name in SERVICES}
 
     def close(self) -> None:
         self.client.close()

@@ -12,6 +12,7 @@ Read from top to bottom: what is stored, how it is found and changed, the saga, 
 Law: SQL stands in the queries alone; users and products are ids here, and no more.
 """
 import json
+import math
 import random
 import re
 import threading
@@ -26,10 +27,10 @@ from microshop.chassis.client import Client, Reply, Upstream
 from microshop.chassis.content import Integer, Page, encode, parse_query
 from microshop.chassis.database import Database
 from microshop.chassis.errors import (
-    BadGateway, BadRequest, Conflict, GatewayTimeout, NotFound, UnprocessableContent)
+    BadGateway, BadRequest, Conflict, NotFound, UnprocessableContent, UpstreamError)
 from microshop.chassis.server import Answer, Handler, Service
 
-CALL_TIME = 2.0          # seconds for a service to answer: two such calls fit into the gateway's patience
+CALL_TIME = 2.0          # seconds for a service to answer, if the client's patience lasts
 TAKE_OVER = 5.0          # seconds after which the background goes on with what a request left undone
 RETRY_FIRST = 0.2        # seconds until the first retry, and
 RETRY_LAST = 10.0        # between any two at most; jitter takes up to half of them off
@@ -167,12 +168,12 @@ class Saga:
     first of them can move the row on.
     """
 
-    def __init__(self, service: "Orders", order_id: int, trace: dict[str, str]):
-        self.service, self.database, self.trace = service, service.database, trace
+    def __init__(self, service: "Orders", order_id: int, trace: dict[str, str], deadline: float = math.inf):
+        self.service, self.database, self.trace, self.deadline = service, service.database, trace, deadline
         self.order = find_order(self.database, order_id)
 
     def advance(self) -> None:
-        """Do all that can be done now."""
+        """Do all that can be done now, and until the deadline."""
         try:
             if self.order["status"] == "pending":
                 self.decide()
@@ -182,7 +183,7 @@ class Saga:
             if self.order["status"] == "cancelling":
                 self.release()
                 self.move("cancelled")
-        except (BadGateway, GatewayTimeout) as silence:
+        except UpstreamError as silence:
             postpone_order(self.database, self.order)
             self.service.log.event(f"{self.trace['x-request-id']} leaves order {self.order['id']} "
                                    f"{self.order['status']}: {silence.detail}")
@@ -221,12 +222,12 @@ class Saga:
 
     def ask(self, upstream: Upstream, method: str, target: str, certain: set[int],
             content: dict | None = None) -> Reply:
-        """Call a service. Raises BadGateway, GatewayTimeout where it says nothing that is certain."""
+        """Call a service. Raises UpstreamError where it says nothing that is certain."""
         headers = {**self.trace, "content-type": "application/json"}
         body = encode(content).encode() if content else None
-        reply = self.service.client.call(upstream, method, target, headers, body)
+        reply = self.service.client.call(upstream, method, target, headers, body, self.deadline)
         if reply.status not in certain:
-            raise BadGateway(f"the {upstream.name} service answered {reply.status}", service=upstream.name)
+            raise BadGateway(upstream.name, f"answered {reply.status}")
         return reply
 
     def move(self, status: str, answer: tuple[int, Any] | None = None, reason: str | None = None) -> None:
@@ -262,7 +263,7 @@ class OrdersHandler(Handler):
             raise BadRequest("Idempotency-Key: must be 1 to 255 printable ASCII characters")
         order_id, is_new = add_order(database, self.read_fields(FIELDS), key)
         if is_new or not find_answer(database, order_id):
-            Saga(self.server, order_id, self.trace()).advance()
+            Saga(self.server, order_id, self.trace(), self.deadline).advance()
         status, body = find_answer(database, order_id) or (
             keep_answer(database, order_id, (202, find_order(database, order_id))))
         headers = [("Location", f"/orders/{order_id}")]
@@ -276,10 +277,10 @@ class OrdersHandler(Handler):
 
     def cancel_order(self, order_id: int) -> Answer:
         """Cancel an order, or go on with it; one that is pending is decided first, if that can be done now."""
-        Saga(self.server, order_id, self.trace()).advance()
+        Saga(self.server, order_id, self.trace(), self.deadline).advance()
         while (order := find_order(self.server.database, order_id))["status"] == "confirmed":
             move_order(self.server.database, order_id, "cancelling")
-            Saga(self.server, order_id, self.trace()).advance()
+            Saga(self.server, order_id, self.trace(), self.deadline).advance()
         if order["status"] == "cancelled":
             return Answer(order)
         if order["status"] == "cancelling":

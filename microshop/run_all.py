@@ -40,6 +40,7 @@ OPTIONS = [
     config.Setting("fresh", config.switch, "",
                    "use a temporary data folder, whatever --data says; it goes at the end"),
     config.Setting("workers", config.count, "1", "gateway processes that share the one port"),
+    *config.OF_THE_GATEWAY,
     config.QUIET,
 ]
 
@@ -73,12 +74,10 @@ def plan_children(settings: Namespace) -> tuple[list[Child], list[Child]]:
     services = [Child(name, name, SERVICE_HOST, first and first + n, [], ["--data", str(settings.data), *quiet])
                 for n, name in enumerate(("users", "products", "orders"), start=1)]
     services[-1].needs = services[:-1]  # orders calls the two others
-    gateways = [Child("gateway", "gateway", settings.host, first, services, quiet)]
+    flags = [*quiet, *config.hand_on(settings, config.OF_THE_GATEWAY), *["--reuse-port"] * (settings.workers > 1)]
+    gateways = [Child("gateway", "gateway", settings.host, first, services, flags)]
     for n in range(2, settings.workers + 1):  # these need the port that the first one took
-        gateways.append(Child(f"gateway{n}", "gateway", settings.host, first, [*services, gateways[0]], quiet))
-    if settings.workers > 1:
-        for gateway in gateways:
-            gateway.flags = [*quiet, "--reuse-port"]
+        gateways.append(Child(f"gateway{n}", "gateway", settings.host, first, [*services, gateways[0]], flags))
     return services, gateways
 
 

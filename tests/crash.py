@@ -110,7 +110,8 @@ def serve(service: str, data: str, death: list | None, resumes: bool, **settings
     steps = Steps(death)
     if resumes:
         steps.watch()
-    running = SERVICES[service](Namespace(host="127.0.0.1", data=Path(data), quiet=True, supervised=True, **settings))
+    running = SERVICES[service](Namespace(host="127.0.0.1", data=Path(data), timeout=5.0, quiet=True, supervised=True,
+                                          **settings))
     if not resumes:
         steps.watch()
     running.run()

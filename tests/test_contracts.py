@@ -143,6 +143,8 @@ class GatewayOnStubs(unittest.TestCase):
             f"{name}_url": [stub.url] for name, stub in stubs.items()}))
         for contract in contracts.values():
             replay(self, without_health(contract), gateway.server_port)
+        whole = ask(gateway.server_port, "GET", "/orders/201?expand=user,product").json
+        self.assertEqual((whole["user"]["name"], whole["product"]["name"]), ("Alice", "Laptop"))
         health = ask(gateway.server_port, "GET", "/health").json
         self.assertEqual((health["status"], health["services"]), ("ok", dict.fromkeys(SERVICES, "ok")))
         for name, stub in stubs.items():

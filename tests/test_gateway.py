@@ -1,4 +1,5 @@
 """What the gateway passes on and what it does not, both ways, and what it says when a service fails."""
+import contextlib
 import io
 import socket
 import time
@@ -9,9 +10,10 @@ from typing import Any
 from unittest import mock
 
 from microshop import gateway
+from microshop.chassis.policies import Rate
 from microshop.gateway import Gateway
 from microshop.users import Users
-from tests.helpers import PATIENCE, Answered, Wire, ask, read_request, running, upstream
+from tests.helpers import PATIENCE, Answered, Wire, ask, read_request, running, upstream, wait_until
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n"
 TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -41,7 +43,7 @@ def silence(connection: socket.socket) -> None:
 
 
 class GatewayTest(unittest.TestCase):
-    def open(self, timeout: float = PATIENCE / 2, **services: Callable[[socket.socket], None] | str) -> None:
+    def open(self, settings: dict[str, Any] | None = None, **services: Callable[[socket.socket], None] | str) -> None:
         """Start a gateway in front of these, each a stub or a base URL; where none is given, nobody listens."""
         deaf = self.enterContext(socket.socket())
         deaf.bind(("127.0.0.1", 0))
@@ -49,7 +51,7 @@ class GatewayTest(unittest.TestCase):
         urls = {f"{name}_url": [service if isinstance(service, str) else self.enterContext(upstream(service))]
                 for name, service in {**dict.fromkeys(["users", "products", "orders"], nowhere), **services}.items()}
         self.users_url = urls["users_url"][0]
-        self.gateway = self.enterContext(running(Gateway, timeout=timeout, reuse_port=False, **urls))
+        self.gateway = self.enterContext(running(Gateway, **urls, **(settings or {})))
 
     def ask(self, *request: Any) -> Answered:
         return ask(self.gateway.server_port, *request)
@@ -302,6 +304,107 @@ class RealService(GatewayTest):
         self.assertEqual(head.headers["content-length"], str(len(answer.body)))
 
 
+class Deadlines(GatewayTest):
+    def test_what_is_left_of_the_time_travels_upstream_and_a_client_can_only_shorten_it(self):
+        stub = Stub()
+        self.open(users=stub)
+        for given, most in ((None, 5), ("2", 1.8), ("7200", 5)):
+            self.ask("GET", "/users", {"X-Request-Timeout": given} if given else {})
+            [left] = fields(stub.requests[-1]).get_all("X-Request-Timeout")
+            self.assertTrue(most - 0.5 < float(left) <= most, left)
+
+    def test_a_client_without_patience_gets_its_answer_before_it_goes(self):
+        self.open(users=silence)
+        started = time.monotonic()
+        answer = self.ask("GET", "/users", {"X-Request-Timeout": "0.5"})
+        self.assertEqual(answer.status, 504)
+        self.assertLess(time.monotonic() - started, 0.5)
+        self.assertEqual(self.ask("GET", "/users", {"X-Request-Timeout": "0"}).status, 503)
+
+
+class Token(GatewayTest):
+    SHOWN = {"Authorization": "Bearer s3cret"}
+
+    def setUp(self) -> None:
+        self.stub, self.log = Stub(), io.StringIO()
+        self.enterContext(contextlib.redirect_stderr(self.log))
+        self.open({"token": "s3cret", "quiet": False}, users=self.stub)
+
+    def assert_refused(self, answer: Answered) -> None:
+        self.assertEqual((answer.status, answer.json["status"]), (401, 401))
+        self.assertEqual(answer.headers["www-authenticate"], 'Bearer realm="microshop"')
+
+    def test_a_write_needs_it_whatever_it_is_for(self):
+        for method in ("POST", "PUT", "DELETE", "PATCH", "PURGE"):
+            for target in ("/users", "/users/1", "/nowhere", "/", "/health"):
+                for headers in ({}, {"Authorization": "Bearer secret"}, {"Authorization": "s3cret"}):
+                    self.assert_refused(self.ask(method, target, headers, b"{}"))
+        self.assertEqual(self.stub.requests, [])
+        self.assertEqual(self.ask("DELETE", "/users/1", self.SHOWN).status, 200)
+        self.assertEqual(self.ask("DELETE", "/nowhere", self.SHOWN).status, 404)
+
+    def test_the_connection_goes_on_after_a_refusal(self):
+        with Wire(self.gateway.server_port) as wire:
+            wire.send(b"POST /users HTTP/1.1\r\nHost: shop\r\nContent-Length: 2\r\n\r\n{}"
+                      b"GET /users HTTP/1.1\r\nHost: shop\r\n\r\n")
+            self.assertEqual([wire.read().status, wire.read().status], [401, 200])
+
+    def test_two_of_them_are_none(self):
+        request = b"DELETE /users/1 HTTP/1.1\r\nHost: shop\r\n" + b"Authorization: Bearer s3cret\r\n" * 2 + b"\r\n"
+        with Wire(self.gateway.server_port) as wire:
+            wire.send(request)
+            self.assert_refused(wire.read())
+
+    def test_reads_stay_open(self):
+        for method in ("GET", "HEAD", "OPTIONS"):
+            for headers in ({}, {"Authorization": "Bearer wrong"}, self.SHOWN):
+                self.assertEqual(self.ask(method, "/users", headers).status, 200)
+
+    def test_it_goes_no_further_than_the_gateway_nor_into_its_log(self):
+        for method in ("GET", "POST"):
+            self.ask(method, "/users", self.SHOWN, b"{}" if method == "POST" else None)
+        self.ask("POST", "/users", {"Authorization": "Bearer guessed"})
+        wait_until(lambda: self.gateway.log.flush() or self.log.getvalue().count(" /users ") == 3)
+        for text in (*map(bytes.decode, self.stub.requests), self.log.getvalue()):
+            self.assertNotRegex(text, "(?i)authorization|s3cret|guessed")
+
+    def test_without_one_the_gateway_minds_nobodys(self):
+        self.open(users=self.stub)
+        self.assertEqual(self.ask("POST", "/users", {"Authorization": "Basic Og=="}).status, 200)
+        self.assertEqual(fields(self.stub.requests[-1])["Authorization"], "Basic Og==")
+
+    def test_a_file_may_hold_it(self):
+        self.open({"token": "other", "token_file": "s3cret"}, users=self.stub)
+        self.assertEqual(self.ask("DELETE", "/users/1", self.SHOWN).status, 200)
+        self.assert_refused(self.ask("DELETE", "/users/1", {"Authorization": "Bearer other"}))
+
+
+class Limit(GatewayTest):
+    def test_who_sends_too_much_is_told_when_to_come_back_and_nobody_else(self):
+        stub = Stub()
+        self.open({"rate": Rate(3, 3600)}, users=stub)
+        answers = [self.ask("GET", target) for target in ("/users", "/nowhere", "/users", "/users", "/users")]
+        self.assertEqual([answer.status for answer in answers], [200, 404, 200, 429, 429])
+        self.assertEqual(len(stub.requests), 2)
+        limited = answers[-1]
+        self.assertEqual(limited.json["status"], 429)
+        wait = int(limited.headers["retry-after"])
+        self.assertTrue(1100 < wait <= 1200)
+        self.assertEqual(limited.headers["ratelimit"], f'"client";r=0;t={wait}')
+        self.assertEqual(limited.headers["ratelimit-policy"], '"client";q=3;w=3600')
+        with socket.create_connection(("127.0.0.1", self.gateway.server_port), PATIENCE, ("127.0.0.2", 0)) as other:
+            other.sendall(b"GET /users HTTP/1.1\r\nHost: shop\r\nConnection: close\r\n\r\n")
+            self.assertEqual(other.recv(65536).split()[1], b"200")
+
+    def test_it_comes_before_the_question_for_the_token(self):
+        self.open({"rate": Rate(2, 3600), "token": "s3cret"}, users=Stub())
+        self.assertEqual([self.ask("POST", "/users").status for _ in range(3)], [401, 401, 429])
+
+    def test_there_is_none_unless_asked_for(self):
+        self.open(users=Stub())
+        self.assertEqual({self.ask("GET", "/users").status for _ in range(200)}, {200})
+
+
 class Failures(GatewayTest):
     def assert_tells(self, answer: Answered, status: int) -> None:
         self.assertEqual((answer.status, answer.json["status"], answer.json["service"]), (status, status, "users"))
@@ -325,7 +428,7 @@ class Failures(GatewayTest):
                         self.assertEqual(wire.read().body, b"Alice")
 
     def test_a_service_that_is_late_is_a_gateway_timeout_and_holds_up_nobody_else(self):
-        self.open(timeout=0.3, users=silence, products=Stub())
+        self.open({"timeout": 0.3}, users=silence, products=Stub())
         started = time.monotonic()
         with Wire(self.gateway.server_port) as wire:
             wire.send(b"GET /users HTTP/1.1\r\nHost: shop\r\n\r\n")
@@ -339,7 +442,8 @@ class Failures(GatewayTest):
 class Health(GatewayTest):
     def assert_health(self, status: str, code: int = 200, **services: str) -> None:
         answer = self.ask("GET", "/health")
-        self.assertEqual(answer.json, {"status": status, "service": "gateway", "services": services})
+        self.assertEqual(answer.json, {"status": status, "service": "gateway", "services": services,
+                                       "breakers": {name: ["closed"] for name in services}})
         self.assertEqual(answer.status, code)
 
     def test_it_is_ok_when_every_service_is(self):

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -296,6 +297,69 @@ class MendedShopTest(ShopTestCase):
         self.assertEqual(ask(self.shop.first).body.decode(), SEED["/"])
 
 
+@unittest.skipUnless(hasattr(signal, "SIGSTOP"), "this system cannot stop a process")
+class HangingServiceTest(ShopTestCase):
+    """A shop whose products service hangs while two hundred clients want something of it."""
+
+    CLIENTS, MOST, ROUNDS, REQUESTS = 200, 64, 5, 200
+
+    def time_users(self, wire: Wire) -> float:
+        """Return the 99th percentile of the seconds that GET /users takes, on one connection."""
+        times = []
+        for _ in range(self.REQUESTS):
+            began = time.perf_counter()
+            wire.send(b"GET /users HTTP/1.1\r\nHost: shop\r\n\r\n")
+            self.assertEqual(wire.read().body.decode(), SEED["/users"])
+            times.append(time.perf_counter() - began)
+        return sorted(times)[self.REQUESTS * 99 // 100]
+
+    def test_it_takes_only_those_down_who_need_it(self):
+        shop = self.open("--fresh", "--quiet")
+        [products] = shop.children("products")
+        wire = self.enterContext(Wire(shop.first))
+        quiet = min(self.time_users(wire) for _ in range(self.ROUNDS))
+        os.kill(products, signal.SIGSTOP)
+        try:
+            clients = [self.enterContext(Wire(shop.first)) for _ in range(self.CLIENTS)]
+            for client in clients:
+                client.send(b"GET /products HTTP/1.1\r\nHost: shop\r\n\r\n")
+            meanwhile = min(self.time_users(wire) for _ in range(self.ROUNDS))
+            refused = []
+            while len(refused) < self.CLIENTS - self.MOST:
+                refused += select.select([client.socket for client in clients if client.socket not in refused],
+                                         [], [], PATIENCE)[0]
+        finally:
+            os.kill(products, signal.SIGCONT)
+        answers = [client.read() for client in clients]
+        self.assertEqual(sorted(answer.status for answer in answers),
+                         [200] * self.MOST + [503] * (self.CLIENTS - self.MOST))
+        self.assertLess(meanwhile, 2 * quiet)
+
+
+class GuardedShopTest(ShopTestCase):
+    def test_what_guards_the_gateway_is_handed_on_by_run_all(self):
+        with tempfile.NamedTemporaryFile("w") as file:
+            file.write("s3cret\n")
+            file.flush()
+            shop = self.open("--fresh", "--token-file", file.name, "--rate", "5/h", "--timeout=2.5",
+                             "--max-in-flight=7", MICROSHOP_TOKEN="other")
+        table = subprocess.check_output(["ps", "-A", "-ww", "-o", "args="], text=True)
+        self.assertRegex(table, rf"microshop\.gateway .*--port {shop.first} .*--timeout=2.5 .*--max-in-flight=7")
+        shown = {"Authorization": "Bearer s3cret"}
+        self.assertEqual([ask(shop.first, "DELETE", "/users/2", headers).status for headers in ({}, shown)], [401, 204])
+        self.assertEqual([ask(shop.first).status for _ in range(4)], [200, 200, 200, 429])
+        self.assertNotIn("s3cret", "".join(shop.lines) + table)
+
+    def test_a_bad_token_is_told_without_being_shown(self):
+        with process("microshop.run_all", "--token-file", "/nowhere") as file, \
+                process("microshop.gateway", MICROSHOP_TOKEN="to ken") as token:
+            for child, told in ((file, "--token-file: '/nowhere' cannot be read"), (token, "MICROSHOP_TOKEN: what it")):
+                self.assertEqual(child.status(), 2)
+                self.assertIn(told, child.lines[0])
+                self.assertEqual(len(child.lines), 1)
+                self.assertNotIn("to ken", child.lines[0])
+
+
 class TerminalTest(unittest.TestCase):
     """What a terminal shows of a shop whose folder of data is a file: so it ends by itself.
 
@@ -337,10 +401,10 @@ class RefusalTest(ShopTestCase):
                 self.assert_nothing_is_left(shop)
 
     def test_a_bad_setting_of_a_child_is_the_shops(self):
-        shop = Shop("--fresh", MICROSHOP_TIMEOUT="soon")
+        shop = Shop("--fresh", MICROSHOP_ORDERS_URL="nowhere")
         self.addCleanup(shop.kill)
         self.assertEqual(shop.status(), 2)
-        self.assertRegex("\n".join(shop.lines), "(?m)^gateway .*MICROSHOP_TIMEOUT: 'soon'")
+        self.assertRegex("\n".join(shop.lines), "(?m)^gateway .*MICROSHOP_ORDERS_URL: 'nowhere'")
         self.assert_nothing_is_left(shop)
 
     def test_a_child_that_cannot_start_is_heard_and_ends_the_shop(self):

@@ -6,20 +6,26 @@ else to happen. Each shop must pass the audit at its end.
 import contextlib
 import io
 import itertools
+import json
+import re
 import socket
 import sqlite3
 import tempfile
+import time
 import unittest
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
 from microshop import orders
+from microshop.chassis import client
 from microshop.chassis.database import Database
+from microshop.chassis.policies import Breaker
 from microshop.orders import Orders, Saga
 from microshop.products import Products
 from microshop.users import Users
-from tests.helpers import Wire, ask, running, running_moody_shop, running_shop, together, wait_until
+from tests.helpers import (
+    Wire, ask, read_request, running, running_moody_shop, running_shop, together, upstream, wait_until)
 
 LAPTOPS = {"userId": 1, "productId": 101, "quantity": 3}
 NEVER = 3600.0
@@ -39,6 +45,8 @@ UNCERTAIN = {  # what a service may do that tells nothing for certain
 class SagaTest(unittest.TestCase):
     def setUp(self):
         self.set_times(TAKE_OVER=NEVER, RETRY_FIRST=0.01, RETRY_LAST=0.03, LOOK=0.005)
+        self.enterContext(mock.patch.multiple(Breaker, FIRST_PAUSE=0.01, LAST_PAUSE=0.01))
+        self.enterContext(mock.patch.object(client, "BACKOFF", 0.002))
 
     def set_times(self, **times):
         self.enterContext(mock.patch.multiple(orders, **times))
@@ -64,6 +72,42 @@ class SagaTest(unittest.TestCase):
         self.assertEqual((answer.status, answer.json["status"]), (202, status), answer.body)
         self.assertEqual(answer.headers["location"], f"/orders/{answer.json['id']}")
         self.assertRegex(answer.headers["retry-after"], "^[1-9][0-9]*$")
+
+
+class Deadlines(SagaTest):
+    """A request has so much time, and its saga too; what that leaves undone is done in the background."""
+
+    def setUp(self):
+        super().setUp()
+        self.set_times(LOOK=NEVER)
+
+    def test_a_client_is_told_before_its_patience_ends(self):
+        with running_moody_shop() as (self.shop, _, products):
+            products.mood = "silent"
+            started = time.monotonic()
+            self.assert_is_to_come(self.post(X_Request_Timeout="0.5"), "pending")
+            self.assertLess(time.monotonic() - started, 0.5)
+            self.assertEqual(self.post(X_Request_Timeout="0").status, 503)
+            self.assertEqual(self.shop.ask("GET", "/orders/204").status, 404)
+
+    def test_nobody_is_asked_when_the_time_is_spent(self):
+        with running_moody_shop() as (self.shop, users, products):
+            order, _ = orders.add_order(self.shop.orders.database, LAPTOPS, None)
+            Saga(self.shop.orders, order, {"x-request-id": "late"}, deadline=time.monotonic()).advance()
+            self.assertEqual((users.calls, products.calls, self.shop.status(order)), ([], [], "pending"))
+
+    def test_what_is_left_of_the_time_is_passed_on(self):
+        left = []
+
+        def note_time(connection):
+            while request := read_request(connection):
+                left.append(float(re.search(rb"(?i)\nx-request-timeout: ([0-9.]+)\r", request)[1]))
+                connection.sendall(status(200))
+        with upstream(note_time) as url, running(Orders, users_url=[url], products_url=[url]) as service:
+            ask(service.server_port, "POST", "/orders", {"Content-Type": "application/json", "X-Request-Timeout": "1"},
+                json.dumps(LAPTOPS).encode())
+        self.assertEqual(len(left), 2)
+        self.assertTrue(0.9 >= left[0] >= left[1] > 0.5, left)
 
 
 class Uncertain(SagaTest):
@@ -108,6 +152,7 @@ class Uncertain(SagaTest):
         for what, mood in {**UNCERTAIN, "knows no reservations": status(404), "refuses": status(409)}.items():
             self.products.mood = "well"
             cancelling.append(order := self.post().json["id"])
+            self.wait_for("confirmed", order)
             with self.trying(self.products, what, mood):
                 self.assert_is_to_come(self.cancel(order), "cancelling")
                 self.assert_is_to_come(self.cancel(order), "cancelling")

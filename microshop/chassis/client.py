@@ -1,27 +1,36 @@
 """Calls to other services: urllib, on kept-alive connections.
 
 The OpenerDirector is bare but for our handler: so it follows no redirect, raises for no status and
-ignores http_proxy, as it must between services. `Client.call` is all that other code sees.
+ignores http_proxy, as it must between services. `Client.call` is all that other code sees; it decides what
+is sent again. An Upstream is what is known of a service, and the policies that calls to it are subject to.
 """
 import contextlib
-import itertools
+import math
+import random
 import select
 import socket
+import threading
 import time
 import urllib.request
 from collections import defaultdict, deque
-from collections.abc import Iterator
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from microshop.chassis import wire
 from microshop.chassis.content import parse_json
-from microshop.chassis.errors import BadGateway, BadRequest, GatewayTimeout, ServiceError
+from microshop.chassis.errors import (
+    BadGateway, BadRequest, Broken, GatewayTimeout, ServiceError, Unreachable, UpstreamError, UpstreamUnavailable)
+from microshop.chassis.policies import Breaker, Clock, RetryBudget
 
 MAX_ANSWER = 8 * 1024 * 1024   # bytes of an answer's body
 MAX_IDLE = 128                 # connections kept for later, per address
 IDLE_TIME = 30.0               # seconds one is kept: less than a service keeps its end (server.IDLE_TIME)
+CONNECT_TIME = 1.0             # seconds to connect, so that there is time left for another copy
+SLOT_TIME = 0.25               # seconds to wait for a slot of a service that has its fill of calls
+MAX_RETRIES = 2
+BACKOFF = 0.05                 # seconds before the first retry at most; it doubles before the next
 REPEATABLE = {"GET", "HEAD", "OPTIONS", "PUT", "DELETE"}  # RFC 9110 9.2.2: twice does what once does
+SICK = {500, 502, 503, 504}    # answers of a service that fails; a 4xx is about its client
 
 
 class Reply(NamedTuple):
@@ -40,15 +49,77 @@ class Reply(NamedTuple):
         return f"the answer was {self.status}"
 
 
+class Copy:
+    """One of the processes that are the same service."""
+
+    def __init__(self, base_url: str, clock: Clock):
+        self.base_url, self.breaker = base_url, Breaker(clock)
+        self.in_flight = 0
+        self.turn = 0  # of Upstream's choices, the last that fell on it
+
+
 class Upstream:
-    """A service to call, at one or more base URLs: its copies, taken in turn.
+    """A service to call, at one or more base URLs, and the policies that calls to it are subject to.
 
     One that `keeps_keys` does what comes with an Idempotency-Key once, however often that comes.
     """
 
-    def __init__(self, name: str, base_urls: list[str], *, keeps_keys: bool = False):
-        self.name, self.keeps_keys = name, keeps_keys
-        self.copies = itertools.cycle(base_urls)
+    def __init__(self, name: str, base_urls: list[str], *, keeps_keys: bool = False, max_in_flight: int = 64,
+                 clock: Clock = time.monotonic):
+        self.name, self.keeps_keys, self.max_in_flight = name, keeps_keys, max_in_flight
+        self.copies = [Copy(base_url, clock) for base_url in base_urls]
+        self._slots = threading.Semaphore(max_in_flight)  # a bulkhead: a service that hangs holds so many, no more
+        self._retries = RetryBudget(clock)
+        self._turns = 0
+        self._lock = threading.Lock()
+
+    def enter(self, wait: float) -> None:
+        """Take a slot within `wait` seconds. Raises UpstreamUnavailable if there is none, or no copy to be asked."""
+        if not any([copy.breaker.admits() for copy in self.copies]):
+            raise self._spared()
+        if not self._slots.acquire(timeout=min(wait, SLOT_TIME)):
+            raise UpstreamUnavailable(self.name, f"has {self.max_in_flight} requests in flight already",
+                                      [("Retry-After", "1")])
+        with self._lock:
+            self._retries.note_call()
+
+    def leave(self) -> None:
+        """Give the slot back."""
+        self._slots.release()
+
+    def choose(self, tried: list[Copy]) -> tuple[Copy, int]:
+        """Return the copy with the least in flight, if possible one not tried yet, and its breaker's ticket.
+
+        Raises UpstreamUnavailable where every breaker is open.
+        """
+        with self._lock:
+            admitting = [copy for copy in self.copies if copy.breaker.admits()]
+            if not admitting:
+                raise self._spared()
+            copy = min(admitting, key=lambda copy: (copy in tried, copy.in_flight, copy.turn))
+            self._turns += 1
+            copy.turn, copy.in_flight = self._turns, copy.in_flight + 1
+            return copy, copy.breaker.begin()
+
+    def note_end(self, copy: Copy, ticket: int, succeeded: bool | None) -> None:
+        """Take note of how a call to a chosen copy ended; None where that shows nothing of the copy."""
+        with self._lock:
+            copy.in_flight -= 1
+            copy.breaker.end(ticket, succeeded)
+
+    def has_other(self, tried: list[Copy]) -> bool:
+        """Tell whether there is a copy that was not tried and may be asked."""
+        return any(copy not in tried and copy.breaker.admits() for copy in self.copies)
+
+    def take_retry(self) -> bool:
+        """Tell whether some copy may be asked once more, within the budget for retries."""
+        with self._lock:
+            return self.has_other([]) and self._retries.take()
+
+    def _spared(self) -> UpstreamUnavailable:
+        wait = min(copy.breaker.remaining() for copy in self.copies)
+        return UpstreamUnavailable(self.name, "is not asked for a moment, since too many calls to it went wrong",
+                                   [("Retry-After", str(max(math.ceil(wait), 1)))])
 
 
 class Client:
@@ -61,35 +132,81 @@ class Client:
         self._opener.add_handler(self._connections)
 
     def call(self, upstream: Upstream, method: str, target: str, headers: dict[str, str] | None = None,
-             body: bytes | None = None, timeout: float | None = None) -> Reply:
+             body: bytes | None = None, deadline: float = math.inf) -> Reply:
         """Send a request and return whatever is answered, errors too.
 
-        `target` is a path and query as on the wire. Raises BadGateway where no connection or no valid
-        answer is to be had, GatewayTimeout where it is not whole within `timeout` seconds: then nobody
-        knows whether the request was carried out.
+        `target` is a path and query as on the wire; `deadline` (of time.monotonic) may shorten the timeout.
+        What brought no answer is sent again where that is safe: not a byte of it had been sent, or twice does
+        what once does. Where a copy is out of reach the next one is asked at once; any other retry waits,
+        at random within a time that doubles (full jitter), and needs the budget's leave.
+        Raises UpstreamUnavailable where the service is not asked, BadGateway where no connection or no valid
+        answer is had, GatewayTimeout where it is not whole in time: nobody knows then whether it was carried out.
         """
-        request = _Request(next(upstream.copies) + target, body, headers or {}, method=method,
-                           origin_req_host="")  # for cookies, and costly to find out
-        request.repeatable = method in REPEATABLE or upstream.keeps_keys and request.has_header("Idempotency-key")
+        deadline = min(deadline, time.monotonic() + self.timeout)
+        headers = headers or {}
+        repeatable = method in REPEATABLE or upstream.keeps_keys and "idempotency-key" in headers
+        tried: list[Copy] = []
+        retries = 0
+        upstream.enter(deadline - time.monotonic())
         try:
-            return self._opener.open(request, timeout=timeout or self.timeout)
-        except TimeoutError:
-            raise GatewayTimeout(f"the {upstream.name} service did not answer in time", service=upstream.name) from None
-        except EOFError:
-            reason = "closed the connection before its answer was whole"
-        except OSError as error:
-            reason = f"is out of reach: {error.strerror or error}"
-        except ServiceError as error:
-            reason = f"gave an answer that is not valid HTTP: {error.detail}"
-        raise BadGateway(f"the {upstream.name} service {reason}", service=upstream.name)
+            while True:
+                copy, ticket = upstream.choose(tried)
+                request = _Request(copy.base_url + target, body, headers, method=method,
+                                   origin_req_host="")  # for cookies, and costly to find out
+                request.deadline, request.is_repeated = deadline, bool(tried)
+                try:
+                    return self._try(upstream, copy, ticket, request)
+                except (Unreachable, Broken) as failure:
+                    tried.append(copy)
+                    is_sent = isinstance(failure, Broken)
+                    if not is_sent and upstream.has_other(tried):
+                        continue
+                    pause = random.uniform(0, BACKOFF * 2**retries)
+                    if (is_sent and not repeatable or retries == MAX_RETRIES
+                            or time.monotonic() + pause > deadline or not upstream.take_retry()):
+                        raise
+                    retries += 1
+                    time.sleep(pause)
+        finally:
+            upstream.leave()
+
+    def _try(self, upstream: Upstream, copy: Copy, ticket: int, request: "_Request") -> Reply:
+        """Send a request once, and let the copy's breaker know what came of it."""
+        left = request.deadline - time.monotonic()
+        request.add_header("X-Request-Timeout", f"{max(left, 0):.3f}")
+        succeeded = None
+        try:
+            reply: Reply = self._opener.open(request)
+            succeeded = reply.status not in SICK
+            return reply
+        except (OSError, EOFError, ServiceError) as error:
+            if not isinstance(error, TimeoutError) or left > self.timeout / 2:  # else it had no fair chance
+                succeeded = False
+            raise explain(error, upstream.name, request) from None
+        finally:
+            upstream.note_end(copy, ticket, succeeded)
 
     def close(self) -> None:
         """Close the connections that are kept for later."""
         self._connections.close()
 
 
+def explain(error: Exception, service: str, request: "_Request") -> UpstreamError:
+    """Return what to raise for what went wrong on the way to a service and back."""
+    if isinstance(error, ServiceError):
+        return BadGateway(service, f"gave an answer that is not valid HTTP: {error.detail}")
+    if isinstance(error, EOFError):
+        return Broken(service, "closed the connection before its answer was whole")
+    if isinstance(error, TimeoutError) and request.is_sent:
+        return GatewayTimeout(service, "did not answer in time")
+    kind = Broken if request.is_sent else Unreachable
+    return kind(service, f"is out of reach: {getattr(error, 'strerror', None) or error}")
+
+
 class _Request(urllib.request.Request):
-    repeatable = False  # whether twice does what once does
+    deadline = 0.0       # of time.monotonic
+    is_repeated = False  # then it needs a new connection: one that was kept may be the reason
+    is_sent = False      # whether a byte of it may have been
 
 
 class KeepAliveHandler(urllib.request.BaseHandler):
@@ -99,33 +216,27 @@ class KeepAliveHandler(urllib.request.BaseHandler):
         self._idle: defaultdict[str, deque[_Connection]] = defaultdict(deque)
 
     def http_open(self, request: _Request) -> Reply:
-        deadline = time.monotonic() + (request.timeout or 0)
-        if connection := self._take_idle(request.host):
-            try:
-                connection.ask(request, deadline)
-            except (ConnectionError, EOFError):  # not a byte of an answer came: the other end closed just now
-                if not request.repeatable:
-                    raise
+        connection = None if request.is_repeated else self._take_idle(request.host)
+        if not connection:
+            timeout = min(request.deadline - time.monotonic(), CONNECT_TIME)
+            connection = _Connection(request.host, max(timeout, 0.001))
+        reusable = False
+        try:
+            connection.ask(request)
+            reply, reusable = connection.read_reply(request.get_method())
+            return reply
+        finally:
+            idle = self._idle[request.host]
+            if reusable and len(idle) < MAX_IDLE:
+                connection.idle_since = time.monotonic()
+                idle.append(connection)
             else:
-                return self._finish(connection, request)
-        connection = _Connection(request.host, max(deadline - time.monotonic(), 0.001))
-        connection.ask(request, deadline)
-        return self._finish(connection, request)
+                connection.close()
 
     def close(self) -> None:
         for idle in self._idle.values():
             while idle:
                 idle.pop().close()
-
-    def _finish(self, connection: "_Connection", request: urllib.request.Request) -> Reply:
-        reply, reusable = connection.read_reply(request.get_method())
-        idle = self._idle[request.host]
-        if reusable and len(idle) < MAX_IDLE:
-            connection.idle_since = time.monotonic()
-            idle.append(connection)
-        else:
-            connection.close()
-        return reply
 
     def _take_idle(self, address: str) -> "_Connection | None":
         """Return the connection used last that still serves, or None; drop those idle for too long."""
@@ -141,7 +252,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
 
 
 class _Connection:
-    """A connection to an address; it is closed when it fails."""
+    """A connection to an address."""
 
     def __init__(self, address: str, timeout: float):
         url = urlsplit(f"//{address}")
@@ -166,39 +277,30 @@ class _Connection:
             pass
         return True
 
-    def ask(self, request: urllib.request.Request, deadline: float) -> None:
-        """Send a request, and wait for the first bytes of its answer."""
+    def ask(self, request: _Request) -> None:
+        """Send a request."""
         method = request.get_method()
         body: bytes = request.data or b""  # type: ignore[assignment]
         headers = [("Host", request.host), *request.header_items()]
         if body or method not in ("GET", "HEAD", "DELETE", "OPTIONS"):
             headers.append(("Content-Length", str(len(body))))
-        self.stream.deadline = deadline
-        with self._closed_on_failure():
-            self.stream.send(wire.format_head(f"{method} {request.selector} HTTP/1.1", headers) + body)
-            self.stream.fill()
+        self.stream.deadline = request.deadline
+        message = wire.format_head(f"{method} {request.selector} HTTP/1.1", headers) + body
+        request.is_sent = True
+        self.stream.send(message)
 
     def read_reply(self, method: str) -> tuple[Reply, bool]:
         """Return the answer to what was asked, and whether the connection can be used again."""
-        with self._closed_on_failure():
-            while (response := wire.parse_response(self.stream.read_head())).status < 200:  # interim, RFC 9110 15.2
-                if response.status == 101:
-                    raise BadRequest("it switches protocols, which nobody asked for")
-            status, version, fields, length = response
-            ends_itself = True
-            if method == "HEAD" or status in (204, 304):
-                body = b""
-            elif length is not None:
-                body = self.stream.read_body(length, MAX_ANSWER)
-            else:
-                body, ends_itself = self.stream.read_to_end(MAX_ANSWER), False
+        while (response := wire.parse_response(self.stream.read_head())).status < 200:  # interim, RFC 9110 15.2
+            if response.status == 101:
+                raise BadRequest("it switches protocols, which nobody asked for")
+        status, version, fields, length = response
+        ends_itself = True
+        if method == "HEAD" or status in (204, 304):
+            body = b""
+        elif length is not None:
+            body = self.stream.read_body(length, MAX_ANSWER)
+        else:
+            body, ends_itself = self.stream.read_to_end(MAX_ANSWER), False
         reusable = ends_itself and wire.keeps_alive(version, fields) and not self.stream.has_bytes()
         return Reply(status, version, fields, body), reusable
-
-    @contextlib.contextmanager
-    def _closed_on_failure(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self.close()
-            raise

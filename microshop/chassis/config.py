@@ -11,18 +11,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from microshop.chassis.policies import Rate
+
 LABEL = "[0-9A-Za-z_-]{1,63}"  # of a host name
 SWITCH = {"1": True, "true": True, "yes": True, "on": True,
           "0": False, "false": False, "no": False, "off": False, "": False}
 
 
 class Setting(NamedTuple):
-    """One setting: `parse` turns its text into a value or raises ValueError with the reason."""
+    """One setting: `parse` turns its text into a value or raises ValueError with the reason.
+
+    Without a default it may be None. One that is `secret` is never shown, and has no flag, since everybody on
+    the machine can see those.
+    """
 
     name: str
     parse: Callable[[str], Any]
-    default: str
+    default: str | None
     help: str
+    secret: bool = False
 
 
 def port(text: str) -> int:
@@ -41,6 +48,29 @@ def seconds(text: str) -> float:
     if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or float(text) == 0:
         raise ValueError("is no number of seconds above zero")
     return float(text)
+
+
+def rate(text: str) -> Rate:
+    match = re.fullmatch("([1-9][0-9]{0,5})/([smh])", text)
+    if not match:
+        raise ValueError("is no rate like 100/s, 600/m or 5000/h")
+    return Rate(int(match[1]), {"s": 1, "m": 60, "h": 3600}[match[2]])
+
+
+def token(text: str) -> str:
+    if not re.fullmatch("[0-9A-Za-z._~+/-]+=*", text):  # RFC 6750 2.1
+        raise ValueError("is no token (letters, digits and -._~+/ alone, perhaps = at the end)")
+    return text
+
+
+def token_file(text: str) -> str:
+    """Return the token that stands in a file."""
+    try:
+        return token(Path(text).read_text("latin-1").strip())
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    except ValueError as reason:
+        raise ValueError(f"holds what {reason}") from None
 
 
 def host(text: str) -> str:
@@ -74,35 +104,54 @@ def folder(text: str) -> Path:
 
 HOST = Setting("host", host, "127.0.0.1", "address to listen on")
 DATA = Setting("data", folder, "data", "folder of the database files")
+TIMEOUT = Setting("timeout", seconds, "5", "seconds that a request may take")
 QUIET = Setting("quiet", switch, "", "write no access log")
+TOKEN = Setting("token", token, None, "the token that writes need", secret=True)
+OF_THE_GATEWAY = [  # the supervisor knows them too, and hands them on
+    TIMEOUT,
+    Setting("token-file", token_file, None, "file of the token that writes need; else MICROSHOP_TOKEN is that token"),
+    Setting("rate", rate, None, "requests that one client may send, like 100/s (default: no limit)"),
+    Setting("max-in-flight", count, "64", "requests under way to one service at a time"),
+]
 
 
 def read(program: str, settings: Sequence[Setting], check: Callable[[argparse.Namespace], None] | None = None,
          arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return the value of each setting. Exits with status 2 where one is bad, or where `check` raises ValueError."""
+    """Return the value of each setting, and as `flags` the texts of those that were given as flags.
+
+    Exits with status 2 where one is bad, or where `check` raises ValueError.
+    """
     parser = _Parser(prog=f"python -m {program}", allow_abbrev=False,
                      description="Every flag has an environment twin: --data is MICROSHOP_DATA.")
-    for setting in settings:
+    for setting in (setting for setting in settings if not setting.secret):
         kind: dict[str, Any] = {"action": "store_const", "const": "1"} if setting.parse is switch else {}
         default = f" (default: {setting.default})" if setting.default else ""
         parser.add_argument(f"--{setting.name}", help=setting.help + default, **kind)
     values = parser.parse_args(arguments)
+    values.flags = {}
     for setting in settings:
         attribute = setting.name.replace("-", "_")
-        source, text = f"--{setting.name}", getattr(values, attribute)
-        if text is None:
+        source, text = f"--{setting.name}", getattr(values, attribute, None)
+        if text is not None:
+            values.flags[setting.name] = text
+        else:
             source = f"MICROSHOP_{attribute.upper()}"
             text = os.environ.get(source) or setting.default
         try:
-            setattr(values, attribute, setting.parse(text))
+            setattr(values, attribute, None if text is None else setting.parse(text))
         except ValueError as reason:
-            parser.error(f"{source}: {text!r} {reason}")
+            parser.error(f"{source}: {'what it holds' if setting.secret else repr(text)} {reason}")
     try:
         if check:
             check(values)
     except ValueError as reason:
         parser.error(str(reason))
     return values
+
+
+def hand_on(values: argparse.Namespace, settings: Sequence[Setting]) -> list[str]:
+    """Return those of the settings that were given as flags, as flags for another process."""
+    return [f"--{setting.name}={values.flags[setting.name]}" for setting in settings if setting.name in values.flags]
 
 
 class _Parser(argparse.ArgumentParser):

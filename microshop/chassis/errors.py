@@ -26,6 +26,7 @@ class ServiceError(Exception):
 
 
 class BadRequest(ServiceError): status = HTTPStatus.BAD_REQUEST                                  # 400
+class Unauthorized(ServiceError): status = HTTPStatus.UNAUTHORIZED                               # 401
 class NotFound(ServiceError): status = HTTPStatus.NOT_FOUND                                      # 404
 class MethodNotAllowed(ServiceError): status = HTTPStatus.METHOD_NOT_ALLOWED                     # 405
 class RequestTimeout(ServiceError): status = HTTPStatus.REQUEST_TIMEOUT                          # 408
@@ -36,8 +37,10 @@ class ContentTooLarge(ServiceError): status = HTTPStatus.REQUEST_ENTITY_TOO_LARG
 class TargetTooLong(ServiceError): status = HTTPStatus.REQUEST_URI_TOO_LONG                      # 414
 class UnsupportedMediaType(ServiceError): status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE             # 415
 class ExpectationFailed(ServiceError): status = HTTPStatus.EXPECTATION_FAILED                    # 417
+class TooManyRequests(ServiceError): status = HTTPStatus.TOO_MANY_REQUESTS                       # 429
 class FieldsTooLarge(ServiceError): status = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE          # 431
 class CodingNotImplemented(ServiceError): status = HTTPStatus.NOT_IMPLEMENTED                    # 501
+class ServiceUnavailable(ServiceError): status = HTTPStatus.SERVICE_UNAVAILABLE                  # 503
 class VersionNotSupported(ServiceError): status = HTTPStatus.HTTP_VERSION_NOT_SUPPORTED          # 505
 
 
@@ -52,6 +55,15 @@ class UnprocessableContent(ServiceError):                                       
                          errors=[{"field": field, "detail": detail} for field, detail in errors.items()])
 
 
-# About a service behind this one; `service` names it in the problem.
-class BadGateway(ServiceError): status = HTTPStatus.BAD_GATEWAY                                  # 502
-class GatewayTimeout(ServiceError): status = HTTPStatus.GATEWAY_TIMEOUT                          # 504
+class UpstreamError(ServiceError):
+    """What is said about a service behind this one, which the problem names as its `service`."""
+
+    def __init__(self, service: str, what: str, headers: Sequence[tuple[str, str]] = ()):
+        super().__init__(f"the {service} service {what}", headers, service=service)
+
+
+class BadGateway(UpstreamError): status = HTTPStatus.BAD_GATEWAY                                 # 502: no valid answer
+class Unreachable(BadGateway): """No connection was made, so not a byte of the request was sent."""
+class Broken(BadGateway): """The connection broke: nobody knows whether the request was carried out."""
+class UpstreamUnavailable(UpstreamError): status = HTTPStatus.SERVICE_UNAVAILABLE                # 503: not even asked
+class GatewayTimeout(UpstreamError): status = HTTPStatus.GATEWAY_TIMEOUT                         # 504

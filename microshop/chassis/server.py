@@ -8,6 +8,7 @@ Law: services write to no socket; they return. Nothing here knows what a route i
 """
 import contextlib
 import hashlib
+import ipaddress
 import os
 import random
 import re
@@ -34,7 +35,7 @@ from microshop.chassis.content import (
 from microshop.chassis.database import Database, DatabaseUnusable
 from microshop.chassis.errors import (
     BadRequest, ExpectationFailed, LengthRequired, MethodNotAllowed, NotFound, PreconditionFailed, RequestTimeout,
-    ServiceError, UnsupportedMediaType)
+    ServiceError, ServiceUnavailable, UnsupportedMediaType)
 
 IDLE_TIME = 60.0     # seconds that a kept-alive connection may wait for its next request
 HEAD_TIME = 10.0     # seconds for a whole head, from its first byte
@@ -42,9 +43,11 @@ BODY_TIME = 10.0     # seconds for a whole body
 SEND_TIME = 10.0     # seconds for a client to take a whole answer
 GRACE = 4.0          # seconds for requests in flight when the process ends
 LAST_LOOK = 0.05     # seconds for what has come already, when the process ends
+ANSWER_SHARE = 0.1   # of the time that a caller gives: kept back for the answer's way
 POLL = 0.05          # seconds after which the accept loop notices that it should end
 
 ID = "([1-9][0-9]{0,15})"
+TIMEOUT = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,64}")
 TRACEPARENT = re.compile("(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 CLIENT_GONE = 499    # nginx's number, in the log alone, for a client that did not wait for its answer
@@ -75,7 +78,8 @@ class Service(ThreadingHTTPServer):
     port = 0
     handler: type["Handler"]
     schema: Sequence[Sequence[str]] = ()     # its versions, see Database; none where a process owns no data
-    options: Sequence[config.Setting] = (config.HOST, config.DATA, config.QUIET)
+    token = ""                               # what writes must show; only the gateway has one
+    options: Sequence[config.Setting] = (config.HOST, config.DATA, config.TIMEOUT, config.QUIET)
 
     request_queue_size = 1024                # the default, 5, turns clients away that come together
     allow_reuse_address = os.name != "nt"    # there it would let two processes have one port
@@ -125,6 +129,8 @@ class Service(ThreadingHTTPServer):
         signal.signal(signal.SIGTERM, self._stop_on_signal)
         if self.settings.supervised:
             threading.Thread(target=self._stop_at_end_of_input, daemon=True).start()
+        if not self.token and not ipaddress.ip_address(self.server_name).is_loopback:
+            self.log.event(f"warning: whoever reaches {self.url} may write, since no token is set (MICROSHOP_TOKEN)")
         print(f"{self.title} listening at {self.url}", flush=True)
         self.serve_forever(POLL)
         self.drain()
@@ -228,6 +234,7 @@ class Handler(BaseHTTPRequestHandler):
             return self._describe(error)  # close_connection stays true: where a next request begins is not known
         self.close_connection = not wire.keeps_alive(self.request_version, self.headers)
         try:
+            self.deadline = self._find_deadline(time.monotonic())
             return self.format_answer(self.dispatch())
         except ServiceError as error:
             return self._describe(error)
@@ -264,6 +271,20 @@ class Handler(BaseHTTPRequestHandler):
                 raise ExpectationFailed("the only expectation met here is 100-continue")
             if length and length <= wire.MAX_BODY:
                 self.stream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _find_deadline(self, now: float) -> float:
+        """Return until when (of time.monotonic) the request may be worked on. Raises BadRequest, ServiceUnavailable.
+
+        Its caller may give it less time than the process does: nobody should work for one that has gone.
+        """
+        given = self.headers.get("x-request-timeout")
+        if given is None:
+            return now + self.server.settings.timeout
+        if not TIMEOUT.fullmatch(given):
+            raise BadRequest(f"X-Request-Timeout: {given!r} is no number of seconds")
+        if float(given) == 0:
+            raise ServiceUnavailable("the time that the caller gave for this is spent", [("Retry-After", "1")])
+        return now + min(self.server.settings.timeout, float(given) * (1 - ANSWER_SHARE))
 
     def _describe(self, error: ServiceError) -> tuple[int, bytes]:
         headers = [("Content-Type", "application/problem+json"), *error.headers]
@@ -377,7 +398,8 @@ class Handler(BaseHTTPRequestHandler):
 
         A trace that came is continued, https://www.w3.org/TR/trace-context/; else one begins.
         """
+        if not TRACEPARENT.fullmatch(self.headers.get("traceparent", "")):
+            self.headers["traceparent"] = f"00-{random.getrandbits(128):032x}-{random.getrandbits(64):016x}-01"
+            self.headers.pop("tracestate", None)
         fields = {name: self.headers[name] for name in ("traceparent", "tracestate") if name in self.headers}
-        if not TRACEPARENT.fullmatch(fields.get("traceparent", "")):
-            fields = {"traceparent": f"00-{random.getrandbits(128):032x}-{random.getrandbits(64):016x}-01"}
         return {**fields, "x-request-id": self.request_id}

@@ -1,5 +1,6 @@
 """What a caller gets from services that answer well, badly, late or not at all, and what those get to see of it."""
 import os
+import re
 import select
 import socket
 import struct
@@ -12,9 +13,10 @@ from unittest import mock
 
 from microshop.chassis import client
 from microshop.chassis.client import Client, Reply, Upstream
-from microshop.chassis.errors import BadGateway, GatewayTimeout
+from microshop.chassis.errors import BadGateway, Broken, GatewayTimeout, Unreachable, UpstreamError, UpstreamUnavailable
+from microshop.chassis.policies import Breaker
 from microshop.users import Users
-from tests.helpers import PATIENCE, read_request, running, upstream
+from tests.helpers import PATIENCE, read_request, running, upstream, wait_until
 
 TIMEOUT = PATIENCE / 2  # so that a client that waits for nothing gives up before the stub does
 OK, CHUNKED = b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -23,12 +25,21 @@ CLOSING = OK + b"Connection: close\r\nContent-Length: 5\r\n\r\nAlice"
 MALLORY = OK + b"Content-Length: 7\r\n\r\nMallory"
 
 
+def status(number: int) -> bytes:
+    return b"HTTP/1.1 %d Well\r\nContent-Length: 0\r\n\r\n" % number
+
+
 class Last(bytes):
     """An answer after which a stub closes the connection."""
 
 
 class Reset(Last):
     """An answer after which a stub resets the connection."""
+
+
+# What a service may send of an answer when the connection breaks.
+BROKEN = [kind(sent) for sent in (b"", OK + b"Content-Le", OK + b"Content-Length: 5\r\n\r\nAli",
+                                  CHUNKED + b"5\r\nAlice\r\n") for kind in (Last, Reset)]
 
 
 class Stub:
@@ -74,8 +85,8 @@ class ClientTest(unittest.TestCase):
         for method in methods:
             try:
                 outcomes.append(self.call(users, method).body)
-            except BadGateway:
-                outcomes.append(BadGateway)
+            except UpstreamError as error:
+                outcomes.append(BadGateway if isinstance(error, BadGateway) else type(error))
         return outcomes, [len(requests) for requests in stub.connections]
 
 
@@ -105,10 +116,10 @@ class Answers(ClientTest):
                 self.assertEqual((reply.status, reply.fields["location"], reply.body), (status, "/elsewhere", b"Alice"))
                 self.assertEqual(len(stub.connections), 1)
 
-    def test_a_request_goes_out_as_asked_for_with_nothing_added_but_host_and_length(self):
+    def test_a_request_goes_out_as_asked_for_with_nothing_added_but_host_length_and_the_time_left(self):
         stub, target = Stub(CLOSING), "//users/../%2F?a=%20&b"
         users = self.serve(stub)
-        host = f"Host: {next(users.copies).removeprefix('http://')}"
+        host = f"Host: {users.copies[0].base_url.removeprefix('http://')}"
         for method, headers, body, fields in [
             ("GET", {"Accept": "*/*"}, None, ["Accept: */*", host]),
             ("PUT", {"Etag": "x"}, b"\0\xff", ["Content-Length: 2", "Etag: x", host]),
@@ -116,7 +127,7 @@ class Answers(ClientTest):
         ]:
             self.client.call(users, method, target, headers, body)
             head, _, content = stub.connections[-1][0].partition(b"\r\n\r\n")
-            line, *lines = head.decode().split("\r\n")
+            line, *lines = re.sub(r"\r\nX-request-timeout: (4\.9\d\d|5\.000)\b", "", head.decode()).split("\r\n")
             self.assertEqual((line, sorted(lines), content), (f"{method} {target} HTTP/1.1", fields, body or b""))
 
     def test_a_line_break_in_a_header_is_refused_before_anything_is_sent(self):
@@ -220,18 +231,284 @@ class KeptConnections(ClientTest):
                     self.assertEqual(self.call_in_turn([ALICE, death, BOB], "GET", method),
                                      ([b"Alice", b"Bob"], [2, 1]))
 
-    def test_it_is_sent_twice_at_most_and_not_once_an_answer_has_begun(self):
-        cut_body = Last(OK + b"Content-Length: 5\r\n\r\nAli")
-        for answer, counts in [(Last(b""), [2, 1]), (Last(OK), [2]), (cut_body, [2])]:
-            with self.subTest(answer):
-                self.assertEqual(self.call_in_turn([ALICE, answer], "GET", "GET"), ([b"Alice", BadGateway], counts))
 
-    def test_a_post_is_never_sent_twice(self):
+class Retries(ClientTest):
+    """What broke is sent again where that is safe. Pauses are as long as they may be, and noted instead of waited."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.pauses: list[float] = []
+        self.enterContext(mock.patch.object(client.random, "uniform", lambda least, most: most))
+        self.enterContext(mock.patch.object(client.time, "sleep", self.pauses.append))
+
+    def test_what_does_twice_what_it_does_once_is_sent_three_times_at_most_each_on_a_new_connection(self):
+        for method in ("GET", "HEAD", "OPTIONS", "PUT", "DELETE"):
+            for end in BROKEN if method == "GET" else BROKEN[:1]:
+                with self.subTest(method, end=end):
+                    self.pauses.clear()
+                    self.assertEqual(self.call_in_turn([end], method), ([BadGateway], [1, 1, 1]))
+                    self.assertEqual(self.pauses, [0.05, 0.1])
+
+    def test_one_retry_may_be_enough(self):
+        for end in BROKEN:
+            self.assertEqual(self.call_in_turn([end, ALICE], "GET"), ([b"Alice"], [1, 1]))
+
+    def test_a_pause_is_drawn_from_all_between_nothing_and_the_most(self):
+        with mock.patch.object(client.random, "uniform") as draw:
+            draw.return_value = 0.01
+            self.call_in_turn([BROKEN[0]], "GET")
+        self.assertEqual([call.args for call in draw.call_args_list[:2]], [(0, 0.05), (0, 0.1)])
+        self.assertEqual(self.pauses, [0.01, 0.01])
+
+    def test_what_may_have_been_carried_out_is_not_repeated_where_that_would_do_it_twice(self):
         for method in ("POST", "PATCH"):
-            for death in (Last(b""), Reset(b"")):
-                with self.subTest(method, death=type(death).__name__):
-                    self.assertEqual(self.call_in_turn([ALICE, BOB, death], "GET", method, method),
-                                     ([b"Alice", b"Bob", BadGateway], [3]))
+            for end in BROKEN:
+                with self.subTest(method, end=end):
+                    self.assertEqual(self.call_in_turn([end], method), ([BadGateway], [1]))
+
+    def test_a_post_with_a_key_is_repeated_where_keys_are_kept(self):
+        for keeps_keys, headers, times in ((True, {"idempotency-key": "k"}, 3), (True, {}, 1),
+                                           (False, {"idempotency-key": "k"}, 1)):
+            stub = Stub(BROKEN[0])
+            orders = Upstream("orders", [self.enterContext(upstream(stub))], keeps_keys=keeps_keys)
+            self.assertRaises(Broken, self.client.call, orders, "POST", "/orders", headers, b"{}")
+            self.assertEqual(len(stub.connections), times)
+
+    def test_an_answer_is_no_reason_for_a_retry_nor_is_lack_of_time(self):
+        for what, answer in {"404": status(404), "500": status(500), "503": status(503), "garbage": b"SSH-2.0\r\n\r\n",
+                             "two lengths": OK + b"Content-Length: 5\r\nContent-Length: 7\r\n\r\nMallory",
+                             "too long": OK + b"Content-Length: 999999999\r\n\r\n"}.items():
+            with self.subTest(what):
+                self.assertEqual(self.call_in_turn([answer], "GET")[1], [1])
+        self.client.timeout = 0.1
+        stub = Stub(b"")
+        self.assertRaises(GatewayTimeout, self.call, self.serve(stub))
+        self.assertEqual(len(stub.connections), 1)
+
+    def test_whatever_was_not_sent_at_all_is_sent_again(self):
+        stub = Stub(ALICE)
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            users = Upstream("users", [f"http://127.0.0.1:{listener.getsockname()[1]}"])
+            self.assertRaises(Unreachable, self.call, users, "POST")
+            self.assertEqual(len(self.pauses), 2)
+
+            def serve_one() -> None:
+                with listener.accept()[0] as connection:
+                    stub(connection)
+
+            def open_late(_: float) -> None:
+                listener.listen()
+                threading.Thread(target=serve_one, daemon=True).start()
+            with mock.patch.object(client.time, "sleep", open_late):
+                self.assertEqual(self.call(users, "POST", body=b"{}").body, b"Alice")
+        self.assertEqual([len(requests) for requests in stub.connections], [1])
+
+    def test_no_retry_waits_past_the_deadline(self):
+        with mock.patch.object(client, "BACKOFF", 3600.0):
+            self.assertEqual(self.call_in_turn([BROKEN[0]], "GET"), ([BadGateway], [1]))
+        self.assertEqual(self.pauses, [])
+
+    def test_retries_stop_at_their_budget(self):
+        with mock.patch.multiple(Breaker, IN_A_ROW=1000, RECENT=1000):
+            _, counts = self.call_in_turn([BROKEN[0]], *["GET"] * 20)
+            self.assertEqual(len(counts), 20 + 3)
+            _, counts = self.call_in_turn([CLOSING] * 80 + [BROKEN[0]], *["GET"] * 100)
+        self.assertEqual(len(counts), 100 + 10)
+
+    def test_there_is_no_retry_where_the_breaker_has_opened(self):
+        outcomes, counts = self.call_in_turn([BROKEN[0]], "GET", "GET", "GET")
+        self.assertEqual((outcomes, len(counts)), ([BadGateway, BadGateway, UpstreamUnavailable], 5))
+
+
+class Copies(ClientTest):
+    def setUp(self) -> None:
+        super().setUp()
+        self.now = 0.0
+        self.sleep = self.enterContext(mock.patch.object(client.time, "sleep"))
+
+    def serve(self, *copies: Callable[[socket.socket], None] | str) -> Upstream:
+        urls = [copy if isinstance(copy, str) else self.enterContext(upstream(copy)) for copy in copies]
+        return Upstream("users", urls, clock=lambda: self.now)
+
+    def refusing(self) -> str:
+        listener = self.enterContext(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+    def test_one_out_of_reach_is_passed_over_at_once_whatever_the_method(self):
+        users = self.serve(self.refusing(), self.refusing(), Stub(ALICE))
+        for _ in range(20):
+            self.assertEqual(self.call(users, "POST").body, b"Alice")
+        self.sleep.assert_not_called()
+
+    def test_one_out_of_reach_is_not_tried_again_before_its_pause(self):
+        users = self.serve(self.refusing(), Stub(ALICE))
+        for pause in (0.0, 0.5, 1.0, 2.0):
+            self.now += pause
+            for _ in range(20):
+                self.call(users)
+            self.assertEqual([copy.breaker.state for copy in users.copies], ["open", "closed"])
+            tried = users.copies[0].turn
+            self.call(users)
+            self.assertEqual(users.copies[0].turn, tried)
+
+    def test_one_that_fails_gets_nothing_until_its_pause_is_over_and_then_its_share_again(self):
+        users = self.serve(Stub(*[status(500)] * 5, ALICE), Stub(BOB))
+        self.assertCountEqual([self.call(users).body for _ in range(10)], [b""] * 5 + [b"Bob"] * 5)
+        self.assertEqual([self.call(users).body for _ in range(10)], [b"Bob"] * 10)
+        self.now += 0.5
+        self.assertCountEqual([self.call(users).body for _ in range(10)], [b"Alice"] * 5 + [b"Bob"] * 5)
+
+    def test_a_retry_goes_to_another_copy(self):
+        broken, well = Stub(BROKEN[0]), Stub(ALICE)
+        users = self.serve(broken, well)
+        self.assertEqual(self.call(users).body, b"Alice")
+        self.assertEqual((len(broken.connections), len(well.connections)), (1, 1))
+
+    def test_who_has_the_least_in_flight_is_asked(self):
+        go_on, busy, idle = threading.Event(), Stub(ALICE), Stub(BOB)
+        self.addCleanup(go_on.set)
+
+        def hang(connection: socket.socket) -> None:
+            go_on.wait(PATIENCE)
+            busy(connection)
+        users = self.serve(hang, idle)
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(self.call, users)
+            wait_until(lambda: users.copies[0].in_flight)
+            self.assertEqual({self.call(users).body for _ in range(5)}, {b"Bob"})
+            go_on.set()
+            self.assertEqual(first.result(PATIENCE).body, b"Alice")
+        self.assertEqual({self.call(users).body for _ in range(2)}, {b"Alice", b"Bob"})
+        self.assertEqual([copy.in_flight for copy in users.copies], [0, 0])
+
+
+class Sparing(ClientTest):
+    """The breaker and the bulkhead."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.now = 0.0
+
+    def serve(self, stub: Callable[[socket.socket], None], **limits: int) -> Upstream:
+        return Upstream("users", [self.enterContext(upstream(stub))], clock=lambda: self.now, **limits)
+
+    def fail(self, users: Upstream, times: int = 5) -> None:
+        for _ in range(times):
+            self.call(users, "POST")
+
+    def test_a_service_that_fails_is_not_asked_until_it_had_a_pause(self):
+        stub = Stub(*[status(500)] * 5, ALICE)
+        users = self.serve(stub)
+        self.fail(users)
+        for wait, retry_after in ((0.0, "1"), (0.499, "1")):
+            self.now = wait
+            with self.assertRaisesRegex(UpstreamUnavailable, "^the users service is not asked") as raised:
+                self.call(users)
+            self.assertEqual(raised.exception.members, {"service": "users"})
+            self.assertEqual(raised.exception.headers, [("Retry-After", retry_after)])
+        self.now = 0.5
+        self.assertEqual(self.call(users).body, b"Alice")
+        self.assertEqual(users.copies[0].breaker.state, "closed")
+        self.assertEqual([len(requests) for requests in stub.connections], [6])
+
+    def test_retry_after_tells_when_the_pause_is_over(self):
+        users = self.serve(Stub(status(503)))
+        self.fail(users)
+        for pause in (0.5, 1, 2, 4):
+            self.now += pause
+            self.fail(users, 1)
+        self.now += 0.5
+        with self.assertRaises(UpstreamUnavailable) as raised:
+            self.call(users)
+        self.assertEqual(raised.exception.headers, [("Retry-After", "8")])
+
+    def test_what_is_about_the_client_does_not_open_the_breaker_and_what_is_about_the_service_does(self):
+        for number, state in ((400, "closed"), (404, "closed"), (409, "closed"), (429, "closed"), (501, "closed"),
+                              (500, "open"), (502, "open"), (503, "open"), (504, "open")):
+            users = self.serve(Stub(status(number)))
+            self.fail(users)
+            self.assertEqual(users.copies[0].breaker.state, state, number)
+        for answer in (*BROKEN, b"SSH-2.0\r\n\r\n", OK + b"Content-Length: 999999999\r\n\r\n"):
+            users = self.serve(Stub(answer))
+            for _ in range(5):
+                self.assertRaises(BadGateway, self.call, users, "POST")
+            self.assertEqual(users.copies[0].breaker.state, "open", answer)
+
+    def test_a_service_that_is_late_is_spared_unless_it_had_no_fair_chance(self):
+        self.client.timeout = 0.1
+        for share, state in ((1.0, "open"), (0.3, "closed")):
+            users = self.serve(Stub(b""))
+            for _ in range(5):
+                self.assertRaises(GatewayTimeout, self.call, users, deadline=time.monotonic() + 0.1 * share)
+            self.assertEqual(users.copies[0].breaker.state, state)
+
+    def test_a_fault_of_the_caller_costs_the_service_nothing(self):
+        users = self.serve(Stub(ALICE), max_in_flight=1)
+        for _ in range(10):
+            self.assertRaises(ValueError, self.call, users, headers={"X-Note": "1\n"})
+        self.assertEqual(self.call(users).body, b"Alice")
+
+    def test_a_service_that_hangs_holds_so_many_calls_and_no_more(self):
+        go_on, stub = threading.Event(), Stub(ALICE)
+        self.addCleanup(go_on.set)
+
+        def hang(connection: socket.socket) -> None:
+            go_on.wait(PATIENCE)
+            stub(connection)
+        users = self.serve(hang, max_in_flight=2)
+        with ThreadPoolExecutor(3) as pool:
+            hung = [pool.submit(self.call, users) for _ in range(2)]
+            wait_until(lambda: users.copies[0].in_flight == 2)
+            with mock.patch.object(client, "SLOT_TIME", 0.05):
+                with self.assertRaisesRegex(UpstreamUnavailable, "^the users service has 2 requests") as raised:
+                    self.call(users)
+            self.assertEqual(raised.exception.members, {"service": "users"})
+            self.assertEqual(raised.exception.headers, [("Retry-After", "1")])
+            with mock.patch.object(client, "SLOT_TIME", PATIENCE):
+                hung.append(pool.submit(self.call, users))
+                self.assertEqual(users.copies[0].in_flight, 2)
+                go_on.set()  # who waits gets the slot that becomes free
+                self.assertEqual([call.result(PATIENCE).body for call in hung], [b"Alice"] * 3)
+        self.assertEqual(users.copies[0].breaker.state, "closed")
+
+    def test_no_slot_is_waited_for_past_the_deadline_nor_for_a_service_that_is_spared(self):
+        users = self.serve(Stub(status(500)), max_in_flight=1)
+        self.fail(users, 4)
+        users.enter(0)
+        with mock.patch.object(client, "SLOT_TIME", 3600.0):
+            self.assertRaises(UpstreamUnavailable, self.call, users, deadline=time.monotonic() + 0.05)
+            users.leave()
+            self.fail(users, 1)
+            users._slots.acquire()
+            with self.assertRaisesRegex(UpstreamUnavailable, "is not asked"):
+                self.call(users)
+
+
+class Deadlines(ClientTest):
+    def left(self, stub: Stub) -> list[float]:
+        """Return the time that each request came with."""
+        return [float(re.search(rb"(?i)\nx-request-timeout: ([0-9.]+)\r", request)[1])
+                for requests in stub.connections for request in requests]
+
+    def test_each_request_tells_what_is_left_of_the_time(self):
+        stub = Stub(BROKEN[0], BROKEN[0], ALICE)
+        users = self.serve(stub)
+        with mock.patch.object(client.random, "uniform", lambda *_: 0.02):
+            self.call(users, deadline=time.monotonic() + 2)
+        first, second, third = self.left(stub)
+        self.assertTrue(2 >= first > second + 0.015 > third + 0.03 > 0, self.left(stub))
+        self.call(users, deadline=time.monotonic() + 3600)
+        self.assertTrue(TIMEOUT - 0.5 < self.left(stub)[-1] <= TIMEOUT)
+
+    def test_nothing_is_sent_when_the_time_is_spent(self):
+        stub = Stub(ALICE)
+        users = self.serve(stub)
+        for _ in range(10):
+            self.assertRaises(GatewayTimeout, self.call, users, deadline=time.monotonic())
+        self.assertEqual(self.call(users).body, b"Alice")
+        self.assertEqual(sum(map(len, stub.connections)), 1)
 
 
 class Trouble(ClientTest):
@@ -322,10 +599,13 @@ class Trouble(ClientTest):
         for taker in (take_nothing, take_crumbs):
             with self.subTest(taker.__name__):
                 users, started = self.serve(taker), time.monotonic()
-                self.assertRaises(GatewayTimeout, self.call, users, "POST", body=bytes(2**24), timeout=0.15)
+                deadline = started + 0.15
+                self.assertRaises(GatewayTimeout, self.call, users, "POST", body=bytes(2**24), deadline=deadline)
                 self.assertLess(time.monotonic() - started, 1.5)
 
-    def test_a_call_may_have_a_timeout_of_its_own(self):
+    def test_a_call_may_have_an_earlier_deadline_but_no_later_one(self):
         users, started = self.trickle(b"", b""), time.monotonic()
-        self.assertRaises(GatewayTimeout, self.call, users, timeout=0.1)
+        self.assertRaises(GatewayTimeout, self.call, users, deadline=started + 0.1)
+        self.client.timeout = 0.1
+        self.assertRaises(GatewayTimeout, self.call, users, deadline=started + 60)
         self.assertLess(time.monotonic() - started, 1.5)

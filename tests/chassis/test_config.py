@@ -1,6 +1,7 @@
 """Settings: flag over environment over default, and one line for what is bad."""
 import contextlib
 import io
+import tempfile
 import unittest
 from pathlib import Path
 from unittest import mock
@@ -9,7 +10,7 @@ from microshop.chassis import config
 
 SETTINGS = [
     config.Setting("port", config.port, "3000", "port"), config.HOST, config.DATA, config.QUIET,
-    config.Setting("timeout", config.seconds, "5", "timeout"), config.Setting("workers", config.count, "1", "workers"),
+    *config.OF_THE_GATEWAY, config.TOKEN, config.Setting("workers", config.count, "1", "workers"),
     config.Setting("users-url", config.base_urls, "http://localhost:3001", "where users is"),
 ]
 
@@ -29,6 +30,7 @@ class ConfigTest(unittest.TestCase):
     def test_defaults_hold_where_nothing_is_said(self):
         self.assertEqual(vars(self.read()), {
             "port": 3000, "host": "127.0.0.1", "data": Path("data"), "quiet": False, "timeout": 5.0, "workers": 1,
+            "token": None, "token_file": None, "rate": None, "max_in_flight": 64, "flags": {},
             "users_url": ["http://localhost:3001"]})
 
     def test_the_environment_wins_over_defaults_and_a_flag_over_both(self):
@@ -47,14 +49,46 @@ class ConfigTest(unittest.TestCase):
                            ("timeout", "0"), ("timeout", "nan"), ("timeout", "-3"), ("host", "a b"),
                            ("users-url", "localhost:3001"), ("users-url", "ftp://a"), ("users-url", "http://a:x"),
                            ("users-url", "http://a/path"), ("users-url", "http://a,"), ("users-url", "http://a..b:80"),
-                           ("users-url", "http://[::::]"),
-                            ("users-url", "http://a:0")):
+                           ("users-url", "http://[::::]"), ("users-url", "http://a:0"), ("max-in-flight", "0"),
+                           ("rate", "100"), ("rate", "0/s"), ("rate", "100/d"), ("rate", "1.5/s"), ("rate", "-1/s"),
+                           ("token-file", "/nowhere/at/all"), ("token-file", "/"), ("token-file", __file__)):
             with self.subTest(name, text=text):
                 twin = f"MICROSHOP_{name.upper().replace('-', '_')}"
                 self.assertIn(f"--{name}: {text!r} ", self.refuse(f"--{name}={text}"))
                 self.assertIn(f"{twin}: {text!r} ", self.refuse(**{twin: text}))
         self.assertIn("--data: '' is no folder", self.refuse("--data", ""))
+        for name in ("rate", "token-file"):  # as from a variable that was never set: better no shop than an open one
+            self.assertIn(f"--{name}: '' ", self.refuse(f"--{name}="))
         self.assertIn("MICROSHOP_QUIET: 'maybe' ", self.refuse(MICROSHOP_QUIET="maybe"))
+
+    def test_a_rate_is_requests_in_seconds(self):
+        for text, rate in (("100/s", (100, 1)), ("600/m", (600, 60)), ("5000/h", (5000, 3600))):
+            self.assertEqual(self.read("--rate", text).rate, rate)
+
+    def test_a_token_comes_from_the_environment_or_a_file_and_is_never_shown(self):
+        self.assertEqual(self.read(MICROSHOP_TOKEN="s3cret-._~+/==").token, "s3cret-._~+/==")
+        self.assertIn("--token", self.refuse("--token", "s3cret"))
+        with tempfile.NamedTemporaryFile("w") as file:
+            for text, token in (("s3cret\n", "s3cret"), ("two words", None), ("", None), ("\xe9", None)):
+                file.seek(0)
+                file.truncate()
+                file.write(text)
+                file.flush()
+                with self.subTest(text):
+                    if token:
+                        self.assertEqual(self.read("--token-file", file.name).token_file, token)
+                        continue
+                    told = self.refuse(MICROSHOP_TOKEN_FILE=file.name)
+                    self.assertRegex(told, f"MICROSHOP_TOKEN_FILE: '{file.name}' holds what is no token")
+                    self.assertFalse(text and text in told)
+        for token in ("two words", "s3cret!", "=", "s3=cret", "\xe9"):
+            told = self.refuse(MICROSHOP_TOKEN=token)
+            self.assertIn("MICROSHOP_TOKEN: what it holds is no token", told)
+            self.assertNotIn(repr(token), told)
+
+    def test_what_was_given_as_flags_can_be_handed_on(self):
+        settings = self.read("--rate", "100/s", "--max-in-flight=7", "--port", "1", MICROSHOP_TIMEOUT="3")
+        self.assertEqual(config.hand_on(settings, config.OF_THE_GATEWAY), ["--rate=100/s", "--max-in-flight=7"])
 
     def test_an_unknown_or_shortened_flag_is_named(self):
         self.assertIn("--prot", self.refuse("--prot", "1"))

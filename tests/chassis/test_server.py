@@ -1,8 +1,10 @@
 """Service and Handler over real sockets, with a little service of the tests' own."""
 import contextlib
 import io
+import signal
 import socket
 import threading
+import time
 import unittest
 from unittest import mock
 
@@ -33,6 +35,9 @@ class ThingsHandler(Handler):
     def fail(self) -> Answer:
         raise RuntimeError("secret\n2026-01-01T00:00:00.000Z things forged GET /")
 
+    def tell_deadline(self) -> Answer:
+        return Answer(self.deadline - time.monotonic())
+
     def split(self) -> Answer:
         return Answer({}, headers=[("Location", "/x\r\nSet-Cookie: a=b")])
 
@@ -44,7 +49,8 @@ class ThingsHandler(Handler):
     routes = {
         "/things": {"GET": list_things, "POST": echo},
         "/things/{id}": {"GET": get_thing, "DELETE": remove_thing},
-        "/pages": {"GET": page}, "/fail": {"GET": fail}, "/split": {"GET": split}, "/wait": {"GET": wait},
+        "/deadline": {"GET": tell_deadline}, "/pages": {"GET": page},
+        "/fail": {"GET": fail}, "/split": {"GET": split}, "/wait": {"GET": wait},
     }
 
 
@@ -282,6 +288,38 @@ class PageTest(ServerTest):
                 answer = self.ask("GET", f"/pages?{query}")
                 self.assertEqual(answer.status, 400)
                 self.assertIn(name, answer.json["detail"])
+
+
+class DeadlineTest(ServerTest):
+    def test_a_request_may_be_worked_on_for_less_than_its_caller_waits(self):
+        for given, most in (("2", 1.8), ("1.000", 0.9), ("0.5", 0.45), ("3600", 5), ("999999.999999", 5), (None, 5)):
+            left = self.ask("GET", "/deadline", {"X-Request-Timeout": given} if given else {}).json
+            self.assertTrue(most - 0.3 < left <= most, given)
+
+    def test_one_whose_time_is_spent_is_not_worked_on(self):
+        for given in ("0", "0.000"):
+            answer = self.ask("POST", "/things", {"X-Request-Timeout": given, "Content-Type": "application/json"}, b"1")
+            self.assertEqual((answer.status, answer.headers["retry-after"]), (503, "1"))
+
+    def test_a_time_that_makes_no_sense_is_refused_and_the_connection_goes_on(self):
+        for given in ("soon", "-1", "1e3", "", "1 s", "nan", "1234567", "1, 2", "."):
+            with self.subTest(given):
+                one, two = exchange(self.port, GET[:-2] + f"X-Request-Timeout: {given}\r\n\r\n".encode() + GET)
+                self.assertEqual((one.status, two.status), (400, 200))
+                self.assertEqual(one.json["detail"], f"X-Request-Timeout: {given!r} is no number of seconds")
+
+
+class WarningTest(unittest.TestCase):
+    def test_who_listens_to_all_the_world_without_a_token_is_warned(self):
+        for host, token, warnings in (("127.0.0.1", "", 0), ("localhost", "", 0), ("0.0.0.0", "", 1),
+                                      ("0.0.0.0", "t", 0)):
+            with (self.subTest(host, token=token), contextlib.redirect_stderr(io.StringIO()) as log,
+                  contextlib.redirect_stdout(io.StringIO()), running(Things, host=host) as things,
+                  mock.patch.object(things, "serve_forever"), mock.patch.object(things, "drain"),
+                  mock.patch.object(signal, "signal")):
+                things.token = token
+                things.run()
+            self.assertEqual(log.getvalue().count("warning: whoever reaches http://localhost:"), warnings)
 
 
 class ConnectionTest(ServerTest):

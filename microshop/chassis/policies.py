@@ -1,0 +1,166 @@
+"""When to say no: the policies of a gateway, each a small state machine of its own.
+
+Law: a policy counts and decides; it sends nothing and waits for nothing. Time comes from the `clock` that it is given,
+in seconds, so that a test can replay a history. Breaker and RetryBudget are locked by who uses them, client.Upstream.
+"""
+import hmac
+import ipaddress
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+Clock = Callable[[], float]
+
+
+class Breaker:
+    """A circuit breaker: spares a copy of a service that fails, and its callers the wait.
+
+    closed     calls pass; IN_A_ROW failures, or half of the last RECENT, open it
+    open       none passes until the pause is over
+    half-open  one does, the probe: its outcome closes the breaker, or opens it for twice the pause
+    """
+
+    IN_A_ROW = 5
+    RECENT = 20
+    FIRST_PAUSE, LAST_PAUSE = 0.5, 10.0  # seconds
+
+    def __init__(self, clock: Clock = time.monotonic):
+        self._clock = clock
+        self._outcomes: deque[bool] = deque(maxlen=self.RECENT)
+        self._pause = 0.0    # seconds; zero while it is closed
+        self._until = 0.0    # when the pause is over
+        self._is_probing = False
+        self._term = 1       # counts the changes of state
+
+    @property
+    def state(self) -> str:
+        if not self._pause:
+            return "closed"
+        return "open" if self.remaining() else "half-open"
+
+    def remaining(self) -> float:
+        """Return the seconds until it may let a call pass."""
+        return max(self._until - self._clock(), 0.0) if self._pause else 0.0
+
+    def admits(self) -> bool:
+        """Tell whether a call may begin now."""
+        return not self._pause or not self._is_probing and not self.remaining()
+
+    def begin(self) -> int:
+        """Let a call begin that it admits; return a ticket, with which its outcome is to be told."""
+        if self._pause:
+            self._is_probing, self._term = True, self._term + 1
+        return self._term
+
+    def end(self, ticket: int, succeeded: bool | None) -> None:
+        """Take note of a call's outcome; None where it shows nothing.
+
+        A call that began before the last change of state says nothing about the present one.
+        """
+        if ticket != self._term:
+            return
+        if self._is_probing:
+            self._is_probing = False
+            if succeeded:
+                self._change(0.0)
+            elif succeeded is not None:
+                self._change(min(self._pause * 2, self.LAST_PAUSE))
+        elif succeeded is not None:
+            self._outcomes.append(succeeded)
+            if not succeeded and self._is_failing():
+                self._change(self.FIRST_PAUSE)
+
+    def _is_failing(self) -> bool:
+        outcomes = list(self._outcomes)
+        return (outcomes[-self.IN_A_ROW:] == [False] * self.IN_A_ROW
+                or len(outcomes) == self.RECENT and outcomes.count(False) * 2 >= self.RECENT)
+
+    def _change(self, pause: float) -> None:
+        self._pause, self._until, self._term = pause, self._clock() + pause, self._term + 1
+        self._outcomes.clear()
+
+
+class RetryBudget:
+    """Keeps retries from finishing off a service that is sick already.
+
+    They add at most a tenth (SHARE) to the calls of the last WINDOW seconds; but AT_LEAST so many are
+    allowed, or a quiet shop could never retry.
+    """
+
+    SHARE, AT_LEAST, WINDOW = 0.1, 3, 10
+
+    def __init__(self, clock: Clock = time.monotonic):
+        self._clock = clock
+        self._seconds: deque[list[int]] = deque([[0, 0, 0]])  # each second with its calls and its retries
+
+    def note_call(self) -> None:
+        self._this_second()[1] += 1
+
+    def take(self) -> bool:
+        """Tell whether one more retry is within the budget; if so, it is counted."""
+        second = self._this_second()
+        _, calls, retries = map(sum, zip(*self._seconds, strict=True))
+        if retries + 1 > max(self.AT_LEAST, calls * self.SHARE):
+            return False
+        second[2] += 1
+        return True
+
+    def _this_second(self) -> list[int]:
+        now = int(self._clock())
+        if self._seconds[-1][0] != now:
+            self._seconds.append([now, 0, 0])
+            while self._seconds[0][0] <= now - self.WINDOW:
+                self._seconds.popleft()
+        return self._seconds[-1]
+
+
+class Rate(NamedTuple):
+    """So many requests in so many seconds."""
+
+    requests: int
+    seconds: int
+
+
+class RateLimit:
+    """A token bucket for each client: `rate` on average, and `rate.requests` at once.
+
+    A bucket is one number, the time at which it is full again (the generic cell rate algorithm). Of more than
+    MOST_CLIENTS who was not seen for longest is forgotten, so that a million addresses cost no more memory.
+    """
+
+    MOST_CLIENTS = 10_000
+
+    def __init__(self, rate: Rate, clock: Clock = time.monotonic):
+        self.rate = rate
+        self._clock = clock
+        self._full_at: OrderedDict[str, float] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def take(self, client: str) -> float:
+        """Take a token out of a client's bucket; return 0, or the seconds until there is one."""
+        with self._lock:
+            now = self._clock()
+            full_at = max(self._full_at.get(client, now), now) + self.rate.seconds / self.rate.requests
+            missing = full_at - now - self.rate.seconds
+            if missing <= 1e-9:  # by which a sum of many tokens may be off
+                self._full_at[client], missing = full_at, 0.0
+            self._full_at.move_to_end(client)
+            if len(self._full_at) > self.MOST_CLIENTS:
+                self._full_at.popitem(last=False)
+            return missing
+
+
+def client_of(address: str) -> str:
+    """Return whom an address stands for: an IPv6 host has a whole /64 to choose from."""
+    if ":" not in address:
+        return address
+    host = ipaddress.IPv6Address(address)
+    return str(host.ipv4_mapped or ipaddress.IPv6Network((int(host) >> 64 << 64, 64)))
+
+
+def is_bearer(authorization: str, token: str) -> bool:
+    """Tell whether an Authorization field shows the token (RFC 6750 2.1), in a time that tells nothing about it."""
+    scheme, _, shown = authorization.partition(" ")
+    return scheme.lower() == "bearer" and hmac.compare_digest(shown.strip(" ").encode(), token.encode())

@@ -1,0 +1,203 @@
+"""The policies, as histories that are replayed: the clock is a number that the test moves on."""
+import random
+import sys
+import unittest
+
+from microshop.chassis.policies import Breaker, Rate, RateLimit, RetryBudget, client_of, is_bearer
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+class BreakerTest(unittest.TestCase):
+    def setUp(self):
+        self.clock = Clock()
+        self.breaker = Breaker(self.clock)
+
+    def live_through(self, history):
+        """Replay a history: a number is so many seconds, "+" and "-" are calls that succeed and fail."""
+        for event in history:
+            if isinstance(event, float):
+                self.clock.now += event
+                continue
+            for outcome in event:
+                self.assertTrue(self.breaker.admits(), history)
+                self.breaker.end(self.breaker.begin(), outcome == "+")
+
+    def test_its_state_follows_from_its_history(self):
+        for history, state in [
+            ([], "closed"), (["----"], "closed"), (["-----"], "open"),
+            (["----+----"], "closed"), (["+++++++----", 100.0, "-"], "open"),  # in a row, however long it takes
+            (["+-" * 9], "closed"), (["+-" * 10], "open"), (["++-" * 20], "closed"),
+            (["++++++++++", "-+-+-+-+-+-+-+-+-+-"], "open"),  # half of the last twenty
+            (["-----", 0.49], "open"), (["-----", 0.5], "half-open"), (["-----", 99.0], "half-open"),
+            (["-----", 0.5, "+"], "closed"), (["-----", 0.5, "+----"], "closed"), (["-----", 0.5, "+-----"], "open"),
+            (["-----", 0.5, "-"], "open"), (["-----", 0.5, "-", 0.99], "open"), (["-----", 0.5, "-", 1.0], "half-open"),
+            (["-----", 0.5, "-", 1.0, "+"], "closed"), (["-----", 0.5, "-", 1.0, "-", 1.99], "open"),
+            (["-----", 0.5, "-", 1.0, "+", "-----", 0.5], "half-open"),  # the pauses begin anew
+            (["-----", 0.5, "-", 1.0, "-", 2.0, "-", 4.0, "-", 8.0, "-", 9.99], "open"),
+            (["-----", 0.5, "-", 1.0, "-", 2.0, "-", 4.0, "-", 8.0, "-", 10.0, "-", 10.0], "half-open"),
+        ]:
+            with self.subTest(history=history):
+                self.setUp()
+                self.live_through(history)
+                self.assertEqual(self.breaker.state, state)
+                self.assertEqual(self.breaker.admits(), state != "open")
+
+    def test_while_open_it_tells_how_long_it_will_be(self):
+        self.assertEqual(self.breaker.remaining(), 0)
+        self.live_through(["-----", 0.25])
+        self.assertEqual(self.breaker.remaining(), 0.25)
+        self.clock.now += 1
+        self.assertEqual(self.breaker.remaining(), 0)
+
+    def test_one_probe_passes_at_a_time(self):
+        self.live_through(["-----", 0.5])
+        ticket = self.breaker.begin()
+        self.clock.now += 100
+        self.assertFalse(self.breaker.admits())
+        self.assertEqual(self.breaker.state, "half-open")
+        self.breaker.end(ticket, None)  # it showed nothing: another may
+        self.assertTrue(self.breaker.admits())
+        self.breaker.end(self.breaker.begin(), True)
+        self.assertEqual(self.breaker.state, "closed")
+
+    def test_what_shows_nothing_counts_for_nothing(self):
+        for outcome in (False, False, False, False, None, False):
+            self.assertEqual(self.breaker.state, "closed")
+            self.breaker.end(self.breaker.begin(), outcome)
+        self.assertEqual(self.breaker.state, "open")
+
+    def test_a_call_that_began_in_another_state_counts_for_nothing(self):
+        late = [self.breaker.begin() for _ in range(10)]
+        self.live_through(["-----"])
+        self.breaker.end(late.pop(), True)
+        self.assertEqual(self.breaker.state, "open")
+        self.clock.now += 0.5
+        self.breaker.begin()
+        for outcome in (True, False, None):
+            self.breaker.end(late.pop(), outcome)
+            self.assertFalse(self.breaker.admits())
+        self.setUp()
+        late = [self.breaker.begin() for _ in range(5)]
+        self.live_through(["-----", 0.5, "+"])
+        for ticket in late:
+            self.breaker.end(ticket, False)
+        self.assertEqual(self.breaker.state, "closed")
+
+
+class RetryBudgetTest(unittest.TestCase):
+    def setUp(self):
+        self.clock = Clock()
+        self.budget = RetryBudget(self.clock)
+
+    def call(self, times):
+        for _ in range(times):
+            self.budget.note_call()
+
+    def take_all(self):
+        return sum(iter(self.budget.take, False))
+
+    def test_a_quiet_shop_may_retry_a_little(self):
+        self.assertEqual(self.take_all(), 3)
+        self.clock.now += 9.9
+        self.assertEqual(self.take_all(), 0)
+        self.clock.now += 0.1
+        self.assertEqual(self.take_all(), 3)
+
+    def test_retries_are_a_tenth_of_the_calls_of_the_last_ten_seconds(self):
+        self.call(100)
+        self.assertEqual(self.take_all(), 10)
+        self.clock.now += 5
+        self.call(55)
+        self.assertEqual(self.take_all(), 5)
+        self.clock.now += 5  # the hundred are forgotten, and the retries then
+        self.assertEqual(self.take_all(), 0)
+        self.call(45)
+        self.assertEqual(self.take_all(), 5)
+
+    def test_no_ten_seconds_see_more_than_a_tenth_whatever_the_load(self):
+        dice, calls, retries = random.Random(7), [], []
+        for _ in range(5000):
+            self.clock.now += dice.choice((0, 0, 0, 0.01, 0.3, 2)) * dice.random()
+            self.call(1)
+            calls.append(self.clock.now)
+            if dice.random() < 0.5 and self.budget.take():
+                retries.append(self.clock.now)
+        for number, end in enumerate(retries, start=1):
+            within = [sum(int(moment) in range(int(end) - 9, int(end) + 1) and moment <= end for moment in moments)
+                      for moments in (calls, retries[:number])]
+            self.assertLessEqual(within[1], max(3, within[0] / 10))
+        self.assertGreater(len(retries), 300)
+
+    def test_it_remembers_ten_seconds_and_no_more(self):
+        for _ in range(1000):
+            self.clock.now += 1
+            self.budget.note_call()
+        self.assertEqual(len(self.budget._seconds), 10)
+
+
+class RateLimitTest(unittest.TestCase):
+    def setUp(self):
+        self.clock = Clock()
+
+    def test_a_client_may_send_all_at_once_and_then_as_they_come(self):
+        limit = RateLimit(Rate(10, 1), self.clock)
+        self.assertEqual([limit.take("a") for _ in range(10)], [0.0] * 10)
+        self.assertAlmostEqual(limit.take("a"), 0.1)
+        self.assertEqual(limit.take("b"), 0)
+        self.clock.now += 0.05
+        self.assertAlmostEqual(limit.take("a"), 0.05)  # asking costs nothing
+        self.clock.now += 0.05
+        self.assertEqual(limit.take("a"), 0)
+        self.assertGreater(limit.take("a"), 0)
+        self.clock.now += 100
+        self.assertEqual(sum(limit.take("a") == 0 for _ in range(50)), 10)
+
+    def test_in_the_long_run_it_is_the_rate(self):
+        for rate in (Rate(7, 1), Rate(100, 1), Rate(600, 60), Rate(5000, 3600)):
+            limit = RateLimit(rate, self.clock)
+            taken = 0
+            for _ in range(20000):
+                self.clock.now += rate.seconds / rate.requests / 4
+                taken += limit.take("a") == 0
+            self.assertAlmostEqual(taken, 5000 + rate.requests, delta=2)
+
+    def test_however_many_clients_come_they_cost_no_more_memory_than_some(self):
+        limit = RateLimit(Rate(1, 60), self.clock)
+        for number in range(RateLimit.MOST_CLIENTS):
+            limit.take(f"client {number}")
+        size = sys.getsizeof(limit._full_at)
+        for number in range(200_000):
+            limit.take(f"{number}")
+            if number % 5000 == 0:
+                self.clock.now += 0.1
+                self.assertGreater(limit.take("client 7") + limit.take("client 7"), 0)  # who is seen is remembered
+        self.assertLessEqual(len(limit._full_at), RateLimit.MOST_CLIENTS)
+        self.assertLess(sys.getsizeof(limit._full_at), size * 4)
+
+    def test_a_client_is_an_ipv4_address_or_an_ipv6_network(self):
+        for address, client in (("127.0.0.1", "127.0.0.1"), ("::ffff:10.0.0.7", "10.0.0.7"),
+                                ("2001:db8::1", "2001:db8::/64"), ("2001:db8::ffff:ffff:ffff:ffff", "2001:db8::/64"),
+                                ("2001:db8:0:1::1", "2001:db8:0:1::/64"), ("fe80::1%lo", "fe80::/64"),
+                                ("::1", "::/64")):
+            self.assertEqual(client_of(address), client)
+
+
+class BearerTest(unittest.TestCase):
+    def test_only_the_token_itself_will_do(self):
+        for shown in ("Bearer s3cret-._~+/==", "bearer s3cret-._~+/==", "BEARER  s3cret-._~+/== "):
+            self.assertTrue(is_bearer(shown, "s3cret-._~+/=="), shown)
+        for shown in ("", "Bearer", "Bearer ", "s3cret-._~+/==", "Basic s3cret-._~+/==", "Bearer s3cret-._~+/=",
+                      "Bearer s3cret-._~+/===", "Bearer S3cret-._~+/==", "Bearer s3cret-._~+/==, Bearer x",
+                      "Bearer\ts3cret-._~+/==", "Bearer \xe9", "Bearer s3cret-._~+/==\xff"):
+            self.assertFalse(is_bearer(shown, "s3cret-._~+/=="), shown)
+
+
+if __name__ == "__main__":
+    unittest.main()
