@@ -47,7 +47,7 @@ def read_rows(service: str, body: bytes, *ids: str) -> list[dict]:
     try:
         value = json.loads(body)
         rows = value if isinstance(value, list) else [value]
-        if all(type(row[name]) is int for row in rows for name in ids):
+        if {type(row[name]) for row in rows for name in ids} <= {int}:
             return rows
     except (ValueError, TypeError, KeyError, RecursionError):
         pass
@@ -131,18 +131,21 @@ class GatewayHandler(Handler):
             return self.pass_back(reply)
         rows = read_rows(upstream.name, reply.body, *[f"{name}Id" for name in names])
         parts, reasons = self.find_parts({name: {row[f"{name}Id"] for row in rows} for name in names}, services)
-        for row in rows:
-            keys = [(name, row[f"{name}Id"]) for name in names]
-            row.update({key[0]: parts.get(key) for key in keys})
-            if missing := [reasons[key] for key in keys if key in reasons]:
-                row["missing"] = missing
-        found = sum(row[name] is not None for row in rows for name in names)
+        for name, key in [(name, f"{name}Id") for name in names]:
+            for row in rows:
+                row[name] = parts.get((name, row[key]))
+        missing = 0
+        for row in rows if reasons else []:
+            if whys := [why for name in names if (why := reasons.get((name, row[f"{name}Id"])))]:
+                row["missing"] = whys
+                missing += len(whys)
+        total = len(rows) * len(names)
         links = [("Link", reply.fields["link"])] if "link" in reply.fields else []
         return Answer(rows if reply.body.startswith(b"[") else rows[0], headers=[
-            *links, ("X-Complete", f"{found}/{len(rows) * len(names)}"), ("Via", via(reply.version))])
+            *links, ("X-Complete", f"{total - missing}/{total}"), ("Via", via(reply.version))])
 
     def find_parts(self, wanted: dict[str, set[int]], services: dict[str, str]) -> tuple[Parts, Parts]:
-        """Return the parts that are found, by name and id, and for each that is not what to tell."""
+        """Return the parts that are found, by name and id, and what to tell of each that is not."""
         pages = [(name, sorted(ids)[first:first + MAX_IDS]) for name, ids in wanted.items()
                  for first in range(0, len(ids), MAX_IDS)]
         replies = self.ask_together([
@@ -153,10 +156,9 @@ class GatewayHandler(Handler):
         for (name, ids), reply in zip(pages, replies, strict=True):
             rows, status, detail = read_page(services[name], reply)
             parts.update({(name, row["id"]): row for row in rows})
-            for part in ids:
-                if (name, part) not in parts:
-                    reasons[name, part] = {"service": services[name], "status": status,
+            reasons.update({(name, part): {"service": services[name], "status": status,
                                            "detail": detail or f"there is no {name} {part}"}
+                            for part in ids if (name, part) not in parts})
         return parts, reasons
 
     def ask_together(self, questions: list[tuple[Upstream, str]], deadline: float) -> list[Reply | UpstreamError]:
@@ -172,9 +174,11 @@ class GatewayHandler(Handler):
 
         threads = [Thread(target=ask, args=(number, *question), daemon=True)
                    for number, question in enumerate(questions)]
-        for thread in threads:
+        for thread in threads[1:]:
             thread.start()
-        for thread in threads:
+        for thread in threads[:1]:
+            thread.run()  # the first needs no thread but this one
+        for thread in threads[1:]:
             thread.join()
         return [outcomes[number] for number in range(len(questions))]
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from microshop.chassis.database import Database
 from microshop.chassis.server import Service
 from microshop.orders import Orders
+from microshop.products import Products
 from microshop.users import Users
 from tests.helpers import TOP, ask, process
 
@@ -125,6 +126,25 @@ def compare_writes(seconds: float) -> None:
         print(f"{kind:20}  {rate:7.0f}/s  {rate / read:.2f}x")
 
 
+def compare_composition(seconds: float) -> None:
+    """Print what a page of 100 orders, each of another user and product, costs with those inside beside without."""
+    with tempfile.TemporaryDirectory() as folder:
+        ids = range(1001, 1101)
+        fill(Users, folder, "INSERT INTO users VALUES (?, 'Carol')", ids)
+        fill(Products, folder, "INSERT INTO products VALUES (?, 'Lamp', 0, 0)", ids)
+        fill(Orders, folder, "INSERT INTO orders (id, userId, productId, quantity, status, placed, since) "
+             "VALUES (?1, ?1, ?1, 1, 'confirmed', 0, 0)", ids)
+        with microshop("--data", folder) as (ports, _, _):
+            for connections in (1, 16):
+                rates: dict[str, list[float]] = {"": [], "&expand=user,product": []}
+                for _ in range(ROUNDS):
+                    for query, results in rates.items():
+                        results.append(load(ports["gateway"], connections, seconds, f"/orders?after=1000{query}")["rps"])
+                plain, whole = [statistics.median(each) for each in rates.values()]
+                print(f"a page of 100 orders with their parts inside costs {plain / whole:.2f}x the plain page "
+                      f"({whole:.0f}/s of {plain:.0f}/s, {connections} connections)")
+
+
 def fill_stock(ports: Ports) -> None:
     content = json.dumps({"name": "Laptop", "stock": 10**9}).encode()
     ask(ports["gateway"], "PUT", "/products/101", {"Content-Type": "application/json"}, content)
@@ -174,6 +194,7 @@ def main() -> None:
         compare_workers(systems, options.seconds)
         print(f"after all that the five processes hold {memory_of(supervisor):.0f} MiB")
     compare_writes(options.seconds)
+    compare_composition(options.seconds)
     compare_tables(options.seconds)
 
 

@@ -123,7 +123,7 @@ class RetryBudgetTest(unittest.TestCase):
 
     def test_no_ten_seconds_see_more_than_a_tenth_whatever_the_load(self):
         dice, calls, retries = random.Random(7), [], []
-        for _ in range(5000):
+        for _ in range(2000):
             self.clock.now += dice.choice((0, 0, 0, 0.01, 0.3, 2)) * dice.random()
             self.call(1)
             calls.append(self.clock.now)
@@ -133,7 +133,7 @@ class RetryBudgetTest(unittest.TestCase):
             within = [sum(int(moment) in range(int(end) - 9, int(end) + 1) and moment <= end for moment in moments)
                       for moments in (calls, retries[:number])]
             self.assertLessEqual(within[1], max(3, within[0] / 10))
-        self.assertGreater(len(retries), 300)
+        self.assertGreater(len(retries), 100)
 
     def test_it_remembers_ten_seconds_and_no_more(self):
         for _ in range(1000):
