@@ -21,7 +21,8 @@ The life of GET /users/1, from the client and back:
 
   1. gateway    chassis.wire reads the head, strictly; chassis.server makes it a request with an id
   2.            GatewayHandler.dispatch sees the first segment, `users`, and forwards
-  3.            chassis.client sends it on a kept-alive connection and reads the answer, with chassis.wire again
+  3.            chassis.client chooses a copy of the service, sends it on a kept-alive connection and reads the
+                answer, with chassis.wire again; where there is none, it decides whether to try once more
   4. users      chassis.server finds the route; UsersHandler.get_user asks find_user, which asks the database
   5.            the row travels back as return values; Handler.format_answer makes bytes of it, once
   6. both       a line in the access log, with the same request id

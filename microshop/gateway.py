@@ -56,14 +56,12 @@ def read_rows(service: str, body: bytes, *ids: str) -> list[dict]:
 
 def read_page(service: str, reply: Reply | UpstreamError) -> tuple[list[dict], int, str]:
     """Return the resources in a page, and with what status and detail those are missing that are not there."""
-    try:
-        if isinstance(reply, UpstreamError):
-            raise reply
-        if reply.status == 200:
+    if isinstance(reply, Reply) and reply.status == 200:
+        try:
             return read_rows(service, reply.body, "id"), 404, ""
-        return [], reply.status, reply.detail
-    except UpstreamError as failure:
-        return [], failure.status, failure.detail
+        except BadGateway as failure:
+            reply = failure
+    return [], reply.status, reply.detail
 
 
 class GatewayHandler(Handler):
@@ -129,14 +127,15 @@ class GatewayHandler(Handler):
         reply = self.forward(upstream, "GET", NOT_SENT | CONDITIONS)
         if reply.status != 200:
             return self.pass_back(reply)
-        rows = read_rows(upstream.name, reply.body, *[f"{name}Id" for name in names])
-        parts, reasons = self.find_parts({name: {row[f"{name}Id"] for row in rows} for name in names}, services)
-        for name, key in [(name, f"{name}Id") for name in names]:
+        keys = {name: f"{name}Id" for name in names}
+        rows = read_rows(upstream.name, reply.body, *keys.values())
+        parts, reasons = self.find_parts({name: {row[key] for row in rows} for name, key in keys.items()}, services)
+        for name, key in keys.items():
             for row in rows:
                 row[name] = parts.get((name, row[key]))
         missing = 0
         for row in rows if reasons else []:
-            if whys := [why for name in names if (why := reasons.get((name, row[f"{name}Id"])))]:
+            if whys := [why for name, key in keys.items() if (why := reasons.get((name, row[key])))]:
                 row["missing"] = whys
                 missing += len(whys)
         total = len(rows) * len(names)

@@ -139,7 +139,8 @@ def compare_composition(seconds: float) -> None:
                 rates: dict[str, list[float]] = {"": [], "&expand=user,product": []}
                 for _ in range(ROUNDS):
                     for query, results in rates.items():
-                        results.append(load(ports["gateway"], connections, seconds, f"/orders?after=1000{query}")["rps"])
+                        target = f"/orders?after=1000{query}"
+                        results.append(load(ports["gateway"], connections, seconds, target)["rps"])
                 plain, whole = [statistics.median(each) for each in rates.values()]
                 print(f"a page of 100 orders with their parts inside costs {plain / whole:.2f}x the plain page "
                       f"({whole:.0f}/s of {plain:.0f}/s, {connections} connections)")

@@ -77,6 +77,8 @@ class CollectionTests:
         self.assertEqual(self.get(f"{self.path}?ids={second},{first},{second},77").json, self.summaries)
         self.assertEqual(self.get(f"{self.path}?ids={second}").json, self.summaries[1:])
         self.assertEqual(self.get(f"{self.path}?ids=77").json, [])
+        self.assertEqual(self.get(f"{self.path}?ids=1,0{first}").json, [row for row in self.summaries
+                                                                       if row["id"] in (1, first)])
         self.assertEqual(self.get(f"{self.path}?ids={first},{second}&after={first}").json, self.summaries[1:])
         self.assertEqual(self.get(f"{self.path}?ids={first},{second}&limit=1").json, self.summaries[:1])
 

@@ -146,6 +146,11 @@ class Calls(CompositionTest):
         self.ask("/orders?expand=user")
         self.assertEqual(self.products.targets, [])
 
+    def test_what_is_no_read_is_passed_on(self):
+        self.open({"id": 203})
+        self.assertEqual(self.ask("/orders?expand=user", "POST").body, b'{"id": 203}')
+        self.assertEqual(self.users.targets, [])
+
     def test_no_order_needs_no_call(self):
         self.open([])
         answer = self.ask("/orders?expand=user,product")
@@ -233,6 +238,13 @@ class Missing(CompositionTest):
             self.assert_missing(500, "the answer was 500")
         self.assert_missing(503, "is not asked")
         self.assertEqual(len(self.users.targets), 5)
+
+    def test_all_that_is_missing_is_told(self):
+        self.open([ORDER, {**ORDER, "id": 202}], users_url=[NOBODY], products_url=[NOBODY])
+        answer = self.ask("/orders?expand=product,user")
+        self.assertEqual(answer.headers["x-complete"], "0/4")
+        for order in answer.json:
+            self.assertEqual([missing["service"] for missing in order["missing"]], ["products", "users"])
 
     def test_only_those_of_a_page_that_could_not_be_had(self):
         def half(target: str) -> Any:

@@ -3,6 +3,7 @@
     wire        HTTP/1.1 as bytes: read strictly, written safely; used by both ends
     server      Service and Handler: routes, answers, errors, life and death of a process
     client      calls to other services through urllib, on kept-alive connections
+    policies    breaker, retry budget, rate limit, token: when to say no
     database    one SQLite file per service
     content     what messages carry: JSON, queries, pages of a collection
     errors      exceptions that carry an HTTP status

@@ -50,8 +50,7 @@ class Breaker:
 
     def begin(self) -> int:
         """Let a call begin that it admits; return a ticket, with which its outcome is to be told."""
-        if self._pause:
-            self._is_probing, self._term = True, self._term + 1
+        self._is_probing = self._pause > 0
         return self._term
 
     def end(self, ticket: int, succeeded: bool | None) -> None:

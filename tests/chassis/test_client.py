@@ -1,4 +1,5 @@
 """What a caller gets from services that answer well, badly, late or not at all, and what those get to see of it."""
+import contextlib
 import os
 import re
 import select
@@ -14,7 +15,7 @@ from unittest import mock
 from microshop.chassis import client
 from microshop.chassis.client import Client, Reply, Upstream
 from microshop.chassis.errors import BadGateway, Broken, GatewayTimeout, Unreachable, UpstreamError, UpstreamUnavailable
-from microshop.chassis.policies import Breaker
+from microshop.chassis.policies import Breaker, RetryBudget
 from microshop.users import Users
 from tests.helpers import PATIENCE, read_request, running, upstream, wait_until
 
@@ -249,6 +250,21 @@ class Retries(ClientTest):
                     self.assertEqual(self.call_in_turn([end], method), ([BadGateway], [1, 1, 1]))
                     self.assertEqual(self.pauses, [0.05, 0.1])
 
+    def test_a_retry_trusts_no_connection_that_was_kept(self):
+        both, connections = threading.Barrier(2), []
+
+        def answer_once(connection: socket.socket) -> None:
+            connections.append(requests := [read_request(connection)])
+            if len(connections) <= 2:
+                both.wait(PATIENCE)  # so that both are kept
+            connection.sendall(ALICE)
+            requests.append(read_request(connection))
+        users = self.serve(answer_once)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda _: self.call(users), range(2)))
+        self.assertEqual(self.call(users).body, b"Alice")
+        self.assertCountEqual([len(list(filter(None, requests))) for requests in connections[:2]], [2, 1])
+
     def test_one_retry_may_be_enough(self):
         for end in BROKEN:
             self.assertEqual(self.call_in_turn([end, ALICE], "GET"), ([b"Alice"], [1, 1]))
@@ -317,7 +333,8 @@ class Retries(ClientTest):
         self.assertEqual(len(counts), 100 + 10)
 
     def test_there_is_no_retry_where_the_breaker_has_opened(self):
-        outcomes, counts = self.call_in_turn([BROKEN[0]], "GET", "GET", "GET")
+        with mock.patch.object(RetryBudget, "AT_LEAST", 100):
+            outcomes, counts = self.call_in_turn([BROKEN[0]], "GET", "GET", "GET")
         self.assertEqual((outcomes, len(counts)), ([BadGateway, BadGateway, UpstreamUnavailable], 5))
 
 
@@ -363,8 +380,30 @@ class Copies(ClientTest):
     def test_a_retry_goes_to_another_copy(self):
         broken, well = Stub(BROKEN[0]), Stub(ALICE)
         users = self.serve(broken, well)
-        self.assertEqual(self.call(users).body, b"Alice")
+        users.copies[1].turn = 1
+        with mock.patch.object(users.copies[1], "in_flight", 0):
+            self.sleep.side_effect = lambda _: setattr(users.copies[1], "in_flight", 7)
+            self.assertEqual(self.call(users).body, b"Alice")
         self.assertEqual((len(broken.connections), len(well.connections)), (1, 1))
+        self.sleep.assert_called_once()
+
+    def test_what_may_have_been_carried_out_by_one_is_not_repeated_by_another(self):
+        broken, well = Stub(BROKEN[0]), Stub(ALICE)
+        users = self.serve(broken, well)
+        self.assertRaises(Broken, self.call, users, "POST")
+        self.assertEqual((len(broken.connections), len(well.connections)), (1, 0))
+
+    def test_one_that_lets_nobody_in_is_passed_over_after_a_while(self):
+        with socket.create_server(("127.0.0.1", 0), backlog=0) as full, contextlib.ExitStack() as crowd:
+            for _ in range(3):  # the system drops who comes when as many wait as may
+                waiting = crowd.enter_context(socket.socket())
+                waiting.setblocking(False)
+                waiting.connect_ex(full.getsockname())
+            url, began = f"http://127.0.0.1:{full.getsockname()[1]}", time.monotonic()
+            with mock.patch.object(client, "CONNECT_TIME", 0.1):
+                self.assertEqual(self.call(self.serve(url, Stub(ALICE)), "POST").body, b"Alice")
+            self.assertRaises(Unreachable, self.call, self.serve(url), deadline=time.monotonic() + 0.1)
+            self.assertLess(time.monotonic() - began, 0.9)
 
     def test_who_has_the_least_in_flight_is_asked(self):
         go_on, busy, idle = threading.Event(), Stub(ALICE), Stub(BOB)
@@ -461,9 +500,10 @@ class Sparing(ClientTest):
         with ThreadPoolExecutor(3) as pool:
             hung = [pool.submit(self.call, users) for _ in range(2)]
             wait_until(lambda: users.copies[0].in_flight == 2)
-            with mock.patch.object(client, "SLOT_TIME", 0.05):
-                with self.assertRaisesRegex(UpstreamUnavailable, "^the users service has 2 requests") as raised:
-                    self.call(users)
+            began = time.monotonic()
+            with self.assertRaisesRegex(UpstreamUnavailable, "^the users service has 2 requests") as raised:
+                self.call(users)
+            self.assertTrue(0.2 < time.monotonic() - began < 2)
             self.assertEqual(raised.exception.members, {"service": "users"})
             self.assertEqual(raised.exception.headers, [("Retry-After", "1")])
             with mock.patch.object(client, "SLOT_TIME", PATIENCE):

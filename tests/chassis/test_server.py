@@ -282,6 +282,7 @@ class PageTest(ServerTest):
         for query, name in (("limit=0", "limit"), ("limit=1001", "limit"), ("limit=x", "limit"), ("limit=", "limit"),
                             ("after=-1", "after"), ("after=9007199254740992", "after"), ("after=1.0", "after"),
                             ("ids=", "ids"), ("ids=1,,2", "ids"), ("ids=0", "ids"), ("ids=1%202", "ids"),
+                            ("ids=1,0", "ids"), ("ids=9007199254740992", "ids"), ("ids=1,9007199254740992", "ids"),
                             ("ids=" + "1," * 1000 + "1", "ids"), ("limit=1&limit=2", "twice"), ("a=%ff", "query"),
                             ("limit=%D9%A3", "limit"), ("&".join(f"a{n}=1" for n in range(101)), "query")):
             with self.subTest(query[:30]):
