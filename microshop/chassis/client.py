@@ -150,14 +150,9 @@ class Client:
         upstream.enter(deadline - time.monotonic())
         try:
             while True:
-                copy, ticket = upstream.choose(tried)
-                request = _Request(copy.base_url + target, body, headers, method=method,
-                                   origin_req_host="")  # for cookies, and costly to find out
-                request.deadline, request.is_repeated = deadline, bool(tried)
                 try:
-                    return self._try(upstream, copy, ticket, request)
+                    return self._try(upstream, tried, deadline, method, target, headers, body)
                 except (Unreachable, Broken) as failure:
-                    tried.append(copy)
                     is_sent = isinstance(failure, Broken)
                     if not is_sent and upstream.has_other(tried):
                         continue
@@ -170,17 +165,25 @@ class Client:
         finally:
             upstream.leave()
 
-    def _try(self, upstream: Upstream, copy: Copy, ticket: int, request: "_Request") -> Reply:
-        """Send a request once, and let the copy's breaker know what came of it."""
-        left = request.deadline - time.monotonic()
-        request.add_header("X-Request-Timeout", f"{max(left, 0):.3f}")
+    def _try(self, upstream: Upstream, tried: list[Copy], deadline: float, method: str, target: str,
+             headers: dict[str, str], body: bytes | None) -> Reply:
+        """Send a request once, to a copy that is then among the tried, and let its breaker know what came of it."""
+        left = deadline - time.monotonic()
+        is_fair = left > self.timeout / 2  # else it may fail for lack of time, which a client can bring about
+        copy, ticket = upstream.choose(tried)
         succeeded = None
         try:
+            request = _Request(copy.base_url + target, body, headers, method=method,
+                               origin_req_host="")  # for cookies, and costly to find out
+            request.deadline, request.is_repeated = deadline, bool(tried)
+            tried.append(copy)
+            request.add_header("X-Request-Timeout", f"{max(left, 0):.3f}")
             reply: Reply = self._opener.open(request)
-            succeeded = reply.status not in SICK
+            if is_fair or reply.status not in SICK:
+                succeeded = reply.status not in SICK
             return reply
         except (OSError, EOFError, ServiceError) as error:
-            if not isinstance(error, TimeoutError) or left > self.timeout / 2:  # else it had no fair chance
+            if is_fair or not isinstance(error, TimeoutError):
                 succeeded = False
             raise explain(error, upstream.name, request) from None
         finally:

@@ -482,6 +482,11 @@ class Sparing(ClientTest):
             for _ in range(5):
                 self.assertRaises(GatewayTimeout, self.call, users, deadline=time.monotonic() + 0.1 * share)
             self.assertEqual(users.copies[0].breaker.state, state)
+        self.client.timeout = TIMEOUT
+        users = self.serve(Stub(status(503)))
+        for _ in range(5):
+            self.call(users, deadline=time.monotonic() + TIMEOUT * 0.3)
+        self.assertEqual(users.copies[0].breaker.state, "closed")
 
     def test_a_fault_of_the_caller_costs_the_service_nothing(self):
         users = self.serve(Stub(ALICE), max_in_flight=1)
