@@ -32,6 +32,7 @@ HOP_BY_HOP = {"connection", "keep-alive", "proxy-connection", "proxy-authenticat
 OWN = {"host", "content-length", "expect", "forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto",
        "x-request-id", "x-request-timeout", "traceparent", "tracestate"}
 NOT_SENT = HOP_BY_HOP | OWN
+# What a client says of the whole that it knows is compared with the whole, not with what it is put together from.
 CONDITIONS = {"if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "if-range", "range"}
 NOT_ANSWERED = HOP_BY_HOP | {"x-request-id", "content-length"}
 
@@ -43,7 +44,7 @@ def via(version: str) -> str:
 
 
 def read_rows(service: str, body: bytes, *ids: str) -> list[dict]:
-    """Return the resources in a service's answer, each of which must have these ids. Raises BadGateway."""
+    """Return the resources in a service's answer, each with these ids, which are integers. Raises BadGateway."""
     try:
         value = json.loads(body)
         rows = value if isinstance(value, list) else [value]
@@ -55,7 +56,10 @@ def read_rows(service: str, body: bytes, *ids: str) -> list[dict]:
 
 
 def read_page(service: str, reply: Reply | UpstreamError) -> tuple[list[dict], int, str]:
-    """Return the resources in a page, and with what status and detail those are missing that are not there."""
+    """Return the resources in a page, and the status and detail to tell of those that were wanted but are not there.
+
+    A page that is well has all that there are: the others are 404, and have no detail but their ids.
+    """
     if isinstance(reply, Reply) and reply.status == 200:
         try:
             return read_rows(service, reply.body, "id"), 404, ""
@@ -80,10 +84,12 @@ class GatewayHandler(Handler):
     def check_client(self) -> None:
         """Raise TooManyRequests, or Unauthorized where a write comes without the token."""
         limit, token = self.server.limit, self.server.token
-        if limit and (wait := math.ceil(limit.take(client_of(self.client_address[0])))):
-            raise TooManyRequests(f"you may send {limit.rate.requests} requests in {limit.rate.seconds} s", [
+        wait = math.ceil(limit.take(client_of(self.client_address[0]))) if limit else 0
+        if limit and wait:
+            most, seconds = limit.rate
+            raise TooManyRequests(f"more than {most} requests in {seconds} s; come back in {wait} s", [
                 ("Retry-After", str(wait)), ("RateLimit", f'"client";r=0;t={wait}'),
-                ("RateLimit-Policy", f'"client";q={limit.rate.requests};w={limit.rate.seconds}')])
+                ("RateLimit-Policy", f'"client";q={most};w={seconds}')])
         if token and self.command not in READS and not is_bearer(self.headers.get("authorization", ""), token):
             raise Unauthorized("a write needs Authorization: Bearer with the shop's token",
                                [("WWW-Authenticate", 'Bearer realm="microshop"')])
@@ -115,10 +121,10 @@ class GatewayHandler(Handler):
     # --- composition
 
     def compose(self, upstream: Upstream, names: list[str]) -> Answer:
-        """Answer with resources that have their parts of these names inside, all of them by one call per service.
+        """Answer with resources that have their parts of these names inside, by one call for each page of parts.
 
         A part that is not to be had is null, and the resource tells under `missing` why. X-Complete tells how
-        many there are of how many.
+        many parts were found, of how many.
         """
         services = PARTS[upstream.name]
         for name in names:
@@ -140,7 +146,7 @@ class GatewayHandler(Handler):
                 missing += len(whys)
         total = len(rows) * len(names)
         links = [("Link", reply.fields["link"])] if "link" in reply.fields else []
-        return Answer(rows if reply.body.startswith(b"[") else rows[0], headers=[
+        return Answer(rows if reply.body.lstrip().startswith(b"[") else rows[0], headers=[
             *links, ("X-Complete", f"{total - missing}/{total}"), ("Via", via(reply.version))])
 
     def find_parts(self, wanted: dict[str, set[int]], services: dict[str, str]) -> tuple[Parts, Parts]:

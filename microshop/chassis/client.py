@@ -71,14 +71,14 @@ class Upstream:
         self._slots = threading.Semaphore(max_in_flight)  # a bulkhead: a service that hangs holds so many, no more
         self._retries = RetryBudget(clock)
         self._turns = 0
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of what changes; a mere look may be a moment old
 
     def enter(self, wait: float) -> None:
         """Take a slot within `wait` seconds. Raises UpstreamUnavailable if there is none, or no copy to be asked."""
         if not any([copy.breaker.admits() for copy in self.copies]):
             raise self._spared()
         if not self._slots.acquire(timeout=min(wait, SLOT_TIME)):
-            raise UpstreamUnavailable(self.name, f"has {self.max_in_flight} requests in flight already",
+            raise UpstreamUnavailable(self.name, f"has its fill of requests already: {self.max_in_flight}",
                                       [("Retry-After", "1")])
         with self._lock:
             self._retries.note_call()
@@ -112,7 +112,7 @@ class Upstream:
         return any(copy not in tried and copy.breaker.admits() for copy in self.copies)
 
     def take_retry(self) -> bool:
-        """Tell whether some copy may be asked once more, within the budget for retries."""
+        """Tell whether any copy may be asked once more, within the budget for retries."""
         with self._lock:
             return self.has_other([]) and self._retries.take()
 
@@ -147,21 +147,24 @@ class Client:
         repeatable = method in REPEATABLE or upstream.keeps_keys and "idempotency-key" in headers
         tried: list[Copy] = []
         retries = 0
+        broken: Broken | None = None  # of a try that was sent: what happened last says less
         upstream.enter(deadline - time.monotonic())
         try:
             while True:
                 try:
                     return self._try(upstream, tried, deadline, method, target, headers, body)
-                except (Unreachable, Broken) as failure:
-                    is_sent = isinstance(failure, Broken)
-                    if not is_sent and upstream.has_other(tried):
+                except Broken as failure:
+                    broken, is_safe = failure, repeatable
+                except Unreachable as failure:
+                    unreachable, is_safe = failure, True
+                    if upstream.has_other(tried):
                         continue
-                    pause = random.uniform(0, BACKOFF * 2**retries)
-                    if (is_sent and not repeatable or retries == MAX_RETRIES
-                            or time.monotonic() + pause > deadline or not upstream.take_retry()):
-                        raise
-                    retries += 1
-                    time.sleep(pause)
+                pause = random.uniform(0, BACKOFF * 2**retries)
+                is_in_time = time.monotonic() + pause <= deadline
+                if not (is_safe and retries < MAX_RETRIES and is_in_time and upstream.take_retry()):
+                    raise broken or unreachable
+                retries += 1
+                time.sleep(pause)
         finally:
             upstream.leave()
 
@@ -169,7 +172,7 @@ class Client:
              headers: dict[str, str], body: bytes | None) -> Reply:
         """Send a request once, to a copy that is then among the tried, and let its breaker know what came of it."""
         left = deadline - time.monotonic()
-        is_fair = left > self.timeout / 2  # else it may fail for lack of time, which a client can bring about
+        is_fair = left > self.timeout / 2  # else a copy that fails may just have had too little time
         copy, ticket = upstream.choose(tried)
         succeeded = None
         try:
@@ -276,9 +279,9 @@ class _Connection:
             self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
-        except OSError:
+        except OSError:  # it is broken
             pass
-        return True
+        return True  # also where it was closed: recv() returns b"" then
 
     def ask(self, request: _Request) -> None:
         """Send a request."""

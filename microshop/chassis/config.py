@@ -46,7 +46,7 @@ def count(text: str) -> int:
 
 def seconds(text: str) -> float:
     if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or float(text) == 0:
-        raise ValueError("is no number of seconds above zero")
+        raise ValueError("is no number of seconds like 5 or 0.5")
     return float(text)
 
 
@@ -136,7 +136,9 @@ def read(program: str, settings: Sequence[Setting], check: Callable[[argparse.Na
             values.flags[setting.name] = text
         else:
             source = f"MICROSHOP_{attribute.upper()}"
-            text = os.environ.get(source) or setting.default
+            text = os.environ.get(source)
+            if not text and setting.default is not None:  # else it was to be something: better no shop than an open one
+                text = setting.default
         try:
             setattr(values, attribute, None if text is None else setting.parse(text))
         except ValueError as reason:

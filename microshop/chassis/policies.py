@@ -20,6 +20,8 @@ class Breaker:
     closed     calls pass; IN_A_ROW failures, or half of the last RECENT, open it
     open       none passes until the pause is over
     half-open  one does, the probe: its outcome closes the breaker, or opens it for twice the pause
+
+    A call that begins in one state and ends in another shows nothing of that: its ticket is of an earlier term.
     """
 
     IN_A_ROW = 5
@@ -54,10 +56,7 @@ class Breaker:
         return self._term
 
     def end(self, ticket: int, succeeded: bool | None) -> None:
-        """Take note of a call's outcome; None where it shows nothing.
-
-        A call that began before the last change of state says nothing about the present one.
-        """
+        """Take note of a call's outcome; None where it shows nothing."""
         if ticket != self._term:
             return
         if self._is_probing:
@@ -77,6 +76,7 @@ class Breaker:
                 or len(outcomes) == self.RECENT and outcomes.count(False) * 2 >= self.RECENT)
 
     def _change(self, pause: float) -> None:
+        """Open for a pause, or close, where that is zero."""
         self._pause, self._until, self._term = pause, self._clock() + pause, self._term + 1
         self._outcomes.clear()
 
@@ -125,8 +125,9 @@ class Rate(NamedTuple):
 class RateLimit:
     """A token bucket for each client: `rate` on average, and `rate.requests` at once.
 
-    A bucket is one number, the time at which it is full again (the generic cell rate algorithm). Of more than
-    MOST_CLIENTS who was not seen for longest is forgotten, so that a million addresses cost no more memory.
+    A bucket is one number, the time at which it is full again (the generic cell rate algorithm): at 5 an hour each
+    token moves that by 720 s, and it may lie an hour ahead, when the bucket is empty, but no further.
+    Of more than MOST_CLIENTS who was not seen for longest is forgotten, so a million addresses cost no more memory.
     """
 
     MOST_CLIENTS = 10_000
@@ -142,17 +143,17 @@ class RateLimit:
         with self._lock:
             now = self._clock()
             full_at = max(self._full_at.get(client, now), now) + self.rate.seconds / self.rate.requests
-            missing = full_at - now - self.rate.seconds
-            if missing <= 1e-9:  # by which a sum of many tokens may be off
-                self._full_at[client], missing = full_at, 0.0
+            too_far = full_at - now - self.rate.seconds
+            if too_far <= 1e-9:  # by which a sum of many tokens may be off
+                self._full_at[client], too_far = full_at, 0.0
             self._full_at.move_to_end(client)
             if len(self._full_at) > self.MOST_CLIENTS:
                 self._full_at.popitem(last=False)
-            return missing
+            return too_far
 
 
 def client_of(address: str) -> str:
-    """Return whom an address stands for: an IPv6 host has a whole /64 to choose from."""
+    """Return whom an address stands for: of IPv6 its first 64 bits, since one host has all the rest to choose from."""
     if ":" not in address:
         return address
     host = ipaddress.IPv6Address(address)

@@ -130,7 +130,8 @@ class Service(ThreadingHTTPServer):
         if self.settings.supervised:
             threading.Thread(target=self._stop_at_end_of_input, daemon=True).start()
         if not self.token and not ipaddress.ip_address(self.server_name).is_loopback:
-            self.log.event(f"warning: whoever reaches {self.url} may write, since no token is set (MICROSHOP_TOKEN)")
+            self.log.event(f"warning: port {self.server_port} is open to other machines, and whoever reaches it may "
+                           "write; the gateway can ask for a token (MICROSHOP_TOKEN or --token-file)")
         print(f"{self.title} listening at {self.url}", flush=True)
         self.serve_forever(POLL)
         self.drain()

@@ -320,6 +320,12 @@ class Retries(ClientTest):
                 self.assertEqual(self.call(users, "POST", body=b"{}").body, b"Alice")
         self.assertEqual([len(requests) for requests in stub.connections], [1])
 
+    def test_what_is_told_is_that_it_may_have_been_carried_out(self):
+        with contextlib.ExitStack() as stack:
+            users = Upstream("users", [stack.enter_context(upstream(Stub(BROKEN[0])))])
+            with mock.patch.object(client.time, "sleep", lambda _: stack.close()):  # from then on nobody listens
+                self.assertRaises(Broken, self.call, users)
+
     def test_no_retry_waits_past_the_deadline(self):
         with mock.patch.object(client, "BACKOFF", 3600.0):
             self.assertEqual(self.call_in_turn([BROKEN[0]], "GET"), ([BadGateway], [1]))
@@ -506,7 +512,7 @@ class Sparing(ClientTest):
             hung = [pool.submit(self.call, users) for _ in range(2)]
             wait_until(lambda: users.copies[0].in_flight == 2)
             began = time.monotonic()
-            with self.assertRaisesRegex(UpstreamUnavailable, "^the users service has 2 requests") as raised:
+            with self.assertRaisesRegex(UpstreamUnavailable, "^the users .* its fill of requests already: 2$") as raised:
                 self.call(users)
             self.assertTrue(0.2 < time.monotonic() - began < 2)
             self.assertEqual(raised.exception.members, {"service": "users"})

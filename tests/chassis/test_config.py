@@ -59,6 +59,8 @@ class ConfigTest(unittest.TestCase):
         self.assertIn("--data: '' is no folder", self.refuse("--data", ""))
         for name in ("rate", "token-file"):  # as from a variable that was never set: better no shop than an open one
             self.assertIn(f"--{name}: '' ", self.refuse(f"--{name}="))
+        for twin in ("MICROSHOP_TOKEN", "MICROSHOP_TOKEN_FILE", "MICROSHOP_RATE"):
+            self.assertIn(f"{twin}: ", self.refuse(**{twin: ""}))
         self.assertIn("MICROSHOP_QUIET: 'maybe' ", self.refuse(MICROSHOP_QUIET="maybe"))
 
     def test_a_rate_is_requests_in_seconds(self):
