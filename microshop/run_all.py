@@ -139,6 +139,9 @@ class Supervisor:
 
     def _notice_listening(self, child: Child, url: str, port: int) -> None:
         child.url, child.port = url, port
+        if child is self.gateways[0]:
+            for other in self.gateways:
+                other.port = port
         if all(child.url for child in self.children) and not self.was_ready:
             self.was_ready = True
             self._say(f"ready in {time.monotonic() - self.began_at:.2f} s: {self.gateways[0].url} (Ctrl-C ends it)")
@@ -162,6 +165,8 @@ class Supervisor:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         for service in self.services:
             environment.setdefault(f"MICROSHOP_{service.name.upper()}_URL", f"http://{SERVICE_HOST}:{service.port}")
+        if child in self.services:
+            environment.pop("MICROSHOP_TOKEN", None)  # the gateway's alone
         child.process = subprocess.Popen(
             child.command(), env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             start_new_session=True)  # else a Ctrl-C would reach it past us

@@ -213,8 +213,13 @@ class Missing(CompositionTest):
                 (lambda _: b"SSH-2.0\r\n\r\n", 502, "not valid HTTP"), (lambda _: {"users": []}, 502, "no sense"),
                 (lambda _: [{"name": "Alice"}], 502, "no sense"), (lambda _: [1], 502, "no sense"),
                 (lambda _: None, 502, "no sense"), (lambda _: [{"id": "1"}], 502, "no sense"),
-                (lambda _: b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[\xff", 502, "no sense"),
+                *[(lambda _, body=body: b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body),
+                   502, "no sense") for body in (b"[\xff", b'[{"id":1,"x":NaN}]', b'[{"id":1,"x":-Infinity}]',
+                                                b'[{"id":1,"x":1e999}]', b'[{"id":1,"x":"\\udc00"}]',
+                                                b"\xef\xbb\xbf[]", b"[" * 100_000, "[]".encode("utf-16"))],
                 (lambda _: b"HTTP/1.1 500 No\r\nContent-Length: %d\r\n\r\n%s" % (len(problem), problem), 500, "^no$"),
+                *[(lambda _, body=body: b"HTTP/1.1 500 No\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body),
+                   500, "the answer was 500") for body in (b'{"detail":""}', b'{"detail":null}', b"[]", b"{")],
                 (lambda _: b"HTTP/1.1 400 No\r\nContent-Length: 0\r\n\r\n", 400, "the answer was 400")):
             with self.subTest(what(""), status=status):
                 self.open(ORDER, what)
@@ -256,6 +261,18 @@ class Missing(CompositionTest):
             self.assertEqual("missing" in order, order["id"] > 100)
             self.assertEqual(order["user"] is None, order["id"] > 100)
             self.assertIsNotNone(order["product"])
+
+    def test_what_a_service_adds_is_passed_on(self):
+        more = {"price": 9.99, "note": "\x07 \N{SNOWMAN}", "big": 1e300}
+        self.open(ORDER, lambda _: [{**ALICE, **more}])
+        self.assertEqual(self.ask("/orders/201?expand=user").json["user"], {**ALICE, **more})
+
+    def test_a_page_is_a_page_whatever_its_white_space(self):
+        for body, expected in ((b" []", []), (b"\n [\t]", []), (b"\r\n{\"id\":1,\"userId\":1}", None)):
+            self.open(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+            answer = self.ask("/orders?expand=user").json
+            self.assertEqual(answer, expected if expected is not None else {
+                "id": 1, "userId": 1, "user": {"id": 1, "name": "User 1"}})
 
     def test_without_orders_there_is_nothing_to_put_together(self):
         for orders in ([{"id": 201}], {"orders": []}, 7, b"SSH-2.0\r\n\r\n"):

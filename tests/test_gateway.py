@@ -400,6 +400,12 @@ class Limit(GatewayTest):
         self.open({"rate": Rate(2, 3600), "token": "s3cret"}, users=Stub())
         self.assertEqual([self.ask("POST", "/users").status for _ in range(3)], [401, 401, 429])
 
+    def test_no_request_gets_past_it(self):
+        self.open({"rate": Rate(1, 3600), "token": "s3cret"}, users=Stub())
+        statuses = [self.ask(method, "/users", {"X-Request-Timeout": left}).status
+                    for method, left in (("POST", "0"), ("GET", "0"), ("GET", "soon"))]
+        self.assertEqual(statuses, [401, 429, 429])
+
     def test_there_is_none_unless_asked_for(self):
         self.open(users=Stub())
         self.assertEqual({self.ask("GET", "/users").status for _ in range(200)}, {200})

@@ -289,6 +289,13 @@ class MendedShopTest(ShopTestCase):
         self.assertEqual(int(self.users_again[1]), self.shop.first + 1)
         self.assertEqual(ask(self.shop.first, target="/users").body.decode(), SEED["/users"])
 
+    def test_they_share_a_port_that_the_system_chose_too(self):
+        shop = Shop("--fresh", "--workers", "2", "--port", "0")
+        self.addCleanup(shop.kill)
+        shop.wait_until_ready()
+        gateways = {int(shop.wait_for(r"API Gateway listening at http://\S+:(\d+)$", times)[1]) for times in (1, 2)}
+        self.assertEqual(len(gateways), 1)
+
     def test_each_of_two_gateways_on_one_port_answers_without_the_other(self):
         self.assertEqual(len(self.gateways), 2)
         self.assertEqual(int(self.gateway_again[1]), self.shop.first)
@@ -350,6 +357,13 @@ class GuardedShopTest(ShopTestCase):
         self.assertEqual([ask(shop.first, "DELETE", "/users/2", headers).status for headers in ({}, shown)], [401, 204])
         self.assertEqual([ask(shop.first).status for _ in range(4)], [200, 200, 200, 429])
         self.assertNotIn("s3cret", "".join(shop.lines) + table)
+
+    @unittest.skipUnless(Path("/proc/self/environ").exists(), "this system does not show a process's environment")
+    def test_no_process_but_the_gateway_gets_the_token(self):
+        shop = self.open("--fresh", MICROSHOP_TOKEN="s3cret")
+        for name in ("gateway", "users", "products", "orders"):
+            [pid] = shop.children(name)
+            self.assertEqual(b"s3cret" in Path(f"/proc/{pid}/environ").read_bytes(), name == "gateway")
 
     def test_a_bad_token_is_told_without_being_shown(self):
         with process("microshop.run_all", "--token-file", "/nowhere") as file, \

@@ -45,7 +45,8 @@ class Reply(NamedTuple):
     def detail(self) -> str:
         """What went wrong, as far as a problem document tells."""
         with contextlib.suppress(BadRequest, KeyError, TypeError):
-            return str(parse_json(self.body)["detail"])
+            if isinstance(detail := parse_json(self.body)["detail"], str) and detail:
+                return detail
         return f"the answer was {self.status}"
 
 
@@ -144,7 +145,8 @@ class Client:
         """
         deadline = min(deadline, time.monotonic() + self.timeout)
         headers = headers or {}
-        repeatable = method in REPEATABLE or upstream.keeps_keys and "idempotency-key" in headers
+        repeatable = method in REPEATABLE or (
+            method == "POST" and upstream.keeps_keys and bool(headers.get("idempotency-key")))
         tried: list[Copy] = []
         retries = 0
         broken: Broken | None = None  # of a try that was sent: what happened last says less

@@ -144,7 +144,7 @@ class RateLimit:
             now = self._clock()
             full_at = max(self._full_at.get(client, now), now) + self.rate.seconds / self.rate.requests
             too_far = full_at - now - self.rate.seconds
-            if too_far <= 1e-9:  # by which a sum of many tokens may be off
+            if too_far <= 1e-6:  # by which a sum of many tokens may be off
                 self._full_at[client], too_far = full_at, 0.0
             self._full_at.move_to_end(client)
             if len(self._full_at) > self.MOST_CLIENTS:

@@ -235,6 +235,7 @@ class Handler(BaseHTTPRequestHandler):
             return self._describe(error)  # close_connection stays true: where a next request begins is not known
         self.close_connection = not wire.keeps_alive(self.request_version, self.headers)
         try:
+            self.check_client()
             self.deadline = self._find_deadline(time.monotonic())
             return self.format_answer(self.dispatch())
         except ServiceError as error:
@@ -336,6 +337,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "OPTIONS":
             return Answer(status=204, headers=[allow])
         raise MethodNotAllowed(f"{self.command} is not among the methods of {path}", [allow])
+
+    def check_client(self) -> None:
+        """Raise a ServiceError where who asks may not; a process that minds says how."""
 
     def _find_route(self, path: str) -> tuple[Methods, list[int]]:
         for pattern, methods in self._table:

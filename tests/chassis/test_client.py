@@ -283,11 +283,13 @@ class Retries(ClientTest):
                     self.assertEqual(self.call_in_turn([end], method), ([BadGateway], [1]))
 
     def test_a_post_with_a_key_is_repeated_where_keys_are_kept(self):
-        for keeps_keys, headers, times in ((True, {"idempotency-key": "k"}, 3), (True, {}, 1),
-                                           (False, {"idempotency-key": "k"}, 1)):
+        key = {"idempotency-key": "k"}
+        for method, keeps_keys, headers, times in (
+                ("POST", True, key, 3), ("POST", True, {}, 1), ("POST", False, key, 1),
+                ("POST", True, {"idempotency-key": ""}, 1), ("PATCH", True, key, 1)):
             stub = Stub(BROKEN[0])
             orders = Upstream("orders", [self.enterContext(upstream(stub))], keeps_keys=keeps_keys)
-            self.assertRaises(Broken, self.client.call, orders, "POST", "/orders", headers, b"{}")
+            self.assertRaises(Broken, self.client.call, orders, method, "/orders", headers, b"{}")
             self.assertEqual(len(stub.connections), times)
 
     def test_an_answer_is_no_reason_for_a_retry_nor_is_lack_of_time(self):
@@ -512,7 +514,7 @@ class Sparing(ClientTest):
             hung = [pool.submit(self.call, users) for _ in range(2)]
             wait_until(lambda: users.copies[0].in_flight == 2)
             began = time.monotonic()
-            with self.assertRaisesRegex(UpstreamUnavailable, "^the users .* its fill of requests already: 2$") as raised:
+            with self.assertRaisesRegex(UpstreamUnavailable, "^the users .* its fill of .* already: 2$") as raised:
                 self.call(users)
             self.assertTrue(0.2 < time.monotonic() - began < 2)
             self.assertEqual(raised.exception.members, {"service": "users"})
