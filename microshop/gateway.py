@@ -36,7 +36,7 @@ NOT_SENT = HOP_BY_HOP | OWN
 CONDITIONS = {"if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "if-range", "range"}
 NOT_ANSWERED = HOP_BY_HOP | {"x-request-id", "content-length"}
 
-Parts = dict[tuple[str, int], dict]  # by name and id
+Parts = dict[str, dict[int, dict]]  # by name and id
 
 
 def via(version: str) -> str:
@@ -149,10 +149,10 @@ class GatewayHandler(Handler):
         parts, reasons = self.find_parts({name: {row[key] for row in rows} for name, key in keys.items()}, services)
         for name, key in keys.items():
             for row in rows:
-                row[name] = parts.get((name, row[key]))
+                row[name] = parts[name].get(row[key])
         missing = 0
-        for row in rows if reasons else []:
-            if whys := [why for name, key in keys.items() if (why := reasons.get((name, row[key])))]:
+        for row in rows if any(reasons.values()) else []:
+            if whys := [why for name, key in keys.items() if (why := reasons[name].get(row[key]))]:
                 row["missing"] = whys
                 missing += len(whys)
         total = len(rows) * len(names)
@@ -161,20 +161,20 @@ class GatewayHandler(Handler):
             *links, ("X-Complete", f"{total - missing}/{total}"), ("Via", via(reply.version))])
 
     def find_parts(self, wanted: dict[str, set[int]], services: dict[str, str]) -> tuple[Parts, Parts]:
-        """Return the parts that are found, by name and id, and what to tell of each that is not."""
+        """Return the parts that are found, each by its name and its id, and what to tell of each that is not."""
         pages = [(name, sorted(ids)[first:first + MAX_IDS]) for name, ids in wanted.items()
                  for first in range(0, len(ids), MAX_IDS)]
         replies = self.ask_together([
             (self.server.upstreams[services[name]], f"/{services[name]}?ids={','.join(map(str, ids))}")
             for name, ids in pages], self.deadline)
-        parts: Parts = {}
-        reasons: Parts = {}
+        parts: Parts = {name: {} for name in wanted}
+        reasons: Parts = {name: {} for name in wanted}
         for (name, ids), reply in zip(pages, replies, strict=True):
             rows, status, detail = read_page(services[name], reply)
-            parts.update({(name, row["id"]): row for row in rows})
-            reasons.update({(name, part): {"service": services[name], "status": status,
-                                           "detail": detail or f"there is no {name} {part}"}
-                            for part in ids if (name, part) not in parts})
+            parts[name].update({row["id"]: row for row in rows})
+            reasons[name].update({part: {"service": services[name], "status": status,
+                                         "detail": detail or f"there is no {name} {part}"}
+                                  for part in ids if part not in parts[name]})
         return parts, reasons
 
     def ask_together(self, questions: list[tuple[Upstream, str]], deadline: float) -> list[Reply | UpstreamError]:
