@@ -339,7 +339,7 @@ class Handler(BaseHTTPRequestHandler):
         raise MethodNotAllowed(f"{self.command} is not among the methods of {path}", [allow])
 
     def check_client(self) -> None:
-        """Raise a ServiceError where who asks may not; a process that minds says how."""
+        """Raise a ServiceError where the client may not ask this now. Everybody may, unless a subclass minds."""
 
     def _find_route(self, path: str) -> tuple[Methods, list[int]]:
         for pattern, methods in self._table:
