@@ -146,7 +146,8 @@ class GatewayHandler(Handler):
             return self.pass_back(reply)
         keys = {name: f"{name}Id" for name in names}
         rows = read_rows(upstream.name, reply.body, *keys.values())
-        parts, reasons = self.find_parts({name: {row[key] for row in rows} for name, key in keys.items()}, services)
+        wanted = {name: sorted({row[key] for row in rows}) for name, key in keys.items()}
+        parts, reasons = self.find_parts(wanted, services)
         for name, key in keys.items():
             for row in rows:
                 row[name] = parts[name].get(row[key])
@@ -160,9 +161,9 @@ class GatewayHandler(Handler):
         return Answer(rows if reply.body.lstrip().startswith(b"[") else rows[0], headers=[
             *links, ("X-Complete", f"{total - missing}/{total}"), ("Via", via(reply.version))])
 
-    def find_parts(self, wanted: dict[str, set[int]], services: dict[str, str]) -> tuple[Parts, Parts]:
+    def find_parts(self, wanted: dict[str, list[int]], services: dict[str, str]) -> tuple[Parts, Parts]:
         """Return the parts that are found, each by its name and its id, and what to tell of each that is not."""
-        pages = [(name, sorted(ids)[first:first + MAX_IDS]) for name, ids in wanted.items()
+        pages = [(name, ids[first:first + MAX_IDS]) for name, ids in wanted.items()
                  for first in range(0, len(ids), MAX_IDS)]
         replies = self.ask_together([
             (self.server.upstreams[services[name]], f"/{services[name]}?ids={','.join(map(str, ids))}")

@@ -13,6 +13,7 @@ import threading
 import time
 import urllib.request
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -76,7 +77,7 @@ class Upstream:
 
     def enter(self, wait: float) -> None:
         """Take a slot within `wait` seconds. Raises UpstreamUnavailable if there is none, or no copy to be asked."""
-        if not any([copy.breaker.admits() for copy in self.copies]):
+        if not self.admits():
             raise self._spared()
         if not self._slots.acquire(timeout=min(wait, SLOT_TIME)):
             raise UpstreamUnavailable(self.name, f"has its fill of requests already: {self.max_in_flight}",
@@ -108,14 +109,14 @@ class Upstream:
             copy.in_flight -= 1
             copy.breaker.end(ticket, succeeded)
 
-    def has_other(self, tried: list[Copy]) -> bool:
-        """Tell whether there is a copy that was not tried and may be asked."""
-        return any(copy not in tried and copy.breaker.admits() for copy in self.copies)
+    def admits(self, but: Sequence[Copy] = ()) -> bool:
+        """Tell whether any copy may be asked, but for these."""
+        return any(copy not in but and copy.breaker.admits() for copy in self.copies)
 
     def take_retry(self) -> bool:
         """Tell whether any copy may be asked once more, within the budget for retries."""
         with self._lock:
-            return self.has_other([]) and self._retries.take()
+            return self.admits() and self._retries.take()
 
     def _spared(self) -> UpstreamUnavailable:
         wait = min(copy.breaker.remaining() for copy in self.copies)
@@ -159,7 +160,7 @@ class Client:
                     broken, is_safe = failure, repeatable
                 except Unreachable as failure:
                     unreachable, is_safe = failure, True
-                    if upstream.has_other(tried):
+                    if upstream.admits(but=tried):
                         continue
                 pause = random.uniform(0, BACKOFF * 2**retries)
                 is_in_time = time.monotonic() + pause <= deadline
@@ -184,8 +185,10 @@ class Client:
             tried.append(copy)
             request.add_header("X-Request-Timeout", f"{max(left, 0):.3f}")
             reply: Reply = self._opener.open(request)
-            if is_fair or reply.status not in SICK:
-                succeeded = reply.status not in SICK
+            if reply.status not in SICK:
+                succeeded = True
+            elif is_fair:
+                succeeded = False
             return reply
         except (OSError, EOFError, ServiceError) as error:
             if is_fair or not isinstance(error, TimeoutError):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 from microshop.chassis.policies import Rate
 
 LABEL = "[0-9A-Za-z_-]{1,63}"  # of a host name
+SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 SWITCH = {"1": True, "true": True, "yes": True, "on": True,
           "0": False, "false": False, "no": False, "off": False, "": False}
 
@@ -45,7 +46,7 @@ def count(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or float(text) == 0:
+    if not SECONDS.fullmatch(text) or float(text) == 0:
         raise ValueError("is no number of seconds like 5 or 0.5")
     return float(text)
 

@@ -47,7 +47,6 @@ ANSWER_SHARE = 0.1   # of the time that a caller gives: kept back for the answer
 POLL = 0.05          # seconds after which the accept loop notices that it should end
 
 ID = "([1-9][0-9]{0,15})"
-TIMEOUT = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,64}")
 TRACEPARENT = re.compile("(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 CLIENT_GONE = 499    # nginx's number, in the log alone, for a client that did not wait for its answer
@@ -282,7 +281,7 @@ class Handler(BaseHTTPRequestHandler):
         given = self.headers.get("x-request-timeout")
         if given is None:
             return now + self.server.settings.timeout
-        if not TIMEOUT.fullmatch(given):
+        if not config.SECONDS.fullmatch(given):
             raise BadRequest(f"X-Request-Timeout: {given!r} is no number of seconds")
         if float(given) == 0:
             raise ServiceUnavailable("the time that the caller gave for this is spent", [("Retry-After", "1")])
