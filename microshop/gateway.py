@@ -225,7 +225,6 @@ class Gateway(Service):
     handler = GatewayHandler
     options = [
         config.HOST, *config.OF_THE_GATEWAY, config.TOKEN, config.QUIET,
-        config.Setting("reuse-port", config.switch, "", "share the port with other gateway processes"),
         *[config.Setting(f"{name}-url", config.base_urls, url, f"base URL of the {name} service, or of its copies")
           for name, url in SERVICES.items()]]
 

@@ -27,7 +27,7 @@ from microshop.chassis.client import Client, Reply, Upstream
 from microshop.chassis.content import Integer, Page, encode, parse_query
 from microshop.chassis.database import Database
 from microshop.chassis.errors import (
-    BadGateway, BadRequest, Conflict, NotFound, UnprocessableContent, UpstreamError)
+    BadGateway, BadRequest, Conflict, NotFound, UnprocessableContent, UpstreamError, UpstreamUnavailable)
 from microshop.chassis.server import Answer, Handler, Service
 
 CALL_TIME = 2.0          # seconds for a service to answer, if the client's patience lasts
@@ -223,6 +223,8 @@ class Saga:
     def ask(self, upstream: Upstream, method: str, target: str, certain: set[int],
             content: dict | None = None) -> Reply:
         """Call a service. Raises UpstreamError where it says nothing that is certain."""
+        if self.deadline == math.inf and self.service.ending.is_set():  # nobody waits: stop between two steps
+            raise UpstreamUnavailable(self.service.name, "is about to end")
         headers = {**self.trace, "content-type": "application/json"}
         body = encode(content).encode() if content else None
         reply = self.service.client.call(upstream, method, target, headers, body, self.deadline)
@@ -310,24 +312,28 @@ class Orders(Service):
         self.client = Client(CALL_TIME)
         self.users, self.products = Upstream("users", settings.users_url), Upstream("products", settings.products_url)
         hasten_all(self.database)
-        self._ending = threading.Event()
+        self.ending = threading.Event()
         self._background = threading.Thread(target=self._advance_forever, daemon=True)
         self._background.start()
 
     def _advance_forever(self) -> None:
         """Advance every order that is due, again and again."""
-        while not self._ending.wait(LOOK):
+        while not self.ending.wait(LOOK):
             try:
                 for order_id in find_due(self.database):
-                    if not self._ending.is_set():
+                    if not self.ending.is_set():
                         Saga(self, order_id, {"x-request-id": f"order-{order_id}"}).advance()
             except Exception:  # the disk may be full for a while
-                self.log.event(f"- the saga failed, and goes on\n{traceback.format_exc()}")
-        self.database.close()
+                self.log.event(f"- the saga failed, and goes on in {RETRY_LAST} s\n{traceback.format_exc()}")
+                self.ending.wait(RETRY_LAST)
+            self.database.release()
+
+    def drain(self) -> None:
+        self.ending.set()  # what the background leaves undone is done after the next start
+        super().drain()
+        self._background.join(CALL_TIME)
 
     def close(self) -> None:
-        self._ending.set()
-        self._background.join(CALL_TIME)  # what it leaves undone is done after the next start
         self.client.close()
         super().close()
 

@@ -1,11 +1,15 @@
 """The supervisor: starts the services and the gateway, shows what they print, and ends them all.
 
-Threads only read the children's pipes; what they read becomes an Event in one queue, and one loop decides.
-A child that dies is started again. Every child watches a pipe that only the supervisor holds, its standard
-input, and ends with it: so none outlives the supervisor, even one that is killed.
+It opens every port itself and hands the listening sockets on. So a port is never closed while the shop runs: who
+connects while a child is started again, or replaced by a new one, waits in the socket's queue.
+
+Threads only read what children print; it becomes an Event in one queue, and one loop decides, by policies.Life.
+Each child sends signs of life through a socket of its own, its lifeline, and ends when nobody holds the other end:
+so none outlives the supervisor, even one that is killed.
 """
 import contextlib
 import errno
+import math
 import os
 import queue
 import re
@@ -17,19 +21,22 @@ import tempfile
 import threading
 import time
 from argparse import Namespace
+from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from microshop.chassis import config
+from microshop.chassis.policies import Life
 
-KILL_WAIT = 5.0      # seconds after the order to stop in which a child must end, or is killed
-SERVICE_WAIT = 1.0   # seconds of these that are left to the services even if a gateway hangs
-RESTART_WAIT = 0.5   # seconds before a child that died is started again
-TICK = 0.05          # seconds between looks at the clock and the signals
+END_SHARE = 0.7      # of the grace period: after that a child ends by itself, whatever is in flight
+KILL_SHARE = 0.75    # of it: after that a gateway that has not is killed, and the services are told to end
+TICK = 0.05          # seconds between looks at the clock, the signals and the lifelines
 MAX_LINE = 2**20     # bytes of a line that are shown without waiting for its end
+AHEAD = 4            # outputs of one child that may wait to be shown: who prints more waits, but nobody else
+LAST_LINES = 5       # that are shown again where a child is given up
 SERVICE_HOST = "127.0.0.1"
 
-LISTENING = re.compile(rb"listening at (http://\S+:([0-9]+))$", re.M)
+LISTENING = re.compile(rb"listening at (http://\S+)$", re.M)
 COLOURS = {"users": 32, "products": 33, "orders": 35}  # of a terminal; the others are cyan, 36
 
 OPTIONS = [
@@ -41,56 +48,126 @@ OPTIONS = [
                    "use a temporary data folder, whatever --data says; it goes at the end"),
     config.Setting("workers", config.count, "1", "gateway processes that share the one port"),
     *config.OF_THE_GATEWAY,
+    *config.OF_ALL,
     config.QUIET,
 ]
 
 
 class Child:
-    """A process of the shop. It is started when each that it `needs` has a port; 0 is none yet."""
+    """A part of the shop: a module that serves on a listening socket, in one process after another."""
 
-    def __init__(self, name: str, module: str, host: str, port: int, needs: "list[Child]", flags: list[str]):
-        self.name, self.module, self.host, self.port, self.needs, self.flags = name, module, host, port, needs, flags
-        self.process: subprocess.Popen | None = None  # from its start until its end was noticed
-        self.url = ""            # as its listening line tells
-        self.start_at = 0.0      # not before
-        self.told_to_end = False
+    def __init__(self, name: str, module: str, listener: socket.socket, flags: list[str]):
+        self.name, self.module, self.listener, self.flags = name, module, listener, flags
+        self.life = Life()
+        self.current: Process | None = None  # the newest
+        self.former: Process | None = None   # the one that it replaces, until that has ended
+        self.url = ""                        # as the listening line tells
+        self.last_lines: deque[bytes] = deque(maxlen=LAST_LINES)
 
-    def command(self) -> list[str]:
-        return [sys.executable, "-m", f"microshop.{self.module}", "--supervised",
-                "--host", self.host, "--port", str(self.port), *self.flags]
+    def processes(self) -> "list[Process]":
+        return [process for process in (self.current, self.former) if process]
+
+
+class Process:
+    """A process of a child, in a session of its own: else a Ctrl-C would reach it past us."""
+
+    def __init__(self, child: Child, environment: dict[str, str]):
+        self._lifeline, theirs = socket.socketpair()
+        self._lifeline.setblocking(False)
+        self.ahead = threading.Semaphore(AHEAD)
+        self.kill_at = math.inf  # when it must have ended
+        handed_on = (child.listener, theirs)
+        for end in handed_on:
+            end.set_inheritable(True)
+        host, port, *_ = child.listener.getsockname()
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", f"microshop.{child.module}",
+             "--supervised", ",".join(str(end.fileno()) for end in handed_on),
+             "--host", host, "--port", str(port), *child.flags],
+            env=environment, close_fds=False,  # nothing else is inheritable, and Windows knows no other way
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        for end in handed_on:
+            end.set_inheritable(False)
+        theirs.close()
+
+    def shows_life(self) -> bool:
+        """Tell whether a sign of life has come since the last look."""
+        try:
+            return bool(self._lifeline.recv(4096))
+        except OSError:
+            return False
+
+    def end(self, kill_at: float) -> None:
+        """Tell it to end, once; until when it may take (of time.monotonic)."""
+        if self.kill_at == math.inf:
+            self.kill_at = kill_at
+            self.popen.terminate()
+
+    def kill(self) -> None:
+        """Kill it, and all that it has started: its process group."""
+        with contextlib.suppress(OSError):
+            if hasattr(os, "killpg"):
+                os.killpg(self.popen.pid, signal.SIGKILL)
+            else:
+                self.popen.kill()
+
+    def close(self) -> None:
+        self._lifeline.close()
 
 
 class Event(NamedTuple):
-    """A child wrote `output`, whole lines, or ended with `status`."""
+    """A process wrote `output`, whole lines, or ended with `status`."""
 
     child: Child
+    process: Process
     output: bytes = b""
     status: int | None = None
 
 
+def open_listener(name: str, host: str, port: int) -> socket.socket:
+    """Return a socket that listens for a child. Exits with status 1 if there can be none: before any is started."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        if os.name != "nt":  # there it would let two processes have one port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(1024)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            sys.exit(f"run_all: port {port}, which {name} needs on {host}, is already in use; "
+                     "stop what holds it, or choose another --port")
+        sys.exit(f"run_all: {name} cannot listen on port {port} of {host}: {error.strerror}")
+    return listener
+
+
 def plan_children(settings: Namespace) -> tuple[list[Child], list[Child]]:
     """Return the services and the gateways that the settings ask for."""
-    first, quiet = settings.port, ["--quiet"] if settings.quiet else []  # port 0 is 0 for all
-    services = [Child(name, name, SERVICE_HOST, first and first + n, [], ["--data", str(settings.data), *quiet])
-                for n, name in enumerate(("users", "products", "orders"), start=1)]
-    services[-1].needs = services[:-1]  # orders calls the two others
-    flags = [*quiet, *config.hand_on(settings, config.OF_THE_GATEWAY), *["--reuse-port"] * (settings.workers > 1)]
-    gateways = [Child("gateway", "gateway", settings.host, first, services, flags)]
-    for n in range(2, settings.workers + 1):  # these need the port that the first one took
-        gateways.append(Child(f"gateway{n}", "gateway", settings.host, first, [*services, gateways[0]], flags))
+    port, flags = settings.port, [f"--grace={settings.grace * END_SHARE:f}", *["--quiet"] * settings.quiet]
+    flags += config.hand_on(settings, [setting for setting in config.OF_ALL if setting.name != "grace"])
+    listener = open_listener("gateway", settings.host, port)
+    services = [
+        Child(name, name, open_listener(name, SERVICE_HOST, port and port + n), [f"--data={settings.data}", *flags])
+        for n, name in enumerate(("users", "products", "orders"), start=1)]
+    flags += config.hand_on(settings, config.OF_THE_GATEWAY)
+    gateways = [Child(f"gateway{n}" if n > 1 else "gateway", "gateway", listener, flags)
+                for n in range(1, settings.workers + 1)]
     return services, gateways
 
 
 class Supervisor:
-    """Runs the shop until a signal comes or a child cannot be started."""
+    """Runs the shop until a signal comes or a child is given up."""
 
-    def __init__(self, services: list[Child], gateways: list[Child]):
+    def __init__(self, services: list[Child], gateways: list[Child], grace: float):
         self.services, self.gateways, self.children = services, gateways, services + gateways
-        self.events: queue.Queue[Event] = queue.Queue(maxsize=1000)  # a child that prints faster than we do blocks
-        self.signals = 0
+        self.grace = grace
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.signals: list[int] = []       # that ask for the end
+        self.is_to_renew = False           # SIGHUP asked for it
+        self.to_renew: deque[Child] = deque()
+        self.terminals = [stream for stream in (sys.stdin, sys.stdout) if stream and stream.isatty()]
         self.status = 0
-        self.stop_by = 0.0  # when what still runs is killed; 0 until the shop is to end
-        self.began_at = time.monotonic()
+        self.stop_by = math.inf            # when what still runs is killed
+        self.began_at = self.looked_at = time.monotonic()
         self.was_ready = False
 
     def run(self) -> int:
@@ -99,79 +176,172 @@ class Supervisor:
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), self._on_signal)
         try:
-            while not self.stop_by or any(child.process for child in self.children):
-                self._decide()
+            while self.stop_by == math.inf or self._running():
+                self._look()
                 self._take_event()
         finally:
-            self._kill_children()
+            self._kill_all()
         self._say("stopped")
         return self.status
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        self.signals += 1
-        if self.signals > 1:  # who asks twice does not want to wait
+        if number not in (signal.SIGINT, signal.SIGTERM) and all(stream.isatty() for stream in self.terminals):
+            self.is_to_renew = True
+            return  # else it tells that our terminal was closed
+        self.signals.append(number)
+        if len(self.signals) > 1:  # who asks twice does not want to wait
             self.status = 128 + number
-            self._kill_children()
+            self._kill_all()
 
-    def _decide(self) -> None:
-        if self.signals and not self.stop_by:
+    def _running(self) -> list[Process]:
+        return [process for child in self.children for process in child.processes()]
+
+    def _kill_all(self) -> None:
+        for process in self._running():
+            process.kill()
+
+    # --- deciding
+
+    def _look(self) -> None:
+        """See how the children are, and do what is to be done about it."""
+        now, before = time.monotonic(), self.looked_at
+        if now < before + TICK:
+            return
+        self.looked_at = now
+        self._reap_orphans()
+        for child in self.children:
+            if child.current and child.current.shows_life() or now > before + 1:  # we stood still: nobody can be blamed
+                child.life.note_sign()
+            for process in child.processes():
+                if process.popen.poll() is not None:
+                    process.kill()  # what it leaves behind, which may keep its output open
+                elif now > process.kill_at:
+                    process.kill_at = math.inf
+                    self._say(f"{child.name} did not end in time; killing it")
+                    process.kill()
+        if self.signals and self.stop_by == math.inf:
             self._stop("stopping")
-        if not self.stop_by:
-            for child in self.children:
-                if not child.process and time.monotonic() >= child.start_at and all(need.port for need in child.needs):
-                    self._start(child)
-        elif time.monotonic() > self.stop_by:
-            self._kill_children()
-        else:
+        if self.stop_by < math.inf:
             self._end_children()
+        else:
+            for child in self.children:
+                self._obey(child)
+            self._renew()
+
+    def _obey(self, child: Child) -> None:
+        """Do what a child's life demands."""
+        life, order = child.life, child.life.order()
+        if order == "start":
+            self._start(child)
+        elif order == "kill" and child.current:
+            self._say(f"{child.name} was not ready in {life.START_TIME:.0f} s; killing it" if life.state == "starting"
+                      else f"{child.name} has shown no sign of life for {life.HANG_TIME:.0f} s; killing it")
+            life.note_kill()
+            child.current.kill()
+        elif order == "give up" and self.stop_by == math.inf:
+            self.status = 2 if life.is_final else 1  # a bad setting is one of ours, handed on
+            self._stop(f"{child.name} cannot be started, {life.failed_starts} of {life.failed_starts} tries failed; "
+                       "stopping. The last that it said:")
+            self._show(child.name, b"\n".join(child.last_lines))
+
+    def _renew(self) -> None:
+        """Replace the process of one child after another, each when the new one before it listens."""
+        if self.is_to_renew and not self.to_renew and self.was_ready:
+            self.is_to_renew = False
+            self.to_renew.extend(self.children)
+            self._say("replacing every process by a new one")
+        if self.to_renew and self.to_renew[0].life.state == "up" and not self.to_renew[0].former:
+            child = self.to_renew[0]
+            child.former = child.current
+            self._start(child)
+
+    def _end_children(self) -> None:
+        """Tell the gateways to end; and when they have, the services, which their last requests needed."""
+        for group, share in ((self.gateways, KILL_SHARE), (self.services, 1)):
+            for child in group:
+                child.listener.close()
+                for process in child.processes():
+                    process.end(self.stop_by - (1 - share) * self.grace)
+            if any(child.processes() for child in group):
+                return
+
+    def _stop(self, why: str) -> None:
+        self._say(why)
+        self.stop_by = time.monotonic() + self.grace
+
+    # --- what happens
 
     def _take_event(self) -> None:
         try:
-            child, output, status = self.events.get(timeout=TICK)
+            child, process, output, status = self.events.get(timeout=TICK)
         except queue.Empty:
             return
         if status is not None:
-            self._notice_end(child, status)
+            self._notice_end(child, process, status)
             return
         self._show(child.name, output)
-        if not child.url and (match := LISTENING.search(output)):
-            self._notice_listening(child, match[1].decode(), int(match[2]))
+        process.ahead.release()
+        child.last_lines.extend(output.rsplit(b"\n", LAST_LINES)[-LAST_LINES:])
+        if process is child.current and child.life.state == "starting" and (match := LISTENING.search(output)):
+            child.url = match[1].decode()
+            self._notice_listening(child)
 
-    def _notice_listening(self, child: Child, url: str, port: int) -> None:
-        child.url, child.port = url, port
-        if child is self.gateways[0]:
-            for other in self.gateways:
-                other.port = port
-        if all(child.url for child in self.children) and not self.was_ready:
+    def _notice_listening(self, child: Child) -> None:
+        child.life.note_ready()
+        if child.former:
+            child.former.end(time.monotonic() + self.grace)
+        if self.to_renew and self.to_renew[0] is child:
+            self.to_renew.popleft()
+            if not self.to_renew:
+                self._say("every process is a new one")
+        if all(child.life.state == "up" for child in self.children) and not self.was_ready:
             self.was_ready = True
             self._say(f"ready in {time.monotonic() - self.began_at:.2f} s: {self.gateways[0].url} (Ctrl-C ends it)")
 
-    def _notice_end(self, child: Child, status: int) -> None:
-        child.process = None
-        if self.stop_by:
+    def _notice_end(self, child: Child, process: Process, status: int) -> None:
+        process.close()
+        if process is child.former:
+            child.former = None
+            return
+        child.current = None
+        if self.stop_by < math.inf:
             return
         ended = f"{child.name} ended with exit status {status}" if status >= 0 else (
             f"{child.name} was killed by signal {-status} (exit status {128 - status})")
-        if not child.url:
-            self.status = 2 if status == 2 else 1  # a bad setting is one of ours, handed on
-            self._stop(f"{ended} before it listened; stopping")
-        else:
-            child.start_at = time.monotonic() + RESTART_WAIT
-            self._say(f"{ended}; starting it again")
+        if child.life.state == "starting":
+            ended += " before it listened"
+        if child.former and child.former.kill_at == math.inf:  # its successor has failed
+            child.current, child.former = child.former, None
+            child.life.note_ready()
+            self.to_renew.clear()
+            self._say(f"{ended}; the one that it was to replace goes on")
+            return
+        child.life.note_end(is_final=status == 2)
+        if child.life.order() != "give up":
+            self._say(f"{ended}; starting it again in {child.life.pause:.1f} s")
 
-    # --- the life of a child
+    def _reap_orphans(self) -> None:
+        """As PID 1 of a container, collect those whose parents have ended; nobody else would."""
+        with contextlib.suppress(ChildProcessError):
+            while os.getpid() == 1 and (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
+                if ended.si_pid in [process.popen.pid for process in self._running()]:
+                    return  # that is for Popen
+                os.waitpid(ended.si_pid, 0)
+
+    # --- the start of a process
 
     def _start(self, child: Child) -> None:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         for service in self.services:
-            environment.setdefault(f"MICROSHOP_{service.name.upper()}_URL", f"http://{SERVICE_HOST}:{service.port}")
+            url = "http://{}:{}".format(*service.listener.getsockname())
+            environment.setdefault(f"MICROSHOP_{service.name.upper()}_URL", url)
         if child in self.services:
             environment.pop("MICROSHOP_TOKEN", None)  # the gateway's alone
-        child.process = subprocess.Popen(
-            child.command(), env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True)  # else a Ctrl-C would reach it past us
-        self._bind_to_core(child, child.process.pid)
-        threading.Thread(target=self._read, args=(child, child.process), daemon=True).start()
+        child.current = process = Process(child, environment)
+        child.last_lines.clear()
+        child.life.note_start()
+        self._bind_to_core(child, process.popen.pid)
+        threading.Thread(target=self._read, args=(child, process), daemon=True).start()
 
     def _bind_to_core(self, child: Child, pid: int) -> None:
         """Keep a child's threads on one core, where the system lets us choose.
@@ -186,38 +356,20 @@ class Supervisor:
             if cores:  # the gateways may have left none
                 os.sched_setaffinity(pid, {cores[group.index(child) % len(cores)]})
 
-    def _read(self, child: Child, process: subprocess.Popen) -> None:
-        """Put what a child prints into the queue, in whole lines, and then its end."""
+    def _read(self, child: Child, process: Process) -> None:
+        """Put what a process prints into the queue, in whole lines, and then its end."""
         rest = b""
-        with process:  # which at its end closes the pipes and waits
-            while chunk := os.read(process.stdout.fileno(), 2**16):  # type: ignore[union-attr]
+        with process.popen as popen:  # which at its end closes the pipe and waits
+            while chunk := os.read(popen.stdout.fileno(), 2**16):  # type: ignore[union-attr]
                 lines, newline, rest = (rest + chunk).rpartition(b"\n")
                 if len(rest) > MAX_LINE:
                     lines, newline, rest = lines + newline + rest, b"\n", b""
                 if newline:
-                    self.events.put(Event(child, lines))
+                    process.ahead.acquire()
+                    self.events.put(Event(child, process, lines))
             if rest:
-                self.events.put(Event(child, rest))
-        self.events.put(Event(child, status=process.returncode))
-
-    def _stop(self, why: str) -> None:
-        self._say(why)
-        self.stop_by = time.monotonic() + KILL_WAIT
-
-    def _end_children(self) -> None:
-        """Tell the gateways to end; and when they have, the services, which their last requests needed."""
-        for group in (self.gateways, self.services):
-            for child in group:
-                if child.process and not child.told_to_end:
-                    child.told_to_end = True
-                    child.process.terminate()
-            if any(child.process for child in group) and time.monotonic() < self.stop_by - SERVICE_WAIT:
-                return
-
-    def _kill_children(self) -> None:
-        for child in self.children:
-            if child.process:
-                child.process.kill()
+                self.events.put(Event(child, process, rest))
+        self.events.put(Event(child, process, status=popen.returncode))
 
     # --- what a person sees
 
@@ -233,19 +385,7 @@ class Supervisor:
             sys.stdout.flush()
         except OSError:  # nobody can read us any more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            self.signals = max(self.signals, 1)
-
-
-def try_port(child: Child) -> None:
-    """Listen for a moment where a child will. Exits with status 1 if that fails: before any child is started."""
-    family = socket.AF_INET6 if ":" in child.host else socket.AF_INET
-    try:
-        socket.create_server((child.host, child.port), family=family).close()
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            sys.exit(f"run_all: port {child.port}, which {child.name} needs on {child.host}, is already in use; "
-                     "stop what holds it, or choose another --port")
-        sys.exit(f"run_all: {child.name} cannot listen on port {child.port} of {child.host}: {error.strerror}")
+            self.signals = self.signals or [signal.SIGHUP]
 
 
 def main() -> None:
@@ -255,10 +395,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         if settings.fresh:
             settings.data = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="microshop-")))
-        services, gateways = plan_children(settings)
-        for child in [gateways[0], *services]:
-            try_port(child)
-        status = Supervisor(services, gateways).run()
+        status = Supervisor(*plan_children(settings), settings.grace).run()
     sys.exit(status)
 
 
@@ -266,8 +403,6 @@ def check(settings: Namespace) -> None:
     """Raise ValueError for what is wrong only here: with the numbers together, or with this system."""
     if settings.port > 65532:
         raise ValueError(f"--port: {settings.port} leaves no room for the services' three above it")
-    if settings.workers > 1 and not hasattr(socket, "SO_REUSEPORT"):
-        raise ValueError("--workers: this system cannot share a port among processes (SO_REUSEPORT)")
 
 
 if __name__ == "__main__":

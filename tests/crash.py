@@ -22,9 +22,11 @@ from pathlib import Path
 from microshop import orders
 from microshop.chassis.client import Client
 from microshop.chassis.database import Database
+from microshop.chassis.server import Service
 from microshop.orders import Orders
 from microshop.products import Products
 
+Service.allow_reuse_port = True  # the tests hold the port meanwhile
 SERVICES = {"orders": Orders, "products": Products}
 PATIENCE = 10  # seconds after which a run that hangs is ended
 STATEMENT = re.compile(r"(UPDATE) (\w+) (SET \w+)|(INSERT|SELECT|DELETE)\b.*?(?:INTO|FROM) (\w+)|(\w+)", re.S)
@@ -110,8 +112,8 @@ def serve(service: str, data: str, death: list | None, resumes: bool, **settings
     steps = Steps(death)
     if resumes:
         steps.watch()
-    running = SERVICES[service](Namespace(host="127.0.0.1", data=Path(data), timeout=5.0, quiet=True, supervised=True,
-                                          **settings))
+    running = SERVICES[service](Namespace(host="127.0.0.1", data=Path(data), timeout=5.0, quiet=True, supervised=None,
+                                          grace=4.0, max_connections=100, **settings))
     if not resumes:
         steps.watch()
     running.run()

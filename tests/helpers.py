@@ -121,8 +121,9 @@ def running(service: type, **settings: Any) -> Iterator[Any]:
     """Serve in a thread of this process, on a free port and a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         values = {"host": "127.0.0.1", "port": 0, "data": Path(folder), "timeout": 5.0, "quiet": True,
-                  "supervised": False, "users_url": [NOBODY], "products_url": [NOBODY], "orders_url": [NOBODY],
-                  "token": "", "token_file": "", "rate": None, "max_in_flight": 64, "reuse_port": False, **settings}
+                  "supervised": None, "grace": 4.0, "max_connections": 1024,
+                  "users_url": [NOBODY], "products_url": [NOBODY], "orders_url": [NOBODY],
+                  "token": "", "token_file": "", "rate": None, "max_in_flight": 64, **settings}
         server = service(Namespace(**values))
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()

@@ -139,7 +139,7 @@ class GatewayOnStubs(unittest.TestCase):
     def test_what_it_passes_on_and_what_it_asks_itself_is_in_the_contracts(self):
         contracts = {name: load(f"gateway-{name}") for name in SERVICES}
         stubs = {name: self.enterContext(served(contract)) for name, contract in contracts.items()}
-        gateway = self.enterContext(running(Gateway, timeout=5.0, reuse_port=False, **{
+        gateway = self.enterContext(running(Gateway, timeout=5.0, **{
             f"{name}_url": [stub.url] for name, stub in stubs.items()}))
         for contract in contracts.values():
             replay(self, without_health(contract), gateway.server_port)

@@ -19,7 +19,9 @@ from typing import NamedTuple
 from unittest import mock
 
 from microshop import audit, orders
+from microshop.chassis import server
 from microshop.chassis.access_log import AccessLog
+from microshop.chassis.server import Service
 from microshop.orders import Orders
 from microshop.products import Products
 from microshop.users import Users
@@ -68,10 +70,12 @@ class CrashTests:
         cls.names = map("key {}".format, itertools.count())
         cls.enterClassContext(mock.patch.multiple(orders, LOOK=0.002, RETRY_FIRST=0.01))
         cls.enterClassContext(mock.patch.object(AccessLog, "event"))
+        cls.enterClassContext(mock.patch.object(Service, "allow_reuse_port", True))
+        cls.enterClassContext(mock.patch.object(server, "LAST_LOOK", 0))
         cls.users = cls.enterClassContext(running(Users, data=cls.folder))
         with running(Products, data=cls.folder) as products:
             Shop(cls.users, products, None).ask("PUT", "/products/101", {"name": "Laptop", "stock": 10**6})
-        cls.settings = {"port": cls.enterClassContext(held_port()), "reuse_port": True, "users_url": [cls.users.url]}
+        cls.settings = {"port": cls.enterClassContext(held_port()), "users_url": [cls.users.url]}
         cls.shop = cls.start_others()
 
     def survive(self, journey: Journey) -> None:

@@ -1,7 +1,9 @@
 """The supervisor as a person meets it: a process that opens the shop, shows it, and leaves nothing behind."""
 import contextlib
+import http.client
 import json
 import os
+import pty
 import random
 import re
 import select
@@ -13,15 +15,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import unittest
 from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
+from typing import Any
 
-from microshop import run_all
-from microshop.run_all import Child, Supervisor
 from tests.helpers import PATIENCE, TOP, Process, Wire, ask, process
 
 SEED = {case["path"]: case["body"] for case in json.loads((TOP / "tests" / "golden.json").read_text())["cases"]
@@ -48,6 +49,21 @@ def is_refused(port: int) -> bool:
     return False
 
 
+def children_of(parent: int) -> dict[int, str]:
+    """Return the state of each child of a process, as one letter, by pid."""
+    table = subprocess.check_output(["ps", "-A", "-o", "pid=", "-o", "ppid=", "-o", "state="], text=True)
+    rows = [line.split() for line in table.splitlines()]
+    return {int(pid): state[0] for pid, its_parent, state in rows if int(its_parent) == parent}
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return subprocess.run(["ps", "-o", "state=", "-p", str(pid)], capture_output=True, text=True).stdout[:1] != "Z"
+
+
 def comes_true(condition: Callable[[], bool], patience: float = PATIENCE) -> bool:
     """Look again and again, for what nothing tells."""
     deadline = time.monotonic() + patience
@@ -61,9 +77,11 @@ def comes_true(condition: Callable[[], bool], patience: float = PATIENCE) -> boo
 class Shop(Process):
     """The supervisor on four free ports, from `first` on, with a `folder` for its temporary files."""
 
+    module = ("microshop.run_all",)
+
     def __init__(self, *flags: str, first: int | None = None, **environment: str):
         self.first, self.folder = first or free_ports(), tempfile.mkdtemp()
-        super().__init__("microshop.run_all", "--port", str(self.first), *flags, TMPDIR=self.folder, **environment)
+        super().__init__(*self.module, "--port", str(self.first), *flags, TMPDIR=self.folder, **environment)
 
     def wait_until_ready(self) -> "Shop":
         self.wait_for(r"^run_all +\| ready in ")
@@ -88,6 +106,13 @@ class Shop(Process):
         shutil.rmtree(self.folder)
 
 
+class HastyShop(Shop):
+    """A shop whose supervisor is less patient than it is for others."""
+
+    module = ("tests.after", "from microshop.chassis.policies import Life\n"
+              "Life.HANG_TIME, Life.START_TIME, Life.FIRST_PAUSE = 0.6, 1.0, 0.02", "microshop.run_all")
+
+
 class HeadShop(Shop):
     """A shop that shows what it does to `head -n 1`: one line is read, then the pipe is closed."""
 
@@ -97,10 +122,28 @@ class HeadShop(Shop):
 
 
 class ShopTestCase(unittest.TestCase):
-    def open(self, *flags: str, **environment: str) -> Shop:
-        shop = Shop(*flags, **environment)
+    def begin(self, *flags: str, kind: type[Shop] = Shop, **more: Any) -> Shop:
+        shop = kind(*flags, **more)
         self.addCleanup(shop.kill)
-        return shop.wait_until_ready()
+        return shop
+
+    def open(self, *flags: str, **more: Any) -> Shop:
+        return self.begin(*flags, **more).wait_until_ready()
+
+    def afflict(self, service: str, affliction: str) -> dict[str, str]:
+        """Return an environment in which each process of a service does something else first.
+
+        `affliction` is Python, for which `nth` is how many of them have begun before.
+        """
+        folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        (folder / "sitecustomize.py").write_text(
+            "import os, subprocess, sys, threading, time\n"
+            f"if 'microshop.{service}' in sys.orig_argv:\n"
+            f"    nth = len(os.listdir({str(folder)!r} + '/begun'))\n"
+            f"    open({str(folder)!r} + f'/begun/{{nth}}', 'x').close()\n"
+            + textwrap.indent(textwrap.dedent(affliction), "    "))
+        (folder / "begun").mkdir()
+        return {"PYTHONPATH": str(folder)}
 
     def hang_request(self, shop: Shop) -> Wire:
         """Send all of a request but five bytes. The interim answer tells that the gateway has it in hand."""
@@ -228,23 +271,30 @@ class EndTest(ShopTestCase):
         self.assert_nothing_is_left(shop)
 
     def test_a_terminal_that_is_closed_ends_it(self):
-        shop = self.open("--fresh")
-        self.assertEqual(shop.stop(signal.SIGHUP), 0)
-        self.assert_nothing_is_left(shop)
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("MICROSHOP_")}
+        ours, theirs = pty.openpty()
+        child = subprocess.Popen(
+            [sys.executable, "-c", "import fcntl, termios, sys; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+             "sys.argv[1:] = ['--fresh', '--port', '0']; from microshop.run_all import main; main()"],
+            cwd=TOP, env=clean, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+        self.addCleanup(child.kill)
+        os.close(theirs)
+        shown = b""
+        while b"ready in" not in shown:
+            shown += os.read(ours, 4096)
+        os.close(ours)
+        self.assertEqual(child.wait(PATIENCE), 0)
 
     def test_a_gateway_that_hangs_does_not_cost_the_services_their_clean_end(self):
-        gateway, users = (Child(name, name, "127.0.0.1", 0, [], []) for name in ("gateway", "users"))
-        gateway.process, users.process = mock.Mock(), mock.Mock()
-        supervisor = Supervisor([users], [gateway])
-        for left, told in ((run_all.KILL_WAIT, False), (run_all.SERVICE_WAIT - 0.1, True)):
-            supervisor.stop_by = time.monotonic() + left
-            supervisor._decide()
-            self.assertTrue(gateway.process.terminate.called)
-            self.assertEqual(users.process.terminate.called, told)
-            self.assertFalse(users.process.kill.called)
-        supervisor.stop_by = time.monotonic() - 0.1
-        supervisor._decide()
-        self.assertTrue(gateway.process.kill.called and users.process.kill.called)
+        shop = self.open("--fresh", "--grace", "2")
+        [gateway] = shop.children("gateway")
+        os.kill(gateway, signal.SIGSTOP)
+        began = time.monotonic()
+        self.assertEqual(shop.stop(), 0)
+        self.assertLess(time.monotonic() - began, 2.5)
+        self.assertEqual([line for line in shop.lines if "killing" in line],
+                         ["run_all  | gateway did not end in time; killing it"])
+        self.assert_nothing_is_left(shop)
 
     def test_the_children_of_a_killed_supervisor_end_by_themselves(self):
         shop = self.open("--fresh")
@@ -351,9 +401,11 @@ class GuardedShopTest(ShopTestCase):
             file.write("s3cret\n")
             file.flush()
             shop = self.open("--fresh", "--token-file", file.name, "--rate", "5/h", "--timeout=2.5",
-                             "--max-in-flight=7", MICROSHOP_TOKEN="other")
+                             "--max-in-flight=7", "--max-connections=50", "--grace=3", MICROSHOP_TOKEN="other")
         table = subprocess.check_output(["ps", "-A", "-ww", "-o", "args="], text=True)
         self.assertRegex(table, rf"microshop\.gateway .*--port {shop.first} .*--timeout=2.5 .*--max-in-flight=7")
+        self.assertRegex(table, rf"microshop\.gateway .*--port {shop.first} .*--grace=2.1\d* --max-connections=50\b")
+        self.assertRegex(table, rf"microshop\.users .*--port {shop.first + 1} .*--max-connections=50\b")
         shown = {"Authorization": "Bearer s3cret"}
         self.assertEqual([ask(shop.first, "DELETE", "/users/2", headers).status for headers in ({}, shown)], [401, 204])
         self.assertEqual([ask(shop.first).status for _ in range(4)], [200, 200, 200, 429])
@@ -377,10 +429,7 @@ class GuardedShopTest(ShopTestCase):
 
 
 class TerminalTest(unittest.TestCase):
-    """What a terminal shows of a shop whose folder of data is a file: so it ends by itself.
-
-    The first service that fails ends the others, perhaps before they say why: only run_all surely speaks.
-    """
+    """What a terminal shows of a shop one of whose settings is bad: so it ends by itself."""
 
     @classmethod
     def setUpClass(cls):
@@ -388,8 +437,9 @@ class TerminalTest(unittest.TestCase):
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("MICROSHOP_", "NO_COLOR"))}
         clean["TMPDIR"] = cls.enterClassContext(tempfile.TemporaryDirectory())
         terminals = [subprocess.Popen(
-            [sys.executable, "-c", spawn, sys.executable, "-m", "microshop.run_all", "--port", "0", "--data", __file__],
-            cwd=TOP, env={**clean, **wish}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+            [sys.executable, "-c", spawn, sys.executable, "-m", "microshop.run_all", "--port", "0", "--fresh"],
+            cwd=TOP, env={**clean, **wish, "MICROSHOP_ORDERS_URL": "nowhere"}, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, text=True)
             for wish in ({}, {"NO_COLOR": "1"})]
         for terminal in terminals:
             cls.addClassCleanup(terminal.kill)
@@ -401,6 +451,141 @@ class TerminalTest(unittest.TestCase):
     def test_who_wants_no_colours_gets_none(self):
         self.assertRegex(self.plain, r"(?m)^run_all +\| ")
         self.assertNotIn("\33", self.plain)
+
+
+class CareTest(ShopTestCase):
+    """What the supervisor does about children that fail, each in its own way."""
+
+    def test_one_that_hangs_is_killed_and_started_again(self):
+        shop = self.open("--fresh", kind=HastyShop)
+        [products] = shop.children("products")
+        os.kill(products, signal.SIGSTOP)
+        shop.wait_for("^run_all .*products has shown no sign of life for 1 s; killing it")
+        shop.wait_for(r"^run_all .*products was killed by signal 9 \(exit status 137\); starting it again in 0\.\d s")
+        self.assertEqual(ask(shop.first, target="/products").body.decode(), SEED["/products"])
+        self.assertNotEqual(shop.children("products"), [products])
+
+    def test_who_asks_a_killed_service_waits_for_the_next_one(self):
+        shop = self.open("--fresh")
+        for name in ("users", "gateway"):
+            [pid] = shop.children(name)
+            os.kill(pid, signal.SIGKILL)
+            self.assertEqual(ask(shop.first, target="/users").body.decode(), SEED["/users"])
+
+    def test_one_that_cannot_be_started_is_given_up_and_its_last_words_are_shown(self):
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "users.db").write_bytes(b"no database " * 1000)
+            shop = self.begin("--data", folder, kind=HastyShop)
+            self.assertEqual(shop.status(), 1)
+        why = f"users: cannot use {folder}/users.db: file is not a database; mend or move it, or choose another --data"
+        text = "\n".join(shop.lines)
+        self.assertEqual(text.count(f"users    | {why}"), 5 + 1)
+        self.assertEqual(text.count("run_all  | users ended with exit status 1 before it listened; starting it ag"), 4)
+        self.assertIn(f"run_all  | users cannot be started, 5 of 5 tries failed; stopping. The last that it said:\n"
+                      f"users    | {why}\n", text)
+        self.assert_nothing_is_left(shop)
+
+    def test_one_that_starts_at_last_is_not_given_up(self):
+        shop = self.open("--fresh", kind=HastyShop, **self.afflict("orders", "if nth < 4: os._exit(7)"))
+        self.assertEqual(sum("orders ended with exit status 7" in line for line in shop.lines), 4)
+
+    def test_one_that_does_not_get_ready_is_killed(self):
+        shop = self.open("--fresh", kind=HastyShop, **self.afflict("users", "if nth == 0: time.sleep(60)"))
+        self.assertIn("run_all  | users was not ready in 1 s; killing it", shop.lines)
+
+    def test_what_a_child_has_started_ends_with_it(self):
+        shop = self.open("--fresh", kind=HastyShop, **self.afflict(
+            "users", "print('grandchild', subprocess.Popen(['sleep', '60']).pid, flush=True)"))
+        [users], grandchild = shop.children("users"), int(shop.wait_for(r"grandchild (\d+)")[1])
+        os.kill(users, signal.SIGKILL)
+        second = int(shop.wait_for(r"grandchild (\d+)", times=2)[1])
+        self.assertTrue(comes_true(lambda: not is_running(grandchild)))
+        shop.wait_for("Users service listening", times=2)
+        self.assertEqual(shop.stop(), 0)
+        self.assertTrue(comes_true(lambda: not is_running(second)))
+
+    def test_one_that_prints_a_lot_slows_only_itself_and_each_line_comes_whole(self):
+        lines = 10_000
+        shop = self.open("--fresh", **self.afflict("users", f"""
+            def shout():
+                for n in range({lines}): os.write(1, b"%06d%s\\n" % (n, b"x" * 1000))
+            threading.Thread(target=shout).start()"""))
+        times = []
+        while f"users    | {lines - 1:06}" + "x" * 1000 not in shop.lines[-100:]:
+            began = time.monotonic()
+            self.assertEqual(ask(shop.first, target="/products").status, 200)
+            times.append(time.monotonic() - began)
+        self.assertLess(statistics.median(times), 0.2)
+        shouted = [line for line in shop.lines if line.endswith("xxx")]
+        self.assertEqual(shouted, [f"users    | {n:06}{'x' * 1000}" for n in range(lines)])
+        shop.wait_for(" GET /products 200 ", times=2 * len(times))
+
+    @unittest.skipUnless(shutil.which("unshare") and hasattr(os, "geteuid") and os.geteuid() == 0,
+                         "only root can make a process the first of a container, and only on Linux")
+    def test_as_the_first_process_of_a_container_it_collects_orphans_and_ends_as_ever(self):
+        environment = {**os.environ, **self.afflict("users", "subprocess.Popen(['sh', '-c', 'sleep 0.1 & sleep 0'])")}
+        first = free_ports()
+        container = subprocess.Popen(
+            ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-m", "microshop.run_all", "--fresh",
+             "--port", str(first)], cwd=TOP, env=environment, stdout=subprocess.PIPE, text=True)
+        self.addCleanup(container.stdout.close)
+        self.addCleanup(container.wait)
+        self.addCleanup(container.kill)
+        while "ready in" not in (line := container.stdout.readline()):
+            self.assertTrue(line)
+        [supervisor] = children_of(container.pid)
+        self.assertTrue(comes_true(lambda: not any(state == "Z" for state in children_of(supervisor).values())))
+        self.assertEqual(len(children_of(supervisor)), 4)
+        os.kill(supervisor, signal.SIGTERM)
+        self.assertEqual(container.wait(PATIENCE), 0)
+
+
+@unittest.skipUnless(hasattr(signal, "SIGHUP"), "this system has no SIGHUP")
+class RenewedShopTest(ShopTestCase):
+    def test_every_process_is_replaced_and_no_request_fails_meanwhile(self):
+        shop = self.open("--fresh", "--workers", "2")
+        before, over, failures, answered = set(shop.children()), threading.Event(), [], []
+
+        def keep_asking(target: str, keeps: bool) -> None:
+            connection = http.client.HTTPConnection("127.0.0.1", shop.first, timeout=PATIENCE)
+            while not over.is_set():
+                try:
+                    connection.request("GET", target)
+                    response = connection.getresponse()
+                    body = response.read().decode()
+                    answered.append(response.status)
+                    if (response.status, body) != (200, SEED[target]):
+                        failures.append((response.status, body))
+                except Exception as error:
+                    failures.append(error)
+                    connection.close()
+                if not keeps:
+                    connection.close()
+            connection.close()
+
+        threads = [threading.Thread(target=keep_asking, args=(target, keeps))
+                   for target in ("/users", "/products", "/orders") for keeps in (True, False)]
+        for thread in threads:
+            thread.start()
+        shop.popen.send_signal(signal.SIGHUP)
+        shop.wait_for("^run_all .* every process is a new one")
+        over.set()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(failures, [])
+        self.assertGreater(len(answered), 50)
+        self.assertTrue(comes_true(lambda: len(shop.children()) == 5))
+        self.assertFalse(before & set(shop.children()))
+        self.assertEqual(shop.stop(), 0)
+        self.assert_nothing_is_left(shop)
+
+    def test_one_whose_successor_fails_goes_on(self):
+        shop = self.open("--fresh", **self.afflict("users", "if nth > 0: sys.exit('no more')"))
+        before = shop.children()
+        shop.popen.send_signal(signal.SIGHUP)
+        shop.wait_for("^run_all .*users ended with exit status 1 before it listened; the one that it was to replace go")
+        self.assertEqual(ask(shop.first, target="/users").body.decode(), SEED["/users"])
+        self.assertEqual(shop.children(), before)
 
 
 class RefusalTest(ShopTestCase):
@@ -423,20 +608,15 @@ class RefusalTest(ShopTestCase):
         self.assertRegex("\n".join(shop.lines), "(?m)^gateway .*MICROSHOP_ORDERS_URL: 'nowhere'")
         self.assert_nothing_is_left(shop)
 
-    def test_a_child_that_cannot_start_is_heard_and_ends_the_shop(self):
-        shop = Shop("--data", __file__)
-        self.addCleanup(shop.kill)
-        self.assertEqual(shop.status(), 1)
-        shop.wait_for(rf"^users +\| .*{re.escape(__file__)}")
-        self.assert_nothing_is_left(shop)
-
     def test_a_bad_setting_is_named_in_one_line(self):
         with (process("microshop.run_all", "--prot", "3000") as flag,
               process("microshop.run_all", "--port", "abc") as value,
               process("microshop.run_all", MICROSHOP_PORT="abc") as twin,
+              process("microshop.run_all", "--data", __file__) as data,
               process("microshop.run_all", "--port", "65533") as port):  # the services' would end at 65536
             for shop, named in [
-                    (flag, "--prot"), (value, "--port.*abc"), (twin, "MICROSHOP_PORT.*abc"), (port, "65533")]:
+                    (flag, "--prot"), (value, "--port.*abc"), (twin, "MICROSHOP_PORT.*abc"), (port, "65533"),
+                    (data, "--data.*is no folder")]:
                 with self.subTest(named):
                     self.assertEqual(shop.status(), 2)
                     self.assertEqual(len(shop.lines), 1)

@@ -494,7 +494,7 @@ class Interleavings(SagaTest):
 
         def work(order):
             self.advance(order)
-            database.close()  # this thread's connection
+            database.release()
 
         for fields, end in ((LAPTOPS, "confirmed"), ({**LAPTOPS, "userId": 9}, "rejected"),
                             ({**LAPTOPS, "quantity": 200}, "rejected")):

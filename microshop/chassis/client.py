@@ -5,6 +5,7 @@ ignores http_proxy, as it must between services. `Client.call` is all that other
 is sent again. An Upstream is what is known of a service, and the policies that calls to it are subject to.
 """
 import contextlib
+import errno
 import math
 import random
 import select
@@ -191,6 +192,9 @@ class Client:
                 succeeded = False
             return reply
         except (OSError, EOFError, ServiceError) as error:
+            if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE):  # that is about us, and not about the copy
+                raise UpstreamUnavailable(upstream.name, "cannot be asked now: too many files are open here",
+                                          [("Retry-After", "1")]) from None
             if is_fair or not isinstance(error, TimeoutError):
                 succeeded = False
             raise explain(error, upstream.name, request) from None

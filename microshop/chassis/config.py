@@ -40,8 +40,8 @@ def port(text: str) -> int:
 
 
 def count(text: str) -> int:
-    if not re.fullmatch("[1-9][0-9]{0,2}", text):
-        raise ValueError("is no count (1 to 999)")
+    if not re.fullmatch("[1-9][0-9]{0,4}", text):
+        raise ValueError("is no count (1 to 99999)")
     return int(text)
 
 
@@ -98,17 +98,27 @@ def base_urls(text: str) -> list[str]:
 
 
 def folder(text: str) -> Path:
-    if not text:
+    if not text or Path(text).exists() and not Path(text).is_dir():
         raise ValueError("is no folder")
     return Path(text)
+
+
+def handles(text: str) -> list[int]:
+    if not re.fullmatch("[0-9]{1,18},[0-9]{1,18}", text):
+        raise ValueError("are no handles of two sockets")
+    return [int(number) for number in text.split(",")]
 
 
 HOST = Setting("host", host, "127.0.0.1", "address to listen on")
 DATA = Setting("data", folder, "data", "folder of the database files")
 TIMEOUT = Setting("timeout", seconds, "5", "seconds that a request may take")
 QUIET = Setting("quiet", switch, "", "write no access log")
+OF_ALL = [  # these, and those of the gateway, the supervisor knows too, and hands them on
+    Setting("max-connections", count, "1024", "connections that each process keeps open at a time"),
+    Setting("grace", seconds, "10", "seconds for what is in flight when a process is told to end"),
+]
 TOKEN = Setting("token", token, None, "the token that writes need", secret=True)
-OF_THE_GATEWAY = [  # the supervisor knows them too, and hands them on
+OF_THE_GATEWAY = [
     TIMEOUT,
     Setting("token-file", token_file, None, "file of the token that writes need; else MICROSHOP_TOKEN is that token"),
     Setting("rate", rate, None, "requests that one client may send, like 100/s (default: no limit)"),

@@ -1,4 +1,4 @@
-"""One SQLite file per service, each thread on a connection of its own.
+"""One SQLite file per service; each thread at work is on a connection of its own, lent from a pool.
 
 Law: how to open, read and write a database, never what is in it; SQL about rows stands in the
 service that owns them.
@@ -11,7 +11,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-BUSY_TIMEOUT = 5.0  # seconds that a writer waits for another
+from microshop.chassis.errors import InsufficientStorage, ServiceError, ServiceUnavailable
+
+TURN_TIME = 1.5     # seconds that a transaction waits for other threads, and then
+BUSY_TIMEOUT = 1.5  # for other processes: together that is less than callers wait
+MAX_CHECKED = 2**26  # bytes of a file that is looked through for damage at the start: a second or less
+MAX_IDLE = 16       # connections kept for later: each holds two descriptors and 100 KiB
+
+# SQLite's primary result codes where the file is at fault, and not what was asked of it.
+FAULTS: dict[int, type[ServiceError]] = {
+    sqlite3.SQLITE_FULL: InsufficientStorage,
+    **dict.fromkeys((sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR,
+                     sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOTADB), ServiceUnavailable)}
 
 
 class DatabaseUnusable(Exception):
@@ -35,11 +46,14 @@ class Database:
     def __init__(self, path: Path, versions: Sequence[Sequence[str]]):
         self.path = path
         self._local = threading.local()
+        self._idle: list[sqlite3.Connection] = []
         self._writer = threading.RLock()  # of this process; others are kept out by the file's lock
         self._waiting: deque[tuple[str, Sequence | dict, list]] = deque()  # statements, and where their outcome goes
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.connection().execute("PRAGMA journal_mode = WAL")
+            if path.stat().st_size <= MAX_CHECKED:
+                self._check()
             self._upgrade(versions)
         except (OSError, sqlite3.Error, DatabaseUnusable) as error:
             self.close()
@@ -47,25 +61,32 @@ class Database:
             raise DatabaseUnusable(f"cannot use {path}: {reason}; mend or move it, or choose another --data") from error
 
     def connection(self) -> sqlite3.Connection:
-        """Return this thread's connection, opened at its first use."""
+        """Return this thread's connection: from its first use on the thread has one, until release()."""
         try:
             return self._local.connection
         except AttributeError:
-            connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT, isolation_level=None)
+            pass
         try:
-            connection.row_factory = sqlite3.Row
-            connection.execute("PRAGMA synchronous = FULL")  # WAL with less may lose a commit at power loss
-            connection.execute("PRAGMA foreign_keys = ON")
-        except sqlite3.Error:
-            connection.close()
-            raise
+            connection = self._idle.pop()
+        except IndexError:
+            connection = self._open()
         self._local.connection = connection
         return connection
 
-    def close(self) -> None:
-        """Close this thread's connection, if it has one; the last to close tidies the file up."""
+    def release(self) -> None:
+        """Give this thread's connection back, if it has one, so that it costs nothing while the thread waits."""
         if connection := self._local.__dict__.pop("connection", None):
-            connection.close()
+            if len(self._idle) < MAX_IDLE:
+                self._idle.append(connection)
+            else:
+                connection.close()
+
+    def close(self) -> None:
+        """Write what the WAL holds into the file, and close every connection that no other thread is using."""
+        self.release()
+        while self._idle:
+            with contextlib.closing(self._idle.pop()) as connection, contextlib.suppress(sqlite3.Error):
+                connection.execute("PRAGMA wal_checkpoint")  # the last to close does so too, but a thread may hang
 
     def rows(self, statement: str, values: Sequence | dict = ()) -> list[dict]:
         """Return what a query finds, each row as a dict by column."""
@@ -94,8 +115,10 @@ class Database:
         IMMEDIATE takes the file's write lock at once: a transaction that reads first and then writes would
         fail with SQLITE_BUSY_SNAPSHOT when another has written meanwhile, busy_timeout or not.
         """
-        connection = self.connection()
-        with self._writer:
+        if not self._writer.acquire(timeout=TURN_TIME):
+            raise ServiceUnavailable(f"{self.path.name}: other writes take too long", [("Retry-After", "1")])
+        try:
+            connection = self.connection()
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
@@ -104,6 +127,30 @@ class Database:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
+        finally:
+            self._writer.release()
+
+    def explain(self, error: sqlite3.Error) -> ServiceError | None:
+        """Return what to tell a client where the file is at fault; None where the statement is."""
+        if kind := FAULTS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF):
+            return kind(f"{self.path.name}: {error}", [("Retry-After", "1")])
+        return None
+
+    def _open(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+        try:
+            connection.row_factory = sqlite3.Row
+            connection.execute("PRAGMA synchronous = FULL")  # WAL with less may lose a commit at power loss
+            connection.execute("PRAGMA foreign_keys = ON")
+        except sqlite3.Error:
+            connection.close()
+            raise
+        return connection
+
+    def _check(self) -> None:
+        found = self.connection().execute("PRAGMA quick_check(1)").fetchone()[0]
+        if found != "ok":
+            raise DatabaseUnusable(f"it is damaged ({found.splitlines()[-1]})")
 
     def _write_waiting(self) -> None:
         waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]

@@ -42,6 +42,7 @@ class FieldsTooLarge(ServiceError): status = HTTPStatus.REQUEST_HEADER_FIELDS_TO
 class CodingNotImplemented(ServiceError): status = HTTPStatus.NOT_IMPLEMENTED                    # 501
 class ServiceUnavailable(ServiceError): status = HTTPStatus.SERVICE_UNAVAILABLE                  # 503
 class VersionNotSupported(ServiceError): status = HTTPStatus.HTTP_VERSION_NOT_SUPPORTED          # 505
+class InsufficientStorage(ServiceError): status = HTTPStatus.INSUFFICIENT_STORAGE                # 507
 
 
 class UnprocessableContent(ServiceError):                                                        # 422

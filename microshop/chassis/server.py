@@ -7,8 +7,10 @@ or slowly is replaced here; the comments say why.
 Law: services write to no socket; they return. Nothing here knows what a route is about.
 """
 import contextlib
+import errno
 import hashlib
 import ipaddress
+import math
 import os
 import random
 import re
@@ -16,15 +18,18 @@ import select
 import signal
 import socket
 import socketserver
+import sqlite3
 import sys
 import threading
 import time
 import traceback
 from argparse import Namespace
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from email.utils import formatdate
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from operator import itemgetter
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
@@ -37,14 +42,24 @@ from microshop.chassis.errors import (
     BadRequest, ExpectationFailed, LengthRequired, MethodNotAllowed, NotFound, PreconditionFailed, RequestTimeout,
     ServiceError, ServiceUnavailable, UnsupportedMediaType)
 
-IDLE_TIME = 60.0     # seconds that a kept-alive connection may wait for its next request
+try:
+    import resource
+except ImportError:  # Windows has no such limits
+    resource = None  # type: ignore[assignment]
+
+IDLE_TIME = 60.0     # seconds that a connection may wait for its next request; Keep-Alive announces them
 HEAD_TIME = 10.0     # seconds for a whole head, from its first byte
-BODY_TIME = 10.0     # seconds for a whole body
+BODY_TIME = 10.0     # seconds for a whole body, and one more for each
+BODY_RATE = 1024     # bytes of it
 SEND_TIME = 10.0     # seconds for a client to take a whole answer
-GRACE = 4.0          # seconds for requests in flight when the process ends
-LAST_LOOK = 0.05     # seconds for what has come already, when the process ends
+LAST_LOOK = 0.25     # seconds that a connection must have been idle to be closed when the process ends
 ANSWER_SHARE = 0.1   # of the time that a caller gives: kept back for the answer's way
 POLL = 0.05          # seconds after which the accept loop notices that it should end
+BEAT = 0.25          # seconds between two signs of life to the supervisor
+MAX_AWAY = 64        # connections that were turned away and are not closed yet
+NO_ROOM_PAUSE = 0.1  # seconds without accepting when the system has no room for another connection
+NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+STACK_SIZE = 2**21   # bytes of a thread's stack: as deep as the interpreter lets JSON be nested takes over half of it
 
 ID = "([1-9][0-9]{0,15})"
 REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,64}")
@@ -55,6 +70,19 @@ http_date = lru_cache(maxsize=2)(lambda second: formatdate(second, usegmt=True))
 
 
 Methods = dict[str, Callable[..., "Answer"]]  # of a path, by name
+
+
+def _inherit(handle: int) -> socket.socket:
+    """Return a socket that the supervisor has handed on."""
+    inherited = socket.socket(fileno=handle)
+    inherited.setblocking(False)
+    return inherited
+
+
+def _end_input(connection: socket.socket) -> None:
+    """Let who waits on a connection see its end, after what has come before."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RD)
 
 
 def entity_tag(body: bytes) -> str:
@@ -82,13 +110,16 @@ class Service(ThreadingHTTPServer):
 
     request_queue_size = 1024                # the default, 5, turns clients away that come together
     allow_reuse_address = os.name != "nt"    # there it would let two processes have one port
+    timeout = 0                              # of handle_request(): another process may have been quicker
 
     def __init__(self, settings: Namespace):
         self.settings = settings
         self.draining = False
-        self.connections: dict[socket.socket, bool] = {}  # those open, and whether each is busy with a request
+        self.connections: dict[socket.socket, float] = {}  # those open, by when each became idle; inf where it is busy
+        self.turned_away: deque[tuple[float, socket.socket]] = deque()  # and when
+        self.supervisor: socket.socket | None = None
+        self._beat_at = self._told_at = 0.0
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        self.allow_reuse_port = getattr(settings, "reuse_port", False)
         super().__init__((settings.host, settings.port), self.handler)
         try:
             if self.schema:
@@ -99,7 +130,13 @@ class Service(ThreadingHTTPServer):
         self.log = AccessLog(self.name, settings.quiet)
 
     def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # HTTPServer's looks up the host's name: that may take seconds
+        if self.settings.supervised:
+            self.socket.close()
+            self.socket, self.supervisor = map(_inherit, self.settings.supervised)
+            self.server_address = self.socket.getsockname()
+        else:
+            socketserver.TCPServer.server_bind(self)  # HTTPServer's looks up the host's name: that may take seconds
+        self.socket.setblocking(False)  # who shares it may be quicker to accept
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     @property
@@ -113,7 +150,11 @@ class Service(ThreadingHTTPServer):
         """Read the settings, then serve until SIGTERM or Ctrl-C. Exits with status 1 if it cannot begin."""
         settings = config.read(f"microshop.{cls.name}", [
             config.Setting("port", config.port, str(cls.port), "port to listen on; 0 takes a free one"), *cls.options,
-            config.Setting("supervised", config.switch, "", "end when standard input ends")])
+            *config.OF_ALL, config.Setting("supervised", config.handles, None, "for run_all alone: what it hands on")])
+        threading.stack_size(STACK_SIZE)
+        if resource:
+            _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # the usual 1,024 would be used up too soon
         try:
             service = cls(settings)
         except DatabaseUnusable as error:
@@ -126,19 +167,81 @@ class Service(ThreadingHTTPServer):
         """Serve until told to stop, then end cleanly."""
         signal.signal(signal.SIGINT, self._stop_on_signal)
         signal.signal(signal.SIGTERM, self._stop_on_signal)
-        if self.settings.supervised:
-            threading.Thread(target=self._stop_at_end_of_input, daemon=True).start()
         if not self.token and not ipaddress.ip_address(self.server_name).is_loopback:
             self.log.event(f"warning: port {self.server_port} is open to other machines, and whoever reaches it may "
                            "write; the gateway can ask for a token (MICROSHOP_TOKEN or --token-file)")
-        print(f"{self.title} listening at {self.url}", flush=True)
+        sys.stdout.write(f"{self.title} listening at {self.url}\n")  # print() may write a line in two pieces
+        sys.stdout.flush()
         self.serve_forever(POLL)
         self.drain()
         self.close()
 
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            connection, address = self.socket.accept()
+        except OSError as error:
+            if error.errno in NO_ROOM:  # the client stays in the queue, and the loop would spin
+                self._tell_no_room(error.strerror)
+                time.sleep(NO_ROOM_PAUSE / 10 if self._close_oldest() else NO_ROOM_PAUSE)
+            raise
+        connection.setblocking(True)  # some systems hand the listener's mode on
+        return connection, address
+
     def process_request(self, request: Any, client_address: Any) -> None:
-        self.connections[request] = False  # noted here, and not in its thread, so that drain() overlooks none
-        super().process_request(request, client_address)
+        """Serve a connection in a thread of its own; 503 where no idle one can be closed to make room for it."""
+        if len(self.connections) >= self.settings.max_connections and not self._close_oldest():
+            self._turn_away(request)
+            return
+        self.connections[request] = time.monotonic()  # noted here, not in its thread, so that drain() overlooks none
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError as error:  # no thread is to be had
+            del self.connections[request]
+            self._tell_no_room(str(error))
+            self._turn_away(request)
+
+    def _close_oldest(self) -> bool:
+        """Close the connection that has been idle for longest; False if none is."""
+        connection, idle_since = min(self.connections.copy().items(), key=itemgetter(1), default=(None, math.inf))
+        if idle_since == math.inf:
+            return False
+        self.connections.pop(connection, None)
+        _end_input(connection)
+        return True
+
+    def _turn_away(self, connection: socket.socket) -> None:
+        """Answer 503 at once, from the accept loop; service_actions() closes it, when the client has read that."""
+        handler = self.handler.__new__(self.handler)  # one that answers but never asks
+        handler.server, handler.request_id, handler.command = self, f"{random.getrandbits(64):016x}", "-"
+        handler.close_connection = True
+        status, message = handler.describe(ServiceUnavailable("too many connections are open", [("Retry-After", "1")]))
+        with contextlib.suppress(OSError):
+            connection.setblocking(False)
+            connection.send(message)
+            connection.shutdown(socket.SHUT_WR)
+        self.turned_away.append((time.monotonic(), connection))
+        self.log.request(handler.request_id, "-", "-", status, 0)
+
+    def _tell_no_room(self, why: str) -> None:
+        if time.monotonic() > self._told_at + IDLE_TIME:
+            self._told_at = time.monotonic()
+            self.log.event(f"- no room for another connection: {why}; goes on when others have ended")
+
+    def service_actions(self) -> None:
+        """Do what is due on each turn of the accept loop: close who was turned away, and show that the loop turns."""
+        now = time.monotonic()
+        while self.turned_away and (self.turned_away[0][0] < now - wire.LINGER or len(self.turned_away) > MAX_AWAY):
+            self.turned_away.popleft()[1].close()
+        if self.supervisor and now > self._beat_at + BEAT:
+            self._beat_at = now
+            try:
+                self.supervisor.send(b".")
+            except BlockingIOError:  # it stands still, as after Ctrl-Z
+                pass
+            except OSError:  # it is gone
+                self.supervisor.close()
+                self.supervisor = None
+                threading.Thread(target=self.shutdown).start()
 
     def shutdown_request(self, request: Any) -> None:
         self.connections.pop(request, None)  # of one that came to no handler; else finish() did
@@ -153,27 +256,23 @@ class Service(ThreadingHTTPServer):
         # shutdown() waits for the accept loop, which may be what this handler has interrupted.
         threading.Thread(target=self.shutdown).start()
 
-    def _stop_at_end_of_input(self) -> None:
-        while os.read(sys.stdin.fileno(), 1024):
-            pass
-        self.shutdown()
-
     def drain(self) -> None:
-        """Stop accepting, close idle connections and let the busy ones finish, for GRACE seconds at most."""
+        """Stop accepting, let requests in flight finish within the grace period, and close what idles."""
         self.draining = True
-        deadline = time.monotonic() + GRACE
-        while select.select([self], [], [], 0)[0] and time.monotonic() < deadline:
+        began = now = time.monotonic()
+        while select.select([self], [], [], 0)[0] and time.monotonic() < began + LAST_LOOK:
             self.handle_request()  # of a client that the kernel has let in: closing would reset it
         self.server_close()
-        for connection, busy in list(self.connections.items()):
-            if not busy:  # then its thread sees the end of the connection, after what has come before it
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RD)
-        while self.connections and time.monotonic() < deadline:
+        while self.connections and (now := time.monotonic()) < began + self.settings.grace:
+            for connection, idle_since in self.connections.copy().items():
+                if idle_since < now - LAST_LOOK:
+                    _end_input(connection)
             time.sleep(0.01)
 
     def close(self) -> None:
         """Let go of what the process holds besides its socket."""
+        for connection in filter(None, [self.supervisor, *map(itemgetter(1), self.turned_away)]):
+            connection.close()
         if self.schema:
             self.database.close()
         self.log.flush()
@@ -206,18 +305,15 @@ class Handler(BaseHTTPRequestHandler):
         self.stream = wire.Stream(self.connection)
 
     def finish(self) -> None:
-        if self.server.schema:
-            self.server.database.close()  # a connection per thread would leak descriptors otherwise
-        self.server.connections.pop(self.connection, None)  # drain() need not wait while it lingers
-        self.stream.linger()
+        self.server.connections.pop(self.connection, None)
         super().finish()
 
     def handle_one_request(self) -> None:
         """Read a request and answer it; handle() calls this until close_connection is true."""
-        self.server.connections[self.connection], self.close_connection = False, True
+        self.server.connections[self.connection], self.close_connection = time.monotonic(), True
         if not self.stream.await_message(LAST_LOOK if self.server.draining else IDLE_TIME):
             return
-        self.server.connections[self.connection], started = True, time.perf_counter()
+        self.server.connections[self.connection], started = math.inf, time.perf_counter()
         self.command, self.path, self.request_id = "-", "-", f"{random.getrandbits(64):016x}"
         try:
             status, message = self._find_answer()
@@ -226,22 +322,31 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:
             self.close_connection, status = True, CLIENT_GONE
         self.server.log.request(self.request_id, self.command, self.path, status, time.perf_counter() - started)
+        if self.close_connection and status != CLIENT_GONE:
+            self.server.connections[self.connection] = time.monotonic()  # who only lingers may have to make room
+            self.stream.linger()
 
     def _find_answer(self) -> tuple[int, bytes]:
         try:
             self._read_request()
         except ServiceError as error:
-            return self._describe(error)  # close_connection stays true: where a next request begins is not known
+            return self.describe(error)  # close_connection stays true: where a next request begins is not known
         self.close_connection = not wire.keeps_alive(self.request_version, self.headers)
         try:
             self.check_client()
             self.deadline = self._find_deadline(time.monotonic())
             return self.format_answer(self.dispatch())
         except ServiceError as error:
-            return self._describe(error)
-        except Exception:
+            return self.describe(error)
+        except Exception as error:
+            if isinstance(error, sqlite3.Error) and (failure := self.server.database.explain(error)):
+                self.server.log.event(f"{self.request_id} {self.server.database.path}: {error}")
+                return self.describe(failure)
             self.server.log.event(f"{self.request_id} failed\n{traceback.format_exc()}")
-            return self._describe(ServiceError("a fault in the service; its log says more"))
+            return self.describe(ServiceError("a fault in the service; its log says more"))
+        finally:
+            if self.server.schema:
+                self.server.database.release()
 
     def _read_request(self) -> None:
         """Read head and body. The body is read whatever the route, so it never passes for a request."""
@@ -257,7 +362,7 @@ class Handler(BaseHTTPRequestHandler):
             self.body = b""
             if length:
                 self.stream.deadline = time.monotonic() + BODY_TIME
-                self.body = self.stream.read_body(length, wire.MAX_BODY)
+                self.body = self.stream.read_body(length, wire.MAX_BODY, BODY_RATE)
         except TimeoutError:
             raise RequestTimeout("the request did not come whole in time") from None
         except EOFError:
@@ -287,7 +392,8 @@ class Handler(BaseHTTPRequestHandler):
             raise ServiceUnavailable("the time that the caller gave for this is spent", [("Retry-After", "1")])
         return now + min(self.server.settings.timeout, float(given) * (1 - ANSWER_SHARE))
 
-    def _describe(self, error: ServiceError) -> tuple[int, bytes]:
+    def describe(self, error: ServiceError) -> tuple[int, bytes]:
+        """Return an error's status, and the bytes of the problem that tells of it."""
         headers = [("Content-Type", "application/problem+json"), *error.headers]
         return self.format_answer(Answer({**error.problem(), "requestId": self.request_id}, error.status, headers))
 
@@ -305,8 +411,10 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = self.close_connection or self.server.draining
         if self.close_connection:
             headers.append(("Connection", "close"))
-        elif self.request_version == "HTTP/1.0":
-            headers.append(("Connection", "keep-alive"))
+        else:
+            headers.append(("Keep-Alive", f"timeout={IDLE_TIME:.0f}"))
+            if self.request_version == "HTTP/1.0":
+                headers.append(("Connection", "keep-alive"))
         phrase = self.responses.get(status, ("",))[0]
         head = wire.format_head(f"HTTP/1.1 {status} {phrase}", headers)
         return status, head if self.command == "HEAD" else head + body

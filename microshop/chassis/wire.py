@@ -215,12 +215,16 @@ class Stream:
         """Return the next head without its empty line. Raises BadRequest, TargetTooLong, FieldsTooLarge."""
         return self._read_through(b"\r\n\r\n", check_head_size)[:-2].decode("latin-1")
 
-    def read_body(self, length: int, limit: int) -> bytes:
-        """Return a body of `length` bytes, or CHUNKED. Raises ContentTooLarge before reading past `limit`."""
+    def read_body(self, length: int, limit: int, rate: float = math.inf) -> bytes:
+        """Return a body of `length` bytes, or CHUNKED. Raises ContentTooLarge before reading past `limit`.
+
+        The deadline moves on as the size of the body becomes known, by a second for each `rate` bytes.
+        """
         if length == CHUNKED:
-            return self._read_chunks(limit)
+            return self._read_chunks(limit, rate)
         if length > limit:
             raise ContentTooLarge(f"a body may have {limit} bytes at most")
+        self.deadline += length / rate
         return self._read_exactly(length)
 
     def read_to_end(self, limit: int) -> bytes:
@@ -282,7 +286,7 @@ class Stream:
             body += self._receive(min(size - len(body), RECEIVE_SIZE))
         return bytes(body)
 
-    def _read_chunks(self, limit: int) -> bytes:
+    def _read_chunks(self, limit: int, rate: float) -> bytes:
         """Decode chunks (RFC 9112 section 7.1): extensions are skipped, trailers are dropped."""
         body = bytearray()
         framing = 0  # bytes of size lines: a body that comes in crumbs may not cost more than one at the limit
@@ -296,6 +300,7 @@ class Stream:
                 raise ContentTooLarge(f"a body may have {limit} bytes at most")
             if size == 0:
                 break
+            self.deadline += size / rate
             body += self._read_exactly(size)
             if self._read_exactly(2) != b"\r\n":
                 raise BadRequest("a chunk is longer than its size")

@@ -1,5 +1,6 @@
 """What a caller gets from services that answer well, badly, late or not at all, and what those get to see of it."""
 import contextlib
+import errno
 import os
 import re
 import select
@@ -495,6 +496,18 @@ class Sparing(ClientTest):
         for _ in range(5):
             self.call(users, deadline=time.monotonic() + TIMEOUT * 0.3)
         self.assertEqual(users.copies[0].breaker.state, "closed")
+
+    def test_a_lack_of_descriptors_here_says_nothing_about_the_service(self):
+        users = self.serve(Stub(ALICE))
+        for number in (errno.EMFILE, errno.ENFILE):
+            with mock.patch.object(socket, "create_connection", side_effect=OSError(number, "Too many open files")):
+                for _ in range(Breaker.RECENT):
+                    with self.assertRaises(UpstreamUnavailable) as caught:
+                        self.call(users)
+            self.assertEqual(caught.exception.detail,
+                             "the users service cannot be asked now: too many files are open here")
+            self.assertEqual(dict(caught.exception.headers), {"Retry-After": "1"})
+        self.assertEqual(self.call(users).body, b"Alice")
 
     def test_a_fault_of_the_caller_costs_the_service_nothing(self):
         users = self.serve(Stub(ALICE), max_in_flight=1)

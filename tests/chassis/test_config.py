@@ -10,7 +10,9 @@ from microshop.chassis import config
 
 SETTINGS = [
     config.Setting("port", config.port, "3000", "port"), config.HOST, config.DATA, config.QUIET,
-    *config.OF_THE_GATEWAY, config.TOKEN, config.Setting("workers", config.count, "1", "workers"),
+    *config.OF_THE_GATEWAY, *config.OF_ALL, config.TOKEN,
+    config.Setting("supervised", config.handles, None, "handles"),
+    config.Setting("workers", config.count, "1", "workers"),
     config.Setting("users-url", config.base_urls, "http://localhost:3001", "where users is"),
 ]
 
@@ -31,6 +33,7 @@ class ConfigTest(unittest.TestCase):
         self.assertEqual(vars(self.read()), {
             "port": 3000, "host": "127.0.0.1", "data": Path("data"), "quiet": False, "timeout": 5.0, "workers": 1,
             "token": None, "token_file": None, "rate": None, "max_in_flight": 64, "flags": {},
+            "max_connections": 1024, "grace": 10.0, "supervised": None,
             "users_url": ["http://localhost:3001"]})
 
     def test_the_environment_wins_over_defaults_and_a_flag_over_both(self):
@@ -46,6 +49,9 @@ class ConfigTest(unittest.TestCase):
 
     def test_a_bad_value_is_named_with_where_it_came_from(self):
         for name, text in (("port", "x"), ("port", "65536"), ("port", "-1"), ("port", "٣"), ("workers", "0"),
+                           ("max-connections", "0"), ("max-connections", "100000"), ("grace", "0"), ("grace", "soon"),
+                           ("supervised", "3"), ("supervised", "3,4,5"), ("supervised", "-3,4"),
+                           ("data", __file__),
                            ("timeout", "0"), ("timeout", "nan"), ("timeout", "-3"), ("host", "a b"),
                            ("users-url", "localhost:3001"), ("users-url", "ftp://a"), ("users-url", "http://a:x"),
                            ("users-url", "http://a/path"), ("users-url", "http://a,"), ("users-url", "http://a..b:80"),
@@ -62,6 +68,9 @@ class ConfigTest(unittest.TestCase):
         for twin in ("MICROSHOP_TOKEN", "MICROSHOP_TOKEN_FILE", "MICROSHOP_RATE"):
             self.assertIn(f"{twin}: ", self.refuse(**{twin: ""}))
         self.assertIn("MICROSHOP_QUIET: 'maybe' ", self.refuse(MICROSHOP_QUIET="maybe"))
+
+    def test_a_supervisor_hands_two_sockets_on(self):
+        self.assertEqual(self.read("--supervised", "3,14").supervised, [3, 14])
 
     def test_a_rate_is_requests_in_seconds(self):
         for text, rate in (("100/s", (100, 1)), ("600/m", (600, 60)), ("5000/h", (5000, 3600))):

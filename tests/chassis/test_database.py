@@ -1,6 +1,7 @@
 """Database on real files: versions, durability settings, transactions, and files that cannot serve."""
 import contextlib
 import os
+import shutil
 import sqlite3
 import tempfile
 import threading
@@ -53,22 +54,52 @@ class DatabaseTest(unittest.TestCase):
 
     def test_commits_are_durable_and_foreign_keys_hold(self):
         cats = self.open()
-        for pragma, value in (("journal_mode", "wal"), ("synchronous", 2), ("foreign_keys", 1), ("busy_timeout", 5000)):
+        for pragma, value in (("journal_mode", "wal"), ("synchronous", 2), ("foreign_keys", 1), ("busy_timeout", 1500)):
             with self.subTest(pragma):
                 self.assertEqual([*cats.connection().execute(f"PRAGMA {pragma}").fetchone()], [value])
 
-    def test_each_thread_has_a_connection_of_its_own_with_the_same_settings(self):
-        cats, seen = self.open(), []
+    def test_each_thread_at_work_has_a_connection_of_its_own_with_the_same_settings(self):
+        cats = self.open()
 
         def look():
-            seen.append((cats.connection(), cats.rows("PRAGMA foreign_keys"), cats.rows("PRAGMA synchronous")))
-            cats.close()
+            try:
+                return cats.connection(), cats.rows("PRAGMA foreign_keys"), cats.rows("PRAGMA synchronous")
+            finally:
+                cats.release()
 
-        thread = threading.Thread(target=look)
-        thread.start()
-        thread.join()
-        self.assertIsNot(seen[0][0], cats.connection())
-        self.assertEqual(seen[0][1:], ([{"foreign_keys": 1}], [{"synchronous": 2}]))
+        [(theirs, *settings)] = together(look)
+        self.assertIsNot(theirs, cats.connection())
+        self.assertEqual(settings, [[{"foreign_keys": 1}], [{"synchronous": 2}]])
+        self.assertIs(together(look)[0][0], theirs)  # it was given back, and goes to the next
+
+    def test_only_so_many_connections_are_kept_for_later(self):
+        cats, start = self.open(), threading.Barrier(database.MAX_IDLE + 5)
+
+        def look():
+            connection = cats.connection()
+            start.wait(PATIENCE)
+            cats.release()
+            return connection
+
+        closed = 0
+        for connection in together(*[look] * start.parties):
+            try:
+                connection.execute("PRAGMA user_version")
+            except sqlite3.ProgrammingError:
+                closed += 1
+        self.assertEqual(closed, 5)
+
+    def test_closing_writes_the_wal_into_the_file_although_a_thread_hangs(self):
+        cats = self.open()
+        reading = sqlite3.connect(self.path)
+        self.addCleanup(reading.close)
+        reading.execute("SELECT * FROM cats").fetchall()
+        cats.write("INSERT INTO cats VALUES (2, 'Tom')")
+        cats.close()
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(self.path, folder)  # without its -wal
+            with contextlib.closing(sqlite3.connect(f"{folder}/cats.db")) as alone:
+                self.assertEqual(alone.execute("SELECT count(*) FROM cats").fetchall(), [(2,)])
 
     def test_a_transaction_is_undone_when_it_raises(self):
         cats = self.open()
@@ -105,12 +136,18 @@ class Door:
     def __init__(self):
         self.lock, self.arrived = threading.RLock(), threading.Semaphore(0)
 
-    def __enter__(self):
+    def acquire(self, timeout=-1):
         self.arrived.release()
-        self.lock.acquire()
+        return self.lock.acquire(timeout=timeout)
+
+    def release(self):
+        self.lock.release()
+
+    def __enter__(self):
+        self.acquire()
 
     def __exit__(self, *_):
-        self.lock.release()
+        self.release()
 
 
 @mock.patch.object(database, "BUSY_TIMEOUT", 0)  # threads wait for each other here; SQLite would refuse at once

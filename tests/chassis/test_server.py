@@ -1,19 +1,32 @@
 """Service and Handler over real sockets, with a little service of the tests' own."""
 import contextlib
 import io
+import math
+import os
+import select
 import signal
 import socket
+import tempfile
 import threading
 import time
 import unittest
+from pathlib import Path
 from unittest import mock
 
-from microshop.chassis import server, wire
+from microshop.chassis import database, server, wire
 from microshop.chassis.server import Answer, Handler, Service
-from tests.helpers import PATIENCE, Wire, ask, exchange, running
+from tests.helpers import PATIENCE, Wire, ask, exchange, process, running, wait_until
 
 GET = b"GET /things HTTP/1.1\r\nHost: shop\r\n\r\n"
 POST = b"POST /things HTTP/1.1\r\nHost: shop\r\nContent-Type: application/json\r\n"
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the processor time that a process has taken; nothing on a system that does not tell in this way."""
+    with contextlib.suppress(FileNotFoundError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 class ThingsHandler(Handler):
@@ -41,6 +54,9 @@ class ThingsHandler(Handler):
     def split(self) -> Answer:
         return Answer({}, headers=[("Location", "/x\r\nSet-Cookie: a=b")])
 
+    def tell_a_lot(self) -> Answer:
+        return Answer("x" * 20_000_000)
+
     def wait(self) -> Answer:
         self.server.waiting.release()
         self.server.go_on.wait(PATIENCE)
@@ -50,7 +66,7 @@ class ThingsHandler(Handler):
         "/things": {"GET": list_things, "POST": echo},
         "/things/{id}": {"GET": get_thing, "DELETE": remove_thing},
         "/deadline": {"GET": tell_deadline}, "/pages": {"GET": page},
-        "/fail": {"GET": fail}, "/split": {"GET": split}, "/wait": {"GET": wait},
+        "/large": {"GET": tell_a_lot}, "/fail": {"GET": fail}, "/split": {"GET": split}, "/wait": {"GET": wait},
     }
 
 
@@ -378,6 +394,39 @@ class ConnectionTest(ServerTest):
                     self.assertEqual(connection.read().status, 408)
                     self.assertTrue(connection.is_closed())
 
+    def test_a_body_has_time_by_its_size_whether_told_at_once_or_in_chunks(self):
+        slowly = [b"Content-Length: 8\r\n\r\n", *[b"%d" % n for n in range(10, 50, 10)]]
+        in_chunks = [b"Transfer-Encoding: chunked\r\n\r\n", *[b"2\r\n%d\r\n" % n for n in range(10, 50, 10)]]
+        for rate, statuses in ((10, {201}), (10_000, {408})):
+            with mock.patch.multiple(server, BODY_TIME=0.1, BODY_RATE=rate):
+                for first, *parts in (slowly, [in_chunks[0], *in_chunks[1:-1], in_chunks[-1] + b"0\r\n\r\n"]):
+                    with self.subTest(first, rate=rate), Wire(self.port) as connection:
+                        connection.send(POST + first)
+                        for part in parts:
+                            threading.Event().wait(0.06)  # 0.24 s in all, and 8 bytes
+                            connection.send(part)
+                        self.assertIn(connection.read().status, statuses)
+
+    def test_bytes_that_trickle_do_not_prolong_the_time_for_a_head(self):
+        with mock.patch.object(server, "HEAD_TIME", 0.2), Wire(self.port) as connection:
+            began = time.monotonic()
+            while not select.select([connection.socket], [], [], 0.03)[0]:
+                connection.send(b"G")
+            self.assertEqual(connection.read().status, 408)
+            self.assertLess(time.monotonic() - began, 1)
+
+    def test_a_client_that_does_not_read_is_given_up(self):
+        with (mock.patch.object(server, "SEND_TIME", 0.2), running(Things) as service,
+              Wire(service.server_port) as connection):
+            connection.send(b"GET /large HTTP/1.1\r\nHost: shop\r\n\r\n")
+            wait_until(lambda: service.connections)
+            wait_until(lambda: not service.connections)
+
+    def test_how_long_a_connection_may_idle_is_announced(self):
+        kept, closed = exchange(self.port, GET + GET[:-2] + b"Connection: close\r\n\r\n")
+        self.assertEqual(kept.headers["keep-alive"], "timeout=60")
+        self.assertNotIn("keep-alive", closed.headers)
+
     def test_a_silent_connection_just_closes(self):
         with mock.patch.object(server, "IDLE_TIME", 0.05), Wire(self.port) as connection:
             self.assertTrue(connection.is_closed())
@@ -404,6 +453,177 @@ class ConnectionTest(ServerTest):
             ask(self.port, "GET", "/things")
             self.service.log.flush()
         self.assertNotIn("Traceback", log.getvalue())
+
+
+class RoomTest(unittest.TestCase):
+    """A service whose connections are counted."""
+
+    def keep(self, service: Things, number: int) -> list[Wire]:
+        """Return connections that have been answered once, and wait."""
+        wires = [self.enterContext(Wire(service.server_port)) for _ in range(number)]
+        for wire_ in wires:
+            wire_.send(GET)
+            self.assertEqual(wire_.read().status, 200)
+        return wires
+
+    def hold(self, service: Things) -> Wire:
+        """Return a connection whose request is being worked on."""
+        busy = self.enterContext(Wire(service.server_port))
+        busy.send(b"GET /wait HTTP/1.1\r\nHost: shop\r\n\r\n")
+        self.assertTrue(service.waiting.acquire(timeout=PATIENCE))
+        return busy
+
+    def test_the_connection_that_has_idled_for_longest_makes_room(self):
+        service = self.enterContext(running(Things, max_connections=3))
+        busy, (first, second) = self.hold(service), self.keep(service, 2)
+        first.send(GET)
+        self.assertEqual(first.read().status, 200)  # now it is the second that has waited for longest
+        wait_until(lambda: list(service.connections.values()).count(math.inf) == 1)
+        newcomer = self.enterContext(Wire(service.server_port))
+        newcomer.send(GET)
+        self.assertEqual(newcomer.read().status, 200)
+        self.assertTrue(second.is_closed())
+        first.send(GET)
+        self.assertEqual(first.read().status, 200)
+        service.go_on.set()
+        self.assertEqual(busy.read().status, 200)
+
+    def test_where_none_idles_the_newcomer_is_turned_away_at_once_and_without_a_thread(self):
+        service = self.enterContext(running(Things, max_connections=2))
+        busy = [self.hold(service) for _ in range(2)]
+        threads = threading.active_count()
+        with mock.patch.object(wire, "LINGER", 0.1):
+            newcomers = [self.enterContext(Wire(service.server_port)) for _ in range(5)]
+            for newcomer in newcomers:
+                newcomer.send(GET)  # it reads nothing of that, but must not reset the connection for it
+                answer = newcomer.read()
+                self.assertEqual((answer.status, answer.headers["retry-after"], answer.headers["connection"]),
+                                 (503, "1", "close"))
+                self.assertEqual(answer.json["requestId"], answer.headers["x-request-id"])
+            self.assertEqual(threading.active_count(), threads)
+            wait_until(lambda: not service.turned_away)
+        self.assertTrue(all(newcomer.is_closed() for newcomer in newcomers))
+        service.go_on.set()
+        self.assertEqual([wire_.read().status for wire_ in busy], [200, 200])
+        self.keep(service, 2)
+
+    def test_those_turned_away_hold_only_so_many_descriptors(self):
+        service = self.enterContext(running(Things, max_connections=1))
+        self.hold(service)
+        with mock.patch.object(server, "MAX_AWAY", 5):
+            for _ in range(20):
+                self.enterContext(Wire(service.server_port)).read()
+            wait_until(lambda: len(service.turned_away) <= 5)
+        service.go_on.set()
+
+    def test_who_only_lingers_makes_room(self):
+        service = self.enterContext(running(Things, max_connections=1))
+        with mock.patch.object(wire, "LINGER", PATIENCE):
+            lingering = self.enterContext(Wire(service.server_port))
+            lingering.send(b"nonsense\r\n\r\n")
+            self.assertEqual(lingering.read().status, 400)
+            began = time.monotonic()
+            self.keep(service, 1)
+            self.assertLess(time.monotonic() - began, PATIENCE / 2)
+
+    def test_where_no_thread_is_to_be_had_the_newcomer_is_turned_away(self):
+        with contextlib.redirect_stderr(io.StringIO()) as log:
+            service = self.enterContext(running(Things))
+            with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+                self.assertEqual(self.enterContext(Wire(service.server_port)).read().status, 503)
+            self.assertEqual(service.connections, {})
+            self.keep(service, 1)
+            service.log.flush()
+        self.assertEqual(log.getvalue().count("no room for another connection: can't start new thread"), 1)
+
+    def test_many_slow_clients_leave_nothing_behind(self):
+        service = self.enterContext(running(KeptThings))
+        threads, descriptors = threading.active_count(), len(os.listdir("/dev/fd"))
+        for _ in range(3):
+            wires = [Wire(service.server_port) for _ in range(100)]
+            one = GET.replace(b"things", b"things/7")
+            for part in (one[:9], one[9:], one + one[:20], one[20:] + one[:5]):
+                for wire_ in wires:
+                    wire_.send(part)
+            for wire_ in wires:
+                self.assertEqual([wire_.read().status for _ in range(3)], [200, 200, 200])
+                wire_.__exit__()
+            wait_until(lambda: threading.active_count() == threads and not service.connections)
+        self.assertLessEqual(len(os.listdir("/dev/fd")), descriptors + 2 * database.MAX_IDLE)
+
+
+@unittest.skipUnless(server.resource, "this system has no limits for a process")
+class NoDescriptorsTest(unittest.TestCase):
+    """A service, in a process of its own, that may have only so many descriptors."""
+
+    def test_the_accept_loop_neither_spins_nor_dies_and_goes_on_when_there_is_room(self):
+        with tempfile.TemporaryDirectory() as folder, process(
+                "tests.after", "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))",
+                "microshop.users", "--port", "0", "--data", folder) as users:
+            port = users.port("Users service")
+            with contextlib.ExitStack() as stack:
+                busy = [stack.enter_context(Wire(port)) for _ in range(60)]
+                for wire_ in busy:
+                    wire_.send(GET[:20])  # a request that has begun: none of them may be closed to make room
+                users.wait_for("no room for another connection: Too many open files")
+                spent = cpu_seconds(users.popen.pid)
+                threading.Event().wait(0.5)
+                self.assertLess(cpu_seconds(users.popen.pid) - spent, 0.2)
+                self.assertEqual(sum("no room" in line for line in users.lines), 1)
+            self.assertEqual(ask(port, target="/users").status, 200)
+            with contextlib.ExitStack() as stack:
+                idle = [stack.enter_context(Wire(port)) for _ in range(60)]
+                newcomer = stack.enter_context(Wire(port))  # those that idle make room for it
+                newcomer.send(b"GET /users HTTP/1.1\r\nHost: shop\r\n\r\n")
+                self.assertEqual(newcomer.read().status, 200)
+                self.assertTrue(idle[0].is_closed())
+            self.assertEqual(users.stop(), 0)
+
+
+class SupervisedTest(unittest.TestCase):
+    """A service that serves on a socket of its supervisor's."""
+
+    def setUp(self):
+        self.listener = self.enterContext(socket.create_server(("127.0.0.1", 0)))
+        self.ours, theirs = socket.socketpair()
+        self.enterContext(self.ours)
+        self.ours.settimeout(PATIENCE)
+        self.handles = [os.dup(self.listener.fileno()), theirs.detach()]
+        self.port = self.listener.getsockname()[1]
+
+    def test_it_serves_there_shows_life_and_ends_when_nobody_looks(self):
+        service = self.enterContext(running(Things, supervised=self.handles))
+        self.assertEqual(ask(self.port, target="/things").status, 200)
+        with mock.patch.object(server, "BEAT", 0.01):
+            self.assertEqual([self.ours.recv(1) for _ in range(3)], [b"."] * 3)
+            self.ours.close()
+            wait_until(lambda: not service.supervisor)
+            wait_until(lambda: "shutdown" not in str(threading.enumerate()))
+
+    def test_a_supervisor_that_stands_still_does_not_hold_it_up(self):
+        with mock.patch.object(server, "BEAT", 0):
+            service = self.enterContext(running(Things, supervised=self.handles))
+            beats = mock.Mock(wraps=service.supervisor)
+            beats.send.side_effect = BlockingIOError
+            with mock.patch.object(service, "supervisor", beats):
+                wait_until(lambda: beats.send.call_count > 3)
+                self.assertEqual(ask(self.port, target="/things").status, 200)
+
+    def test_who_comes_between_two_services_on_one_socket_waits_for_the_second(self):
+        with running(Things, supervised=self.handles) as first:
+            first.shutdown()
+            first.drain()
+            with Wire(self.port) as waiting:
+                waiting.send(GET)
+                handles = [os.dup(self.listener.fileno()), self.ours.detach()]
+                self.enterContext(running(Things, supervised=handles))
+                self.assertEqual(waiting.read().status, 200)
+
+    def test_two_services_on_one_socket_do_not_hold_each_other_up(self):
+        others = [os.dup(self.listener.fileno()), self.ours.detach()]
+        with running(Things, supervised=self.handles), running(Things, supervised=others):
+            for _ in range(50):
+                self.assertEqual(ask(self.port, target="/things").status, 200)
 
 
 class LogTest(unittest.TestCase):
@@ -471,6 +691,20 @@ class EndTest(unittest.TestCase):
             draining.join(PATIENCE)
             self.assertFalse(draining.is_alive())
 
+    def test_who_asks_again_and_again_is_told_that_the_connection_closes(self):
+        with running(Things) as service, Wire(service.server_port) as connection:
+            connection.send(GET)
+            connection.read()
+            service.shutdown()
+            draining = threading.Thread(target=service.drain)
+            draining.start()
+            wait_until(lambda: service.draining)
+            threading.Event().wait(server.LAST_LOOK / 5)
+            connection.send(GET)
+            answer = connection.read()
+            self.assertEqual((answer.status, answer.headers["connection"]), (200, "close"))
+            draining.join(PATIENCE)
+
     def test_a_client_that_the_kernel_has_let_in_is_served(self):
         with running(Things) as service, contextlib.ExitStack() as stack:
             service.shutdown()  # from here on nobody accepts
@@ -511,11 +745,10 @@ class EndTest(unittest.TestCase):
             self.assertEqual(answer.headers["content-type"], "application/json; charset=utf-8")
 
     def test_a_request_that_never_ends_does_not_hold_the_end_up_for_ever(self):
-        with mock.patch.object(server, "GRACE", 0.05):
-            with running(Things) as service, Wire(service.server_port) as connection:
-                connection.send(b"GET /wait HTTP/1.1\r\nHost: shop\r\n\r\n")
-                self.assertTrue(service.waiting.acquire(timeout=PATIENCE))
-            service.go_on.set()
+        with running(Things, grace=0.05) as service, Wire(service.server_port) as connection:
+            connection.send(b"GET /wait HTTP/1.1\r\nHost: shop\r\n\r\n")
+            self.assertTrue(service.waiting.acquire(timeout=PATIENCE))
+        service.go_on.set()
 
 
 if __name__ == "__main__":
