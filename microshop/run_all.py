@@ -35,6 +35,7 @@ MAX_LINE = 2**20     # bytes of a line that are shown without waiting for its en
 AHEAD = 4            # outputs of one child that may wait to be shown: who prints more waits, but nobody else
 LAST_LINES = 5       # that are shown again where a child is given up
 SERVICE_HOST = "127.0.0.1"
+SERVICES = ("users", "products", "orders")
 
 LISTENING = re.compile(rb"listening at (http://\S+)$", re.M)
 COLOURS = {"users": 32, "products": 33, "orders": 35}  # of a terminal; the others are cyan, 36
@@ -75,6 +76,7 @@ class Process:
         self._lifeline, theirs = socket.socketpair()
         self._lifeline.setblocking(False)
         self.ahead = threading.Semaphore(AHEAD)
+        self.is_ending = False
         self.kill_at = math.inf  # when it must have ended
         handed_on = (child.listener, theirs)
         for end in handed_on:
@@ -98,9 +100,9 @@ class Process:
             return False
 
     def end(self, kill_at: float) -> None:
-        """Tell it to end, once; until when it may take (of time.monotonic)."""
-        if self.kill_at == math.inf:
-            self.kill_at = kill_at
+        """Tell it to end, once, and by when (of time.monotonic)."""
+        if not self.is_ending:
+            self.is_ending, self.kill_at = True, kill_at
             self.popen.terminate()
 
     def kill(self) -> None:
@@ -147,7 +149,7 @@ def plan_children(settings: Namespace) -> tuple[list[Child], list[Child]]:
     listener = open_listener("gateway", settings.host, port)
     services = [
         Child(name, name, open_listener(name, SERVICE_HOST, port and port + n), [f"--data={settings.data}", *flags])
-        for n, name in enumerate(("users", "products", "orders"), start=1)]
+        for n, name in enumerate(SERVICES, start=1)]
     flags += config.hand_on(settings, config.OF_THE_GATEWAY)
     gateways = [Child(f"gateway{n}" if n > 1 else "gateway", "gateway", listener, flags)
                 for n in range(1, settings.workers + 1)]
@@ -240,9 +242,11 @@ class Supervisor:
             child.current.kill()
         elif order == "give up" and self.stop_by == math.inf:
             self.status = 2 if life.is_final else 1  # a bad setting is one of ours, handed on
-            self._stop(f"{child.name} cannot be started, {life.failed_starts} of {life.failed_starts} tries failed; "
-                       "stopping. The last that it said:")
-            self._show(child.name, b"\n".join(child.last_lines))
+            if life.is_final:
+                self._stop(f"{child.name} cannot start like this; stopping")
+                return
+            self._stop(f"{child.name} failed to start {life.failed_starts} times in a row: stopping. It said last:")
+            self._show(child.name, b"\n".join(child.last_lines) or b"(nothing)")
 
     def _renew(self) -> None:
         """Replace the process of one child after another, each when the new one before it listens."""
@@ -310,7 +314,7 @@ class Supervisor:
             f"{child.name} was killed by signal {-status} (exit status {128 - status})")
         if child.life.state == "starting":
             ended += " before it listened"
-        if child.former and child.former.kill_at == math.inf:  # its successor has failed
+        if child.former and not child.former.is_ending:  # what was to replace it has failed
             child.current, child.former = child.former, None
             child.life.note_ready()
             self.to_renew.clear()
@@ -385,7 +389,7 @@ class Supervisor:
             sys.stdout.flush()
         except OSError:  # nobody can read us any more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            self.signals = self.signals or [signal.SIGHUP]
+            self.signals = self.signals or [signal.SIGTERM]
 
 
 def main() -> None:

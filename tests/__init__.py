@@ -1,0 +1,92 @@
+"""The tests, which mirror the house. `python -m unittest` finds them all, and runs them in two processes at once.
+
+Most of their time goes into waiting, for processes and for deadlines, so two at once take little more than half of it.
+The tests of a class stay together, and all is reported as ever. `python -m unittest tests.test_users` has one process.
+"""
+import contextlib
+import os
+import unittest
+from collections.abc import Iterator
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+LANES = 2
+KINDS = ("failures", "errors", "skipped")  # of what a TestResult keeps, and each is (test, text)
+
+
+def load_tests(loader: unittest.TestLoader, tests: unittest.TestSuite, pattern: str | None) -> unittest.TestSuite:
+    """Find all tests (unittest's load_tests protocol)."""
+    found = loader.discover(str(Path(__file__).parent), pattern or "test*.py")
+    return Lanes(classes_of(found)) if hasattr(os, "fork") else found
+
+
+def classes_of(suite: unittest.TestSuite) -> Iterator[unittest.TestSuite]:
+    """Yield the suites that hold the tests of one class each."""
+    parts = list(suite)
+    if any(isinstance(part, unittest.TestSuite) for part in parts):
+        for part in parts:
+            yield from classes_of(part)
+    elif parts:
+        yield suite
+
+
+class Lanes(unittest.TestSuite):
+    """Runs suites in LANES forks of this process: whichever is free takes the next."""
+
+    def run(self, result: unittest.TestResult, debug: bool = False) -> unittest.TestResult:
+        suites, fork, lanes = list(self), get_context("fork"), {}
+        for number in range(LANES):
+            ours, theirs = fork.Pipe()
+            lanes[ours] = fork.Process(target=run_suites, args=(suites, theirs, number), daemon=True)
+            lanes[ours].start()
+            theirs.close()
+        waiting, running = iter(range(len(suites))), {}
+        free = list(lanes)
+        while True:
+            for connection in free:
+                if not result.shouldStop and (chosen := next(waiting, None)) is not None:
+                    running[connection] = suites[chosen]
+                    connection.send(chosen)
+            if not running:
+                break
+            free = wait(list(running))
+            for connection in list(free):
+                report(connection, list(running.pop(connection)), result)
+        for connection, lane in lanes.items():
+            connection.send(None)
+            lane.join()
+        return result
+
+
+def run_suites(suites: list[unittest.TestSuite], connection: Connection, number: int) -> None:
+    """Run the suites whose numbers come, and send back what became of each."""
+    os.environ["TEST_LANE"] = str(number)
+    with contextlib.suppress(KeyboardInterrupt):  # who started us tells of it
+        while (chosen := connection.recv()) is not None:
+            outcome = unittest.TestResult()
+            suites[chosen].run(outcome)
+            connection.send([(kind, test.id(), text) for kind in KINDS for test, text in getattr(outcome, kind)])
+
+
+def report(connection: Connection, tests: list[unittest.TestCase], result: unittest.TestResult) -> None:
+    """Tell a result what became of tests: they are as good as any for what went wrong outside of them."""
+    try:
+        troubles = connection.recv()
+    except (EOFError, ConnectionError):
+        raise SystemExit(f"the process that ran {tests[0].id()} has died") from None
+    for test in tests:
+        result.startTest(test)
+        own = [trouble for trouble in troubles if trouble[1].partition(" ")[0] == test.id()]
+        troubles = [trouble for trouble in troubles if trouble not in own]
+        if test is tests[-1]:
+            own += troubles  # of the class, then
+        for kind, name, text in own:
+            if kind == "skipped":
+                result.addSkip(test, text)
+            else:
+                add = result.addFailure if kind == "failures" else result.addError
+                add(test, (AssertionError, AssertionError(f"{name}\n{text}"), None))
+        if not own:
+            result.addSuccess(test)
+        result.stopTest(test)

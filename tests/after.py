@@ -1,12 +1,9 @@
-"""Run a module after some code of a test's: `python -m tests.after CODE MODULE FLAGS`.
+"""Run some code of a test's in a process of its own: `python -m tests.after CODE FLAGS`.
 
-No product code: so a test gives a process less of something than it would have, time or descriptors.
+No product code: so a test gives a part of the shop less of something than it would have, time or descriptors.
 """
-import runpy
 import sys
 
 if __name__ == "__main__":
-    _, code, module, *flags = sys.argv
-    sys.argv = [module, *flags]
+    code = sys.argv.pop(1)
     exec(code)
-    runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -124,9 +124,10 @@ class StorageTest(unittest.TestCase):
 class KilledTest(unittest.TestCase):
     @unittest.skipUnless(hasattr(signal, "SIGXFSZ"), "this system has no limits for a file")
     def test_what_was_acknowledged_before_the_disk_failed_outlives_a_kill(self):
-        limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))"
+        limited = ("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
+                   "from microshop.users import Users; Users.main()")
         with tempfile.TemporaryDirectory() as folder:
-            with process("tests.after", limit, "microshop.users", "--port", "0", "--data", folder, "--quiet") as users:
+            with process("tests.after", limited, "--port", "0", "--data", folder, "--quiet") as users:
                 port, kept = users.port("Users service"), ["Alice", "Bob"]
                 for number in range(1000):
                     name = f"{number:04}" * 20

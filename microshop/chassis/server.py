@@ -118,7 +118,7 @@ class Service(ThreadingHTTPServer):
         self.connections: dict[socket.socket, float] = {}  # those open, by when each became idle; inf where it is busy
         self.turned_away: deque[tuple[float, socket.socket]] = deque()  # and when
         self.supervisor: socket.socket | None = None
-        self._beat_at = self._told_at = 0.0
+        self._beat_at = self._told_at = -math.inf
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         super().__init__((settings.host, settings.port), self.handler)
         try:
@@ -259,7 +259,7 @@ class Service(ThreadingHTTPServer):
     def drain(self) -> None:
         """Stop accepting, let requests in flight finish within the grace period, and close what idles."""
         self.draining = True
-        began = now = time.monotonic()
+        began = time.monotonic()
         while select.select([self], [], [], 0)[0] and time.monotonic() < began + LAST_LOOK:
             self.handle_request()  # of a client that the kernel has let in: closing would reset it
         self.server_close()

@@ -558,8 +558,8 @@ class NoDescriptorsTest(unittest.TestCase):
 
     def test_the_accept_loop_neither_spins_nor_dies_and_goes_on_when_there_is_room(self):
         with tempfile.TemporaryDirectory() as folder, process(
-                "tests.after", "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))",
-                "microshop.users", "--port", "0", "--data", folder) as users:
+                "tests.after", "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))\n"
+                "from microshop.users import Users; Users.main()", "--port", "0", "--data", folder) as users:
             port = users.port("Users service")
             with contextlib.ExitStack() as stack:
                 busy = [stack.enter_context(Wire(port)) for _ in range(60)]
