@@ -38,34 +38,41 @@ class Lanes(unittest.TestSuite):
         suites, fork, lanes = list(self), get_context("fork"), {}
         for number in range(LANES):
             ours, theirs = fork.Pipe()
-            lanes[ours] = fork.Process(target=run_suites, args=(suites, theirs, number), daemon=True)
+            lanes[ours] = fork.Process(target=run_suites, args=(suites, theirs, number))
             lanes[ours].start()
             theirs.close()
-        waiting, running = iter(range(len(suites))), {}
-        free = list(lanes)
-        while True:
-            for connection in free:
-                if not result.shouldStop and (chosen := next(waiting, None)) is not None:
-                    running[connection] = suites[chosen]
-                    connection.send(chosen)
-            if not running:
-                break
-            free = wait(list(running))
-            for connection in list(free):
-                report(connection, list(running.pop(connection)), result)
-        for connection, lane in lanes.items():
-            connection.send(None)
-            lane.join()
+        try:
+            hand_out(suites, list(lanes), result)
+        finally:
+            for connection, lane in lanes.items():
+                lane.terminate()
+                lane.join()
+                connection.close()
         return result
 
 
+def hand_out(suites: list[unittest.TestSuite], free: list[Connection], result: unittest.TestResult) -> None:
+    """Give each lane that is free the next suite, until there are no more and each has told what became of its last."""
+    waiting, running = iter(range(len(suites))), {}
+    while True:
+        for connection in free:
+            if not result.shouldStop and (chosen := next(waiting, None)) is not None:
+                running[connection] = suites[chosen]
+                connection.send(chosen)
+        if not running:
+            return
+        free = wait(list(running))
+        for connection in free:
+            report(connection, list(running.pop(connection)), result)
+
+
 def run_suites(suites: list[unittest.TestSuite], connection: Connection, number: int) -> None:
-    """Run the suites whose numbers come, and send back what became of each."""
+    """Run the suites whose numbers come, and send back what became of each, until we are terminated."""
     os.environ["TEST_LANE"] = str(number)
     with contextlib.suppress(KeyboardInterrupt):  # who started us tells of it
-        while (chosen := connection.recv()) is not None:
+        while True:
             outcome = unittest.TestResult()
-            suites[chosen].run(outcome)
+            suites[connection.recv()].run(outcome)
             connection.send([(kind, test.id(), text) for kind in KINDS for test, text in getattr(outcome, kind)])
 
 

@@ -476,6 +476,7 @@ class RoomTest(unittest.TestCase):
     def test_the_connection_that_has_idled_for_longest_makes_room(self):
         service = self.enterContext(running(Things, max_connections=3))
         busy, (first, second) = self.hold(service), self.keep(service, 2)
+        wait_until(lambda: list(service.connections.values()).count(math.inf) == 1)
         first.send(GET)
         self.assertEqual(first.read().status, 200)  # now it is the second that has waited for longest
         wait_until(lambda: list(service.connections.values()).count(math.inf) == 1)
