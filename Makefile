@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: run test test-all bench chaos lint clean
+.PHONY: run test test-all bench chaos fuzz soak lint clean
 
 run:
 	$(PYTHON) -m microshop.run_all
@@ -21,6 +21,12 @@ bench:
 
 chaos:
 	$(PYTHON) -m tests.chaos
+
+fuzz:
+	$(PYTHON) -m tests.fuzz
+
+soak:
+	$(PYTHON) -m tests.soak
 
 lint:
 	$(PYTHON) -m compileall -q microshop tests

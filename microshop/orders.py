@@ -326,7 +326,6 @@ class Orders(Service):
             except Exception:  # the disk may be full for a while
                 self.log.event(f"- the saga failed, and goes on in {RETRY_LAST} s\n{traceback.format_exc()}")
                 self.ending.wait(RETRY_LAST)
-            self.database.release()
 
     def drain(self) -> None:
         self.ending.set()  # what the background leaves undone is done after the next start

@@ -1,4 +1,4 @@
-"""One SQLite file per service; each thread at work is on a connection of its own, lent from a pool.
+"""One SQLite file per service; who reads or writes is lent one of a few connections for it.
 
 Law: how to open, read and write a database, never what is in it; SQL about rows stands in the
 service that owns them.
@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
 from microshop.chassis.errors import InsufficientStorage, ServiceError, ServiceUnavailable
@@ -16,7 +17,7 @@ from microshop.chassis.errors import InsufficientStorage, ServiceError, ServiceU
 TURN_TIME = 1.5     # seconds that a transaction waits for other threads, and then
 BUSY_TIMEOUT = 1.5  # for other processes: together that is less than callers wait
 MAX_CHECKED = 2**26  # bytes of a file that is looked through for damage at the start: a second or less
-MAX_IDLE = 16       # connections kept for later: each holds two descriptors and 100 KiB
+CONNECTIONS = 8     # to a file: each holds two descriptors and 100 KiB, and a read takes microseconds
 
 # SQLite's primary result codes where the file is at fault, and not what was asked of it.
 FAULTS: dict[int, type[ServiceError]] = {
@@ -46,9 +47,11 @@ class Database:
     def __init__(self, path: Path, versions: Sequence[Sequence[str]]):
         self.path = path
         self._local = threading.local()
-        self._idle: list[sqlite3.Connection] = []
+        self._pool: SimpleQueue[sqlite3.Connection | None] = SimpleQueue()  # None is one that is not open
         self._writer = threading.RLock()  # of this process; others are kept out by the file's lock
         self._waiting: deque[tuple[str, Sequence | dict, list]] = deque()  # statements, and where their outcome goes
+        for _ in range(CONNECTIONS):
+            self._pool.put(None)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.connection().execute("PRAGMA journal_mode = WAL")
@@ -61,36 +64,44 @@ class Database:
             raise DatabaseUnusable(f"cannot use {path}: {reason}; mend or move it, or choose another --data") from error
 
     def connection(self) -> sqlite3.Connection:
-        """Return this thread's connection: from its first use on the thread has one, until release()."""
+        """Return the connection that this thread has, or is lent until release(). Raises ServiceUnavailable."""
         try:
             return self._local.connection
         except AttributeError:
             pass
         try:
-            connection = self._idle.pop()
-        except IndexError:
-            connection = self._open()
-        self._local.connection = connection
-        return connection
+            connection = self._pool.get(timeout=TURN_TIME)
+        except Empty:
+            raise self._busy() from None
+        try:
+            self._local.connection = connection or self._open()
+        except sqlite3.Error:
+            self._pool.put(None)
+            raise
+        return self._local.connection
 
     def release(self) -> None:
-        """Give this thread's connection back, if it has one, so that it costs nothing while the thread waits."""
+        """Give this thread's connection back, if it has one."""
         if connection := self._local.__dict__.pop("connection", None):
-            if len(self._idle) < MAX_IDLE:
-                self._idle.append(connection)
-            else:
-                connection.close()
+            self._pool.put(connection)
 
     def close(self) -> None:
-        """Write what the WAL holds into the file, and close every connection that no other thread is using."""
+        """Write what the WAL holds into the file, and close every connection that nobody is using."""
         self.release()
-        while self._idle:
-            with contextlib.closing(self._idle.pop()) as connection, contextlib.suppress(sqlite3.Error):
-                connection.execute("PRAGMA wal_checkpoint")  # the last to close does so too, but a thread may hang
+        for _ in range(self._pool.qsize()):
+            if connection := self._pool.get():
+                with contextlib.closing(connection), contextlib.suppress(sqlite3.Error):
+                    connection.execute("PRAGMA wal_checkpoint")  # the last to close does so, but a thread may hang
+            self._pool.put(None)
 
     def rows(self, statement: str, values: Sequence | dict = ()) -> list[dict]:
         """Return what a query finds, each row as a dict by column."""
-        return [dict(row) for row in self.connection().execute(statement, values)]
+        connection = self.connection()
+        try:
+            return [dict(row) for row in connection.execute(statement, values)]
+        finally:
+            if not connection.in_transaction:
+                self.release()
 
     def write(self, statement: str, values: Sequence | dict = ()) -> Written:
         """Carry out one statement, durably.
@@ -116,7 +127,7 @@ class Database:
         fail with SQLITE_BUSY_SNAPSHOT when another has written meanwhile, busy_timeout or not.
         """
         if not self._writer.acquire(timeout=TURN_TIME):
-            raise ServiceUnavailable(f"{self.path.name}: other writes take too long", [("Retry-After", "1")])
+            raise self._busy()
         try:
             connection = self.connection()
             connection.execute("BEGIN IMMEDIATE")
@@ -128,6 +139,7 @@ class Database:
                     connection.execute("ROLLBACK")
                 raise
         finally:
+            self.release()
             self._writer.release()
 
     def explain(self, error: sqlite3.Error) -> ServiceError | None:
@@ -135,6 +147,9 @@ class Database:
         if kind := FAULTS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF):
             return kind(f"{self.path.name}: {error}", [("Retry-After", "1")])
         return None
+
+    def _busy(self) -> ServiceError:
+        return ServiceUnavailable(f"{self.path.name}: others take too long", [("Retry-After", "1")])
 
     def _open(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)

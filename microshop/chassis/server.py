@@ -344,9 +344,6 @@ class Handler(BaseHTTPRequestHandler):
                 return self.describe(failure)
             self.server.log.event(f"{self.request_id} failed\n{traceback.format_exc()}")
             return self.describe(ServiceError("a fault in the service; its log says more"))
-        finally:
-            if self.server.schema:
-                self.server.database.release()
 
     def _read_request(self) -> None:
         """Read head and body. The body is read whatever the route, so it never passes for a request."""

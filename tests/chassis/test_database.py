@@ -12,6 +12,7 @@ from unittest import mock
 
 from microshop.chassis import database
 from microshop.chassis.database import Database, DatabaseUnusable, Written
+from microshop.chassis.errors import ServiceUnavailable
 from tests.helpers import PATIENCE, together
 
 VERSION_1 = ("CREATE TABLE cats (id INTEGER PRIMARY KEY, name TEXT NOT NULL)", "INSERT INTO cats VALUES (1, 'Mia')")
@@ -62,32 +63,46 @@ class DatabaseTest(unittest.TestCase):
         cats = self.open()
 
         def look():
-            try:
-                return cats.connection(), cats.rows("PRAGMA foreign_keys"), cats.rows("PRAGMA synchronous")
-            finally:
-                cats.release()
+            connection = cats.connection()
+            return connection, *(connection.execute(f"PRAGMA {name}").fetchone()[0]
+                                 for name in ("foreign_keys", "synchronous"))
 
-        [(theirs, *settings)] = together(look)
-        self.assertIsNot(theirs, cats.connection())
-        self.assertEqual(settings, [[{"foreign_keys": 1}], [{"synchronous": 2}]])
-        self.assertIs(together(look)[0][0], theirs)  # it was given back, and goes to the next
+        [(one, *settings), (other, *_)] = together(look, look)
+        self.assertEqual(settings, [1, 2])
+        self.assertIsNot(one, other)
 
-    def test_only_so_many_connections_are_kept_for_later(self):
-        cats, start = self.open(), threading.Barrier(database.MAX_IDLE + 5)
+    def test_only_so_many_connections_are_opened_however_many_want_one(self):
+        cats, seen = self.open(), set()
 
         def look():
-            connection = cats.connection()
-            start.wait(PATIENCE)
-            cats.release()
-            return connection
+            for _ in range(20):
+                seen.add(cats.connection())
+                self.assertEqual(len(cats.rows("SELECT * FROM cats")), 1)  # which gives it back
 
-        closed = 0
-        for connection in together(*[look] * start.parties):
+        self.assertEqual(together(*[look] * 30), [None] * 30)
+        self.assertTrue(1 <= len(seen) <= database.CONNECTIONS)
+
+    def test_who_gets_none_in_time_is_told_to_come_back(self):
+        cats, held = self.open(), threading.Barrier(database.CONNECTIONS + 1)
+
+        def hold():
+            cats.connection()
+            held.wait(PATIENCE)
+            held.wait(PATIENCE)
+            cats.release()
+
+        def want():
+            held.wait(PATIENCE)
             try:
-                connection.execute("PRAGMA user_version")
-            except sqlite3.ProgrammingError:
-                closed += 1
-        self.assertEqual(closed, 5)
+                with mock.patch.object(database, "TURN_TIME", 0.01):
+                    cats.rows("SELECT * FROM cats")
+            finally:
+                held.wait(PATIENCE)
+
+        *holders, refused = together(*[hold] * database.CONNECTIONS, want)
+        self.assertEqual(holders, [None] * database.CONNECTIONS)
+        self.assertIsInstance(refused, ServiceUnavailable)
+        self.assertEqual(len(cats.rows("SELECT * FROM cats")), 1)
 
     def test_closing_writes_the_wal_into_the_file_although_a_thread_hangs(self):
         cats = self.open()
@@ -150,11 +165,12 @@ class Door:
         self.release()
 
 
-@mock.patch.object(database, "BUSY_TIMEOUT", 0)  # threads wait for each other here; SQLite would refuse at once
 class WriteTest(unittest.TestCase):
     open = DatabaseTest.open
 
     def setUp(self):
+        # Threads wait for each other here, each on a connection of its own; SQLite would refuse at once.
+        self.enterContext(mock.patch.multiple(database, BUSY_TIMEOUT=0, CONNECTIONS=20))
         DatabaseTest.setUp(self)
         self.cats = self.open()
 
