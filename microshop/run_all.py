@@ -177,12 +177,9 @@ class Supervisor:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), self._on_signal)
-        try:
-            while self.stop_by == math.inf or self._running():
-                self._look()
-                self._take_event()
-        finally:
-            self._kill_all()
+        while self.stop_by == math.inf or self._running():
+            self._look()
+            self._take_event()
         self._say("stopped")
         return self.status
 

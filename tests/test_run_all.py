@@ -281,12 +281,12 @@ class EndTest(ShopTestCase):
         child = subprocess.Popen(
             [sys.executable, "-c", "import fcntl, termios, sys; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
              "sys.argv[1:] = ['--fresh', '--port', '0']; from microshop.run_all import main; main()"],
-            cwd=TOP, env=clean, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+            cwd=TOP, env=clean, stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, start_new_session=True)
+        self.addCleanup(child.stdout.close)
         self.addCleanup(child.kill)
         os.close(theirs)
-        shown = b""
-        while b"ready in" not in shown:
-            shown += os.read(ours, 4096)
+        while b"ready in" not in (line := child.stdout.readline()):
+            self.assertTrue(line)
         os.close(ours)
         self.assertEqual(child.wait(PATIENCE), 0)
 
@@ -470,6 +470,18 @@ class CareTest(ShopTestCase):
         self.assertEqual(ask(shop.first, target="/users").body.decode(), SEED["/users"])
         self.assertNotEqual(shop.children("users"), [users])
 
+    def test_nobody_is_killed_for_a_time_in_which_all_stood_still(self):
+        shop = self.open("--fresh", kind=HastyShop)
+        before = shop.children()
+        for pid in (shop.popen.pid, *before):
+            os.kill(pid, signal.SIGSTOP)
+        threading.Event().wait(1.1)  # more than the supervisor takes for a delay
+        for pid in (shop.popen.pid, *before):
+            os.kill(pid, signal.SIGCONT)
+            threading.Event().wait(MOMENT)
+        self.assertEqual(ask(shop.first, target="/users").status, 200)
+        self.assertEqual(shop.children(), before)
+
     def test_who_asks_a_killed_service_waits_for_the_next_one(self):
         shop = self.open("--fresh", kind=SmallShop)
         for name in ("users", "gateway"):
@@ -589,6 +601,7 @@ class RenewedShopTest(ShopTestCase):
         shop.popen.send_signal(signal.SIGHUP)
         shop.wait_for("^run_all .*users ended with exit status 1 before it listened; the one that it was to replace go")
         self.assertEqual(ask(shop.first, target="/users").body.decode(), SEED["/users"])
+        self.assertFalse(comes_true(lambda: sum("the one that it was" in line for line in shop.lines) > 1, 2 * MOMENT))
         self.assertEqual(shop.children(), before)
 
 

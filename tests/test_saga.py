@@ -11,6 +11,7 @@ import re
 import socket
 import sqlite3
 import tempfile
+import threading
 import time
 import unittest
 from functools import partial
@@ -25,7 +26,7 @@ from microshop.orders import Orders, Saga
 from microshop.products import Products
 from microshop.users import Users
 from tests.helpers import (
-    Wire, ask, read_request, running, running_moody_shop, running_shop, together, upstream, wait_until)
+    PATIENCE, Wire, ask, read_request, running, running_moody_shop, running_shop, together, upstream, wait_until)
 
 LAPTOPS = {"userId": 1, "productId": 101, "quantity": 3}
 NEVER = 3600.0
@@ -95,6 +96,24 @@ class Deadlines(SagaTest):
             order, _ = orders.add_order(self.shop.orders.database, LAPTOPS, None)
             Saga(self.shop.orders, order, {"x-request-id": "late"}, deadline=time.monotonic()).advance()
             self.assertEqual((users.calls, products.calls, self.shop.status(order)), ([], [], "pending"))
+
+    def test_when_the_service_ends_only_what_a_client_waits_for_goes_on(self):
+        with running_moody_shop() as (self.shop, users, products):
+            order, _ = orders.add_order(self.shop.orders.database, LAPTOPS, None)
+            self.shop.orders.ending.set()
+            self.advance(order)
+            self.assertEqual((users.calls, products.calls, self.shop.status(order)), ([], [], "pending"))
+            Saga(self.shop.orders, order, {"x-request-id": "a-client"}, deadline=time.monotonic() + PATIENCE).advance()
+            self.assertEqual(self.shop.status(order), "confirmed")
+
+    def test_a_book_that_cannot_be_read_is_not_asked_for_again_and_again(self):
+        self.set_times(LOOK=0.001, RETRY_LAST=NEVER)
+        with (mock.patch.object(orders, "find_due", side_effect=sqlite3.OperationalError("disk I/O error")) as asked,
+              contextlib.redirect_stderr(io.StringIO()) as log, running(Orders) as service):
+            wait_until(lambda: asked.called)
+            threading.Event().wait(0.05)
+            service.log.flush()
+        self.assertEqual(log.getvalue().count("disk I/O error"), 1)
 
     def test_what_is_left_of_the_time_is_passed_on(self):
         left = []

@@ -96,6 +96,17 @@ class StorageTest(unittest.TestCase):
             self.assert_refused(self.post(), 503, "(attempt to write a readonly|unable to open) database")
         self.assertEqual(self.post().status, 201)
 
+    def test_a_file_that_cannot_be_opened_is_503(self):
+        path = self.run_users()
+        self.users.database.close()
+        away = path.parent.rename(path.parent.with_suffix(".away"))
+        try:
+            for _ in range(database.CONNECTIONS + 1):
+                self.assert_refused(self.get(), 503, "unable to open database file")
+        finally:
+            away.rename(path.parent)
+        self.assertEqual(self.get().status, 200)
+
     def test_a_damaged_file_is_503_and_then_refuses_to_start_and_says_what_to_do(self):
         path = self.run_users()
         self.users.database.close()

@@ -88,11 +88,12 @@ class Database:
     def close(self) -> None:
         """Write what the WAL holds into the file, and close every connection that nobody is using."""
         self.release()
-        for _ in range(self._pool.qsize()):
-            if connection := self._pool.get():
-                with contextlib.closing(connection), contextlib.suppress(sqlite3.Error):
-                    connection.execute("PRAGMA wal_checkpoint")  # the last to close does so, but a thread may hang
-            self._pool.put(None)
+        with contextlib.suppress(Empty):
+            for _ in range(CONNECTIONS):
+                if connection := self._pool.get_nowait():
+                    with contextlib.closing(connection), contextlib.suppress(sqlite3.Error):
+                        connection.execute("PRAGMA wal_checkpoint")  # closing does so too, unless a thread hangs
+                self._pool.put(None)
 
     def rows(self, statement: str, values: Sequence | dict = ()) -> list[dict]:
         """Return what a query finds, each row as a dict by column."""

@@ -75,7 +75,7 @@ Methods = dict[str, Callable[..., "Answer"]]  # of a path, by name
 def _inherit(handle: int) -> socket.socket:
     """Return a socket that the supervisor has handed on."""
     inherited = socket.socket(fileno=handle)
-    inherited.setblocking(False)
+    inherited.setblocking(False)  # who shares it may be quicker to accept
     return inherited
 
 
@@ -136,7 +136,6 @@ class Service(ThreadingHTTPServer):
             self.server_address = self.socket.getsockname()
         else:
             socketserver.TCPServer.server_bind(self)  # HTTPServer's looks up the host's name: that may take seconds
-        self.socket.setblocking(False)  # who shares it may be quicker to accept
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     @property
@@ -311,7 +310,7 @@ class Handler(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         """Read a request and answer it; handle() calls this until close_connection is true."""
         self.server.connections[self.connection], self.close_connection = time.monotonic(), True
-        if not self.stream.await_message(LAST_LOOK if self.server.draining else IDLE_TIME):
+        if not self.stream.await_message(IDLE_TIME):
             return
         self.server.connections[self.connection], started = math.inf, time.perf_counter()
         self.command, self.path, self.request_id = "-", "-", f"{random.getrandbits(64):016x}"

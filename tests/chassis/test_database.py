@@ -182,7 +182,7 @@ class WriteTest(unittest.TestCase):
         try:
             return function()
         finally:
-            self.cats.close()
+            self.cats.release()
 
     def queue(self, *writes, prepare="PRAGMA user_version"):
         """Let writers come while a transaction goes on; return what became of them, and how many commits it took."""

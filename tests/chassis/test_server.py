@@ -416,8 +416,8 @@ class ConnectionTest(ServerTest):
             self.assertLess(time.monotonic() - began, 1)
 
     def test_a_client_that_does_not_read_is_given_up(self):
-        with (mock.patch.object(server, "SEND_TIME", 0.2), running(Things) as service,
-              Wire(service.server_port) as connection):
+        with (mock.patch.object(server, "SEND_TIME", 0.2), mock.patch.object(wire, "LINGER", 2 * PATIENCE),
+              running(Things) as service, Wire(service.server_port) as connection):
             connection.send(b"GET /large HTTP/1.1\r\nHost: shop\r\n\r\n")
             wait_until(lambda: service.connections)
             wait_until(lambda: not service.connections)
@@ -501,9 +501,12 @@ class RoomTest(unittest.TestCase):
                 self.assertEqual((answer.status, answer.headers["retry-after"], answer.headers["connection"]),
                                  (503, "1", "close"))
                 self.assertEqual(answer.json["requestId"], answer.headers["x-request-id"])
+                self.assertTrue(newcomer.is_closed())
+                for _ in range(3):
+                    newcomer.socket.sendall(GET)  # as one would that has not read the answer yet
+                    threading.Event().wait(0.001)
             self.assertEqual(threading.active_count(), threads)
             wait_until(lambda: not service.turned_away)
-        self.assertTrue(all(newcomer.is_closed() for newcomer in newcomers))
         service.go_on.set()
         self.assertEqual([wire_.read().status for wire_ in busy], [200, 200])
         self.keep(service, 2)
@@ -511,7 +514,7 @@ class RoomTest(unittest.TestCase):
     def test_those_turned_away_hold_only_so_many_descriptors(self):
         service = self.enterContext(running(Things, max_connections=1))
         self.hold(service)
-        with mock.patch.object(server, "MAX_AWAY", 5):
+        with mock.patch.object(server, "MAX_AWAY", 5), mock.patch.object(wire, "LINGER", 2 * PATIENCE):
             for _ in range(20):
                 self.enterContext(Wire(service.server_port)).read()
             wait_until(lambda: len(service.turned_away) <= 5)
@@ -523,6 +526,7 @@ class RoomTest(unittest.TestCase):
             lingering = self.enterContext(Wire(service.server_port))
             lingering.send(b"nonsense\r\n\r\n")
             self.assertEqual(lingering.read().status, 400)
+            wait_until(lambda: math.inf not in service.connections.values())
             began = time.monotonic()
             self.keep(service, 1)
             self.assertLess(time.monotonic() - began, PATIENCE / 2)
@@ -581,6 +585,19 @@ class NoDescriptorsTest(unittest.TestCase):
             self.assertEqual(users.stop(), 0)
 
 
+    def test_a_process_takes_as_many_descriptors_as_it_may(self):
+        with tempfile.TemporaryDirectory() as folder, process(
+                "tests.after", "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (60, 200))\n"
+                "from microshop.users import Users; Users.main()", "--port", "0", "--data", folder) as users:
+            port = users.port("Users service")
+            with contextlib.ExitStack() as stack:
+                wires = [stack.enter_context(Wire(port)) for _ in range(100)]
+                for wire_ in reversed(wires):
+                    wire_.send(b"GET /users HTTP/1.1\r\nHost: shop\r\n\r\n")
+                    self.assertEqual(wire_.read().status, 200)
+            self.assertEqual([line for line in users.lines if "no room" in line], [])
+
+
 class SupervisedTest(unittest.TestCase):
     """A service that serves on a socket of its supervisor's."""
 
@@ -595,11 +612,10 @@ class SupervisedTest(unittest.TestCase):
     def test_it_serves_there_shows_life_and_ends_when_nobody_looks(self):
         service = self.enterContext(running(Things, supervised=self.handles))
         self.assertEqual(ask(self.port, target="/things").status, 200)
-        with mock.patch.object(server, "BEAT", 0.01):
+        with mock.patch.object(server, "BEAT", 0.01), mock.patch.object(service, "shutdown") as shutdown:
             self.assertEqual([self.ours.recv(1) for _ in range(3)], [b"."] * 3)
             self.ours.close()
-            wait_until(lambda: not service.supervisor)
-            wait_until(lambda: "shutdown" not in str(threading.enumerate()))
+            wait_until(lambda: shutdown.called)
 
     def test_a_supervisor_that_stands_still_does_not_hold_it_up(self):
         with mock.patch.object(server, "BEAT", 0):
