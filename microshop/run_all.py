@@ -190,14 +190,11 @@ class Supervisor:
         self.signals.append(number)
         if len(self.signals) > 1:  # who asks twice does not want to wait
             self.status = 128 + number
-            self._kill_all()
+            for process in self._running():
+                process.kill()
 
     def _running(self) -> list[Process]:
         return [process for child in self.children for process in child.processes()]
-
-    def _kill_all(self) -> None:
-        for process in self._running():
-            process.kill()
 
     # --- deciding
 

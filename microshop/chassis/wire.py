@@ -310,12 +310,13 @@ class Stream:
 
     def _read_through(self, mark: bytes, check_size: Callable[[bytes], None]) -> bytes:
         """Return what comes up to and with `mark`. What can only be refused is refused before it has ended."""
-        checked = self._start
+        checked = 0
         while (end := self._buffer.find(mark, self._start)) < 0:
-            check_size(self._buffer[self._start:])
-            if STRAY.search(self._buffer, checked):
+            begun = self._buffer[self._start:]  # alone: what was read before may end in a CR
+            check_size(begun)
+            if STRAY.search(begun, checked):
                 raise BadRequest("a control byte, or a CR or LF that is not part of a CRLF")
-            checked = len(self._buffer) - self._start - 1  # as fill() will move it
+            checked = len(begun) - 1  # whose last byte may be the first half of a CRLF
             self.fill()
         part = self._buffer[self._start:end + len(mark)]
         check_size(part)
