@@ -6,10 +6,10 @@ service that owns them.
 import contextlib
 import sqlite3
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
 from microshop.chassis.errors import InsufficientStorage, ServiceError, ServiceUnavailable
@@ -17,7 +17,8 @@ from microshop.chassis.errors import InsufficientStorage, ServiceError, ServiceU
 TURN_TIME = 1.5     # seconds that a transaction waits for other threads, and then
 BUSY_TIMEOUT = 1.5  # for other processes: together that is less than callers wait
 MAX_CHECKED = 2**26  # bytes of a file that is looked through for damage at the start: a second or less
-CONNECTIONS = 8     # to a file: each holds two descriptors and 100 KiB, and a read takes microseconds
+CONNECTIONS = 16    # to a file: each holds two descriptors and 100 KiB, and a read takes microseconds
+MOMENT = 0.001      # seconds until the next look for one, when all are lent
 
 # SQLite's primary result codes where the file is at fault, and not what was asked of it.
 FAULTS: dict[int, type[ServiceError]] = {
@@ -47,11 +48,10 @@ class Database:
     def __init__(self, path: Path, versions: Sequence[Sequence[str]]):
         self.path = path
         self._local = threading.local()
-        self._pool: SimpleQueue[sqlite3.Connection | None] = SimpleQueue()  # None is one that is not open
+        # The one given back last is lent first: its pages are at hand. None is one that is not open.
+        self._idle: list[sqlite3.Connection | None] = [None] * CONNECTIONS
         self._writer = threading.RLock()  # of this process; others are kept out by the file's lock
         self._waiting: deque[tuple[str, Sequence | dict, list]] = deque()  # statements, and where their outcome goes
-        for _ in range(CONNECTIONS):
-            self._pool.put(None)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.connection().execute("PRAGMA journal_mode = WAL")
@@ -65,35 +65,29 @@ class Database:
 
     def connection(self) -> sqlite3.Connection:
         """Return the connection that this thread has, or is lent until release(). Raises ServiceUnavailable."""
+        if connection := getattr(self._local, "connection", None):
+            return connection
+        lent = self._take()
         try:
-            return self._local.connection
-        except AttributeError:
-            pass
-        try:
-            connection = self._pool.get(timeout=TURN_TIME)
-        except Empty:
-            raise self._busy() from None
-        try:
-            self._local.connection = connection or self._open()
+            self._local.connection = connection = lent or self._open()
         except sqlite3.Error:
-            self._pool.put(None)
+            self._idle.append(None)
             raise
-        return self._local.connection
+        return connection
 
     def release(self) -> None:
         """Give this thread's connection back, if it has one."""
-        if connection := self._local.__dict__.pop("connection", None):
-            self._pool.put(connection)
+        if connection := getattr(self._local, "connection", None):
+            self._local.connection = None
+            self._idle.append(connection)
 
     def close(self) -> None:
         """Write what the WAL holds into the file, and close every connection that nobody is using."""
         self.release()
-        with contextlib.suppress(Empty):
-            for _ in range(CONNECTIONS):
-                if connection := self._pool.get_nowait():
-                    with contextlib.closing(connection), contextlib.suppress(sqlite3.Error):
-                        connection.execute("PRAGMA wal_checkpoint")  # closing does so too, unless a thread hangs
-                self._pool.put(None)
+        idle, self._idle = self._idle, [None] * CONNECTIONS
+        for connection in filter(None, idle):
+            with contextlib.closing(connection), contextlib.suppress(sqlite3.Error):
+                connection.execute("PRAGMA wal_checkpoint")  # closing does so too, unless a thread hangs
 
     def rows(self, statement: str, values: Sequence | dict = ()) -> list[dict]:
         """Return what a query finds, each row as a dict by column."""
@@ -148,6 +142,16 @@ class Database:
         if kind := FAULTS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF):
             return kind(f"{self.path.name}: {error}", [("Retry-After", "1")])
         return None
+
+    def _take(self) -> sqlite3.Connection | None:
+        deadline = time.monotonic() + TURN_TIME
+        while True:
+            try:
+                return self._idle.pop()
+            except IndexError:
+                if time.monotonic() > deadline:
+                    raise self._busy() from None
+            time.sleep(MOMENT)
 
     def _busy(self) -> ServiceError:
         return ServiceUnavailable(f"{self.path.name}: others take too long", [("Retry-After", "1")])
