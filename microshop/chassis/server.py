@@ -180,7 +180,7 @@ class Service(ThreadingHTTPServer):
             connection, address = self.socket.accept()
         except OSError as error:
             if error.errno in NO_ROOM:  # the client stays in the queue, and the loop would spin
-                self._tell_no_room(error.strerror)
+                self._tell_no_room(os.strerror(error.errno))
                 time.sleep(NO_ROOM_PAUSE / 10 if self._close_oldest() else NO_ROOM_PAUSE)
             raise
         connection.setblocking(True)  # some systems hand the listener's mode on
@@ -201,11 +201,12 @@ class Service(ThreadingHTTPServer):
 
     def _close_oldest(self) -> bool:
         """Close the connection that has been idle for longest; False if none is."""
-        connection, idle_since = min(self.connections.copy().items(), key=itemgetter(1), default=(None, math.inf))
-        if idle_since == math.inf:
+        connections = self.connections.copy()
+        oldest = min(connections, key=connections.__getitem__, default=None)
+        if oldest is None or connections[oldest] == math.inf:
             return False
-        self.connections.pop(connection, None)
-        _end_input(connection)
+        self.connections.pop(oldest, None)
+        _end_input(oldest)
         return True
 
     def _turn_away(self, connection: socket.socket) -> None:
