@@ -77,8 +77,12 @@ class Database:
 
     def release(self) -> None:
         """Give this thread's connection back, if it has one."""
-        if connection := getattr(self._local, "connection", None):
+        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if connection:
             self._local.connection = None
+            if connection.in_transaction:  # which could not even be rolled back, but by this
+                connection.close()
+                connection = None
             self._idle.append(connection)
 
     def close(self) -> None:

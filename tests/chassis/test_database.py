@@ -82,6 +82,15 @@ class DatabaseTest(unittest.TestCase):
         self.assertEqual(together(*[look] * 30), [None] * 30)
         self.assertTrue(1 <= len(seen) <= database.CONNECTIONS)
 
+    def test_one_that_is_left_within_a_transaction_is_not_lent_again(self):
+        cats = self.open()
+        spoilt = cats.connection()
+        spoilt.execute("BEGIN IMMEDIATE")
+        cats.release()
+        self.assertIsNot(cats.connection(), spoilt)
+        cats.write("INSERT INTO cats VALUES (2, 'Tom')")
+        self.assertEqual(len(cats.rows("SELECT * FROM cats")), 2)
+
     def test_who_gets_none_in_time_is_told_to_come_back(self):
         cats, held = self.open(), threading.Barrier(database.CONNECTIONS + 1)
 
