@@ -1,6 +1,6 @@
 """microshop: the Microservices pattern in nothing but Python's standard library.
 
-Each module here is a process, but this one and audit.py, a tool; what they share is in chassis/.
+Each module here is a process, except for this one and audit.py, which is a tool; what they share is in chassis/.
 
                                run_all  starts, watches and ends the others
                                   :

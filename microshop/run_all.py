@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 from microshop.chassis import config
 from microshop.chassis.policies import Life
 
-END_SHARE = 0.7      # of the grace period: after that a child ends by itself, whatever is in flight
-KILL_SHARE = 0.75    # of it: after that a gateway that has not is killed, and the services are told to end
+END_SHARE = 0.7      # of the grace period, after which a child ends by itself, whatever is in flight
+KILL_SHARE = 0.75    # of the grace period, after which a gateway is killed that still runs; then the services end
 TICK = 0.05          # seconds between looks at the clock, the signals and the lifelines
 MAX_LINE = 2**20     # bytes of a line that are shown without waiting for its end
 AHEAD = 4            # outputs of one child that may wait to be shown: who prints more waits, but nobody else
@@ -70,12 +70,12 @@ class Child:
 
 
 class Process:
-    """A process of a child, in a session of its own: else a Ctrl-C would reach it past us."""
+    """A process of a child. It has a session of its own, so that a Ctrl-C at the terminal reaches us alone."""
 
     def __init__(self, child: Child, environment: dict[str, str]):
         self._lifeline, theirs = socket.socketpair()
         self._lifeline.setblocking(False)
-        self.ahead = threading.Semaphore(AHEAD)
+        self.unshown = threading.Semaphore(AHEAD)  # taken for each output until it is shown
         self.is_ending = False
         self.kill_at = math.inf  # when it must have ended
         handed_on = (child.listener, theirs)
@@ -164,7 +164,7 @@ class Supervisor:
         self.grace = grace
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.signals: list[int] = []       # that ask for the end
-        self.is_to_renew = False           # SIGHUP asked for it
+        self.renewal_asked = False         # by SIGHUP
         self.to_renew: deque[Child] = deque()
         self.terminals = [stream for stream in (sys.stdin, sys.stdout) if stream and stream.isatty()]
         self.status = 0
@@ -177,16 +177,21 @@ class Supervisor:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), self._on_signal)
-        while self.stop_by == math.inf or self._running():
+        while not self.is_stopping or self._running():
             self._look()
             self._take_event()
         self._say("stopped")
         return self.status
 
+    @property
+    def is_stopping(self) -> bool:
+        return self.stop_by < math.inf
+
     def _on_signal(self, number: int, frame: Any) -> None:
-        if number not in (signal.SIGINT, signal.SIGTERM) and all(stream.isatty() for stream in self.terminals):
-            self.is_to_renew = True
-            return  # else it tells that our terminal was closed
+        has_lost_terminal = not all(stream.isatty() for stream in self.terminals)  # SIGHUP may tell that, too
+        if number not in (signal.SIGINT, signal.SIGTERM) and not has_lost_terminal:
+            self.renewal_asked = True
+            return
         self.signals.append(number)
         if len(self.signals) > 1:  # who asks twice does not want to wait
             self.status = 128 + number
@@ -199,25 +204,27 @@ class Supervisor:
     # --- deciding
 
     def _look(self) -> None:
-        """See how the children are, and do what is to be done about it."""
+        """See how the children are, let each life know, and do what those then ask for."""
         now, before = time.monotonic(), self.looked_at
         if now < before + TICK:
             return
         self.looked_at = now
         self._reap_orphans()
         for child in self.children:
-            if child.current and child.current.shows_life() or now > before + 1:  # we stood still: nobody can be blamed
+            if child.current and child.current.shows_life():
+                child.life.note_sign()
+            if now > before + 1:  # it is we who stood still, and nobody can be blamed
                 child.life.note_sign()
             for process in child.processes():
                 if process.popen.poll() is not None:
-                    process.kill()  # what it leaves behind, which may keep its output open
+                    process.kill()  # it has ended, but its group may live on, and keep its output open
                 elif now > process.kill_at:
                     process.kill_at = math.inf
                     self._say(f"{child.name} did not end in time; killing it")
                     process.kill()
-        if self.signals and self.stop_by == math.inf:
-            self._stop("stopping")
-        if self.stop_by < math.inf:
+        if self.signals and not self.is_stopping:
+            self._stop(f"stopping, which may take {self.grace:g} s (another signal ends it at once)")
+        if self.is_stopping:
             self._end_children()
         else:
             for child in self.children:
@@ -234,7 +241,7 @@ class Supervisor:
                       else f"{child.name} has shown no sign of life for {life.HANG_TIME:.0f} s; killing it")
             life.note_kill()
             child.current.kill()
-        elif order == "give up" and self.stop_by == math.inf:
+        elif order == "give up" and not self.is_stopping:
             self.status = 2 if life.is_final else 1  # a bad setting is one of ours, handed on
             if life.is_final:
                 self._stop(f"{child.name} cannot start like this; stopping")
@@ -244,8 +251,8 @@ class Supervisor:
 
     def _renew(self) -> None:
         """Replace the process of one child after another, each when the new one before it listens."""
-        if self.is_to_renew and not self.to_renew and self.was_ready:
-            self.is_to_renew = False
+        if self.renewal_asked and not self.to_renew and self.was_ready:
+            self.renewal_asked = False
             self.to_renew.extend(self.children)
             self._say("replacing every process by a new one")
         if self.to_renew and self.to_renew[0].life.state == "up" and not self.to_renew[0].former:
@@ -278,7 +285,7 @@ class Supervisor:
             self._notice_end(child, process, status)
             return
         self._show(child.name, output)
-        process.ahead.release()
+        process.unshown.release()
         child.last_lines.extend(output.rsplit(b"\n", LAST_LINES)[-LAST_LINES:])
         if process is child.current and child.life.state == "starting" and (match := LISTENING.search(output)):
             child.url = match[1].decode()
@@ -302,7 +309,7 @@ class Supervisor:
             child.former = None
             return
         child.current = None
-        if self.stop_by < math.inf:
+        if self.is_stopping:
             return
         ended = f"{child.name} ended with exit status {status}" if status >= 0 else (
             f"{child.name} was killed by signal {-status} (exit status {128 - status})")
@@ -363,7 +370,7 @@ class Supervisor:
                 if len(rest) > MAX_LINE:
                     lines, newline, rest = lines + newline + rest, b"\n", b""
                 if newline:
-                    process.ahead.acquire()
+                    process.unshown.acquire()
                     self.events.put(Event(child, process, lines))
             if rest:
                 self.events.put(Event(child, process, rest))
@@ -398,7 +405,7 @@ def main() -> None:
 
 
 def check(settings: Namespace) -> None:
-    """Raise ValueError for what is wrong only here: with the numbers together, or with this system."""
+    """Raise ValueError for what is wrong with the settings only together."""
     if settings.port > 65532:
         raise ValueError(f"--port: {settings.port} leaves no room for the services' three above it")
 

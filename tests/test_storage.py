@@ -71,7 +71,7 @@ class StorageTest(unittest.TestCase):
         self.run_users()
         with mock.patch.object(database, "TURN_TIME", 0.05), self.users.database.transaction():
             answer = ask(self.users.server_port, "PUT", "/users/1", JSON, b'{"name":"Ann"}')
-        self.assertEqual((answer.status, answer.json["detail"]), (503, "users.db: others take too long"))
+        self.assertEqual((answer.status, answer.json["detail"]), (503, "users.db: it is busy for too long"))
         self.assertEqual(ask(self.users.server_port, "PUT", "/users/1", JSON, b'{"name":"Ann"}').status, 200)
 
     def test_a_disk_that_is_full_is_507_and_what_was_acknowledged_is_there(self):

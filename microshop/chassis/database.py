@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 from microshop.chassis.errors import InsufficientStorage, ServiceError, ServiceUnavailable
 
-TURN_TIME = 1.5     # seconds that a transaction waits for other threads, and then
-BUSY_TIMEOUT = 1.5  # for other processes: together that is less than callers wait
+TURN_TIME = 1.5     # seconds that a thread waits for others here
+BUSY_TIMEOUT = 1.5  # seconds that it then waits for other processes: both together are less than callers wait
 MAX_CHECKED = 2**26  # bytes of a file that is looked through for damage at the start: a second or less
 CONNECTIONS = 16    # to a file: each holds two descriptors and 100 KiB, and a read takes microseconds
-MOMENT = 0.001      # seconds until the next look for one, when all are lent
+LOOK = 0.001        # seconds until the next look for one, when all are lent
 
-# SQLite's primary result codes where the file is at fault, and not what was asked of it.
+# SQLite's primary result codes that blame the file, and not what was asked of it.
 FAULTS: dict[int, type[ServiceError]] = {
     sqlite3.SQLITE_FULL: InsufficientStorage,
     **dict.fromkeys((sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR,
@@ -48,7 +48,7 @@ class Database:
     def __init__(self, path: Path, versions: Sequence[Sequence[str]]):
         self.path = path
         self._local = threading.local()
-        # The one given back last is lent first: its pages are at hand. None is one that is not open.
+        # The one given back last is lent first: its pages are at hand. A None stands for one that is not open yet.
         self._idle: list[sqlite3.Connection | None] = [None] * CONNECTIONS
         self._writer = threading.RLock()  # of this process; others are kept out by the file's lock
         self._waiting: deque[tuple[str, Sequence | dict, list]] = deque()  # statements, and where their outcome goes
@@ -111,7 +111,7 @@ class Database:
         outcome: list[Written | Exception] = []
         self._waiting.append((statement, values, outcome))
         with self._writer:
-            if not outcome:
+            if not outcome:  # else who had the lock before has done it
                 self._write_waiting()
         if isinstance(outcome[0], Exception):
             raise outcome[0]
@@ -155,10 +155,10 @@ class Database:
             except IndexError:
                 if time.monotonic() > deadline:
                     raise self._busy() from None
-            time.sleep(MOMENT)
+            time.sleep(LOOK)
 
     def _busy(self) -> ServiceError:
-        return ServiceUnavailable(f"{self.path.name}: others take too long", [("Retry-After", "1")])
+        return ServiceUnavailable(f"{self.path.name}: it is busy for too long", [("Retry-After", "1")])
 
     def _open(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)

@@ -170,13 +170,13 @@ def is_bearer(authorization: str, token: str) -> bool:
 class Life:
     """The life of a supervised child: when it is to be started, when killed, and when to give it up.
 
-    down       for a pause, which doubles with each end, and begins anew after HEALTHY seconds of signs of life
+    down       for a pause that doubles from one end to the next; after HEALTHY seconds of life it is short again
     starting   until it is ready; START_TIME is the limit, and FAILED_STARTS in a row, or one that is `final`, the end
     up         as long as it shows signs of life; after HANG_TIME without any it hangs
     dying      after it was killed
     """
 
-    FIRST_PAUSE, LAST_PAUSE = 0.1, 10.0  # seconds; jitter takes up to half off what is above the first
+    FIRST_PAUSE, LAST_PAUSE = 0.1, 10.0  # seconds: 0.1 to 0.2, then 0.2 to 0.4, and 5 to 10 at last
     HEALTHY = 10.0                       # seconds
     START_TIME, HANG_TIME = 10.0, 10.0   # seconds
     FAILED_STARTS = 5
@@ -220,7 +220,7 @@ class Life:
         self._change("dying")
 
     def note_end(self, is_final: bool = False) -> None:
-        """Take note of its end; one that is `is_final`, before it was ready, would only be repeated."""
+        """Take note of its end. Where it ends before it is ready, `is_final` tells that it always would."""
         if self.state == "starting":
             self.failed_starts, self.is_final = self.failed_starts + 1, is_final
         self._change("down")

@@ -4,7 +4,7 @@ A subclass of Handler has a table of routes beside its methods. Such a method re
 raises a ServiceError, and format_answer() alone turns either into bytes. What http.server does wrongly
 or slowly is replaced here; the comments say why.
 
-Law: services write to no socket; they return. Nothing here knows what a route is about.
+Law: routes write to no socket; they return. Nothing here knows what a route is about.
 """
 import contextlib
 import errno
@@ -49,10 +49,10 @@ except ImportError:  # Windows has no such limits
 
 IDLE_TIME = 60.0     # seconds that a connection may wait for its next request; Keep-Alive announces them
 HEAD_TIME = 10.0     # seconds for a whole head, from its first byte
-BODY_TIME = 10.0     # seconds for a whole body, and one more for each
-BODY_RATE = 1024     # bytes of it
+BODY_TIME = 10.0     # seconds for a whole body, and more for a large one:
+BODY_RATE = 1024     # bytes of it that have a second each
 SEND_TIME = 10.0     # seconds for a client to take a whole answer
-LAST_LOOK = 0.25     # seconds that a connection must have been idle to be closed when the process ends
+LAST_LOOK = 0.25     # seconds in which a request may still come on an idle connection when the process ends
 ANSWER_SHARE = 0.1   # of the time that a caller gives: kept back for the answer's way
 POLL = 0.05          # seconds after which the accept loop notices that it should end
 BEAT = 0.25          # seconds between two signs of life to the supervisor
@@ -80,7 +80,7 @@ def _inherit(handle: int) -> socket.socket:
 
 
 def _end_input(connection: socket.socket) -> None:
-    """Let who waits on a connection see its end, after what has come before."""
+    """Wake the thread that waits on a connection: it sees the end, after what has come before, and closes."""
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RD)
 
@@ -116,7 +116,7 @@ class Service(ThreadingHTTPServer):
         self.settings = settings
         self.draining = False
         self.connections: dict[socket.socket, float] = {}  # those open, by when each became idle; inf where it is busy
-        self.turned_away: deque[tuple[float, socket.socket]] = deque()  # and when
+        self.turned_away: deque[tuple[float, socket.socket]] = deque()  # when, and who
         self.supervisor: socket.socket | None = None
         self._beat_at = self._told_at = -math.inf
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
@@ -211,7 +211,7 @@ class Service(ThreadingHTTPServer):
 
     def _turn_away(self, connection: socket.socket) -> None:
         """Answer 503 at once, from the accept loop; service_actions() closes it, when the client has read that."""
-        handler = self.handler.__new__(self.handler)  # one that answers but never asks
+        handler = self.handler.__new__(self.handler)  # without a connection: it only puts the answer into words
         handler.server, handler.request_id, handler.command = self, f"{random.getrandbits(64):016x}", "-"
         handler.close_connection = True
         status, message = handler.describe(ServiceUnavailable("too many connections are open", [("Retry-After", "1")]))
@@ -268,6 +268,8 @@ class Service(ThreadingHTTPServer):
                 if idle_since < now - LAST_LOOK:
                     _end_input(connection)
             time.sleep(0.01)
+        if cut := list(self.connections.values()).count(math.inf):
+            self.log.event(f"- ends although {cut} requests are under way: {self.settings.grace:g} s are over")
 
     def close(self) -> None:
         """Let go of what the process holds besides its socket."""
@@ -311,6 +313,7 @@ class Handler(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         """Read a request and answer it; handle() calls this until close_connection is true."""
         self.server.connections[self.connection], self.close_connection = time.monotonic(), True
+        self.body = b""  # the last one may have been large, and this may wait for long
         if not self.stream.await_message(IDLE_TIME):
             return
         self.server.connections[self.connection], started = math.inf, time.perf_counter()

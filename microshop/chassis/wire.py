@@ -282,6 +282,8 @@ class Stream:
     def _read_exactly(self, size: int) -> bytes:
         body = bytearray(self._buffer[self._start:self._start + size])
         self._start += len(body)
+        if not self.has_bytes():
+            self._buffer, self._start = b"", 0  # a connection that idles should hold nothing
         while len(body) < size:
             body += self._receive(min(size - len(body), RECEIVE_SIZE))
         return bytes(body)
