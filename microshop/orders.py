@@ -323,14 +323,15 @@ class Orders(Service):
                 for order_id in find_due(self.database):
                     if not self.ending.is_set():
                         Saga(self, order_id, {"x-request-id": f"order-{order_id}"}).advance()
-            except Exception:  # the disk may be full for a while
-                self.log.event(f"- the saga failed, and goes on in {RETRY_LAST} s\n{traceback.format_exc()}")
+            except Exception as error:  # the disk may be full for a while
+                why = f"{self.database.path}: {error}" if self.database.explain(error) else traceback.format_exc()
+                self.log.event(f"- the saga failed, and goes on in {RETRY_LAST} s\n{why}")
                 self.ending.wait(RETRY_LAST)
 
     def drain(self) -> None:
         self.ending.set()  # what the background leaves undone is done after the next start
         super().drain()
-        self._background.join(CALL_TIME)
+        self._background.join(min(CALL_TIME, self.settings.grace))
 
     def close(self) -> None:
         self.client.close()

@@ -33,6 +33,7 @@ KILL_SHARE = 0.75    # of the grace period, after which a gateway is killed that
 TICK = 0.05          # seconds between looks at the clock, the signals and the lifelines
 MAX_LINE = 2**20     # bytes of a line that are shown without waiting for its end
 AHEAD = 4            # outputs of one child that may wait to be shown: who prints more waits, but nobody else
+LAST_WORDS = 1.0     # seconds for output to be read and shown, when who wrote it has ended
 LAST_LINES = 5       # that are shown again where a child is given up
 SERVICE_HOST = "127.0.0.1"
 SERVICES = ("users", "products", "orders")
@@ -77,7 +78,8 @@ class Process:
         self._lifeline.setblocking(False)
         self.unshown = threading.Semaphore(AHEAD)  # taken for each output until it is shown
         self.is_ending = False
-        self.kill_at = math.inf  # when it must have ended
+        self.kill_at = math.inf   # when it must have ended
+        self.heard_by = math.inf  # when its output must have ended
         handed_on = (child.listener, theirs)
         for end in handed_on:
             end.set_inheritable(True)
@@ -101,8 +103,9 @@ class Process:
 
     def end(self, kill_at: float) -> None:
         """Tell it to end, once, and by when (of time.monotonic)."""
+        self.kill_at = min(self.kill_at, kill_at)
         if not self.is_ending:
-            self.is_ending, self.kill_at = True, kill_at
+            self.is_ending = True
             self.popen.terminate()
 
     def kill(self) -> None:
@@ -162,7 +165,8 @@ class Supervisor:
     def __init__(self, services: list[Child], gateways: list[Child], grace: float):
         self.services, self.gateways, self.children = services, gateways, services + gateways
         self.grace = grace
-        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.events: queue.Queue[Event] = queue.Queue()  # a SimpleQueue's get() may miss its timeout at a signal
+        self.to_show: queue.Queue[tuple[str, bytes, Process | None] | None] = queue.Queue()
         self.signals: list[int] = []       # that ask for the end
         self.renewal_asked = False         # by SIGHUP
         self.to_renew: deque[Child] = deque()
@@ -177,10 +181,14 @@ class Supervisor:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), self._on_signal)
+        printer = threading.Thread(target=self._print, daemon=True)
+        printer.start()
         while not self.is_stopping or self._running():
             self._look()
             self._take_event()
         self._say("stopped")
+        self.to_show.put(None)
+        printer.join(LAST_WORDS)
         return self.status
 
     @property
@@ -216,10 +224,13 @@ class Supervisor:
             if now > before + 1:  # it is we who stood still, and nobody can be blamed
                 child.life.note_sign()
             for process in child.processes():
-                if process.popen.poll() is not None:
-                    process.kill()  # it has ended, but its group may live on, and keep its output open
+                if process.popen.poll() is not None:  # but somebody that it has started may keep its output open
+                    process.kill()
+                    process.heard_by = min(process.heard_by, now + LAST_WORDS)
+                    if now > process.heard_by:
+                        self._notice_end(child, process, process.popen.returncode)
                 elif now > process.kill_at:
-                    process.kill_at = math.inf
+                    process.kill_at = now + LAST_WORDS
                     self._say(f"{child.name} did not end in time; killing it")
                     process.kill()
         if self.signals and not self.is_stopping:
@@ -256,9 +267,7 @@ class Supervisor:
             self.to_renew.extend(self.children)
             self._say("replacing every process by a new one")
         if self.to_renew and self.to_renew[0].life.state == "up" and not self.to_renew[0].former:
-            child = self.to_renew[0]
-            child.former = child.current
-            self._start(child)
+            self._start(self.to_renew[0])
 
     def _end_children(self) -> None:
         """Tell the gateways to end; and when they have, the services, which their last requests needed."""
@@ -282,10 +291,10 @@ class Supervisor:
         except queue.Empty:
             return
         if status is not None:
-            self._notice_end(child, process, status)
+            if process in child.processes():  # else nobody waited for the end of its output
+                self._notice_end(child, process, status)
             return
-        self._show(child.name, output)
-        process.unshown.release()
+        self._show(child.name, output, process)
         child.last_lines.extend(output.rsplit(b"\n", LAST_LINES)[-LAST_LINES:])
         if process is child.current and child.life.state == "starting" and (match := LISTENING.search(output)):
             child.url = match[1].decode()
@@ -304,6 +313,7 @@ class Supervisor:
             self._say(f"ready in {time.monotonic() - self.began_at:.2f} s: {self.gateways[0].url} (Ctrl-C ends it)")
 
     def _notice_end(self, child: Child, process: Process, status: int) -> None:
+        process.kill()  # what it has started
         process.close()
         if process is child.former:
             child.former = None
@@ -342,8 +352,18 @@ class Supervisor:
             environment.setdefault(f"MICROSHOP_{service.name.upper()}_URL", url)
         if child in self.services:
             environment.pop("MICROSHOP_TOKEN", None)  # the gateway's alone
-        child.current = process = Process(child, environment)
         child.last_lines.clear()
+        try:
+            process = Process(child, environment)
+        except OSError as error:
+            child.last_lines.append(f"cannot start it: {error.strerror}".encode())
+            if not child.current:  # else that one goes on
+                child.life.note_start()
+                child.life.note_end()
+            self.to_renew.clear()
+            self._say(f"{child.name} cannot be started now: {error.strerror}")
+            return
+        child.former, child.current = child.current or child.former, process
         child.life.note_start()
         self._bind_to_core(child, process.popen.pid)
         threading.Thread(target=self._read, args=(child, process), daemon=True).start()
@@ -381,15 +401,29 @@ class Supervisor:
     def _say(self, text: str) -> None:
         self._show("run_all", text.encode())
 
-    def _show(self, name: str, lines: bytes) -> None:
+    def _show(self, name: str, lines: bytes, process: Process | None = None) -> None:
+        self.to_show.put((name, lines, process))
+
+    def _print(self) -> None:
+        """Print what is to be shown, in a thread of its own: who does not read it must not keep us from deciding."""
+        while item := self.to_show.get():
+            name, lines, process = item
+            self._print_lines(name, lines)
+            if process:
+                process.unshown.release()
+
+    def _print_lines(self, name: str, lines: bytes) -> None:
         prefix = f"{name:<8} | "
         if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
             prefix = f"\33[{COLOURS.get(name, 36)}m{prefix}\33[0m"
+        rest = b"".join([prefix.encode() + line + b"\n" for line in lines.split(b"\n")])
         try:
-            sys.stdout.buffer.write(b"".join([prefix.encode() + line + b"\n" for line in lines.split(b"\n")]))
-            sys.stdout.flush()
-        except OSError:  # nobody can read us any more
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            while rest:
+                rest = rest[os.write(sys.stdout.fileno(), rest):]
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # a full disk, say, which may pass
+                return
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody can read us any more
             self.signals = self.signals or [signal.SIGTERM]
 
 

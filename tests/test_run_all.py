@@ -6,6 +6,7 @@ import os
 import pty
 import random
 import re
+import resource
 import select
 import shutil
 import signal
@@ -124,6 +125,16 @@ class HeadShop(SmallShop):
     def _read(self) -> None:
         self.lines.append(self.popen.stdout.readline().decode())
         self.popen.stdout.close()
+
+
+class DeafShop(SmallShop):
+    """A shop that nobody listens to any more when it is ready."""
+
+    def _read(self) -> None:
+        while not self.lines or "ready in" not in self.lines[-1]:
+            with self._news:
+                self.lines.append(self.popen.stdout.readline().decode())
+                self._news.notify_all()
 
 
 class ShopTestCase(unittest.TestCase):
@@ -306,6 +317,15 @@ class EndTest(ShopTestCase):
         self.assertEqual(len(shop.children()), 2)
         shop.popen.kill()
         shop.status()
+        self.assertTrue(comes_true(lambda: not shop.children()))
+
+    def test_it_ends_although_who_reads_what_it_shows_stands_still(self):
+        shop = self.begin("--fresh", "--grace", "2", kind=DeafShop)
+        shop.wait_for("ready in")
+        for _ in range(100):
+            ask(shop.first, target="/" + "x" * 4000)  # whose log lines fill each pipe on the way
+        shop.popen.send_signal(signal.SIGTERM)
+        self.assertEqual(shop.popen.wait(PATIENCE), 0)
         self.assertTrue(comes_true(lambda: not shop.children()))
 
     def test_a_temporary_folder_is_made_only_to_be_used(self):
@@ -511,15 +531,36 @@ class CareTest(ShopTestCase):
         self.assertIn("run_all  | users was not ready in 1 s; killing it", shop.lines)
 
     def test_what_a_child_has_started_ends_with_it(self):
+        for more in ("", ", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL"):  # one may keep the output open
+            shop = self.open("--fresh", kind=HastyShop, **self.afflict(
+                "users", f"print('grandchild', subprocess.Popen(['sleep', '60']{more}).pid, flush=True)"))
+            [users], grandchild = shop.children("users"), int(shop.wait_for(r"grandchild (\d+)")[1])
+            os.kill(users, signal.SIGKILL)
+            second = int(shop.wait_for(r"grandchild (\d+)", times=2)[1])
+            self.assertTrue(comes_true(lambda pid=grandchild: not is_running(pid)))
+            shop.wait_for("Users service listening", times=2)
+            self.assertEqual(shop.stop(), 0)
+            self.assertTrue(comes_true(lambda pid=second: not is_running(pid)))
+
+    def test_a_process_that_has_left_the_group_and_keeps_the_output_open_is_not_waited_for(self):
         shop = self.open("--fresh", kind=HastyShop, **self.afflict(
-            "users", "print('grandchild', subprocess.Popen(['sleep', '60']).pid, flush=True)"))
-        [users], grandchild = shop.children("users"), int(shop.wait_for(r"grandchild (\d+)")[1])
+            "users", "print('daemon', subprocess.Popen(['sleep', '60'], start_new_session=True).pid, flush=True)"))
+        [users] = shop.children("users")
         os.kill(users, signal.SIGKILL)
-        second = int(shop.wait_for(r"grandchild (\d+)", times=2)[1])
-        self.assertTrue(comes_true(lambda: not is_running(grandchild)))
+        for times in (1, 2):
+            self.addCleanup(os.kill, int(shop.wait_for(r"daemon (\d+)", times)[1]), signal.SIGKILL)
         shop.wait_for("Users service listening", times=2)
-        self.assertEqual(shop.stop(), 0)
-        self.assertTrue(comes_true(lambda: not is_running(second)))
+        self.assertEqual(ask(shop.first, target="/users").status, 200)
+
+    def test_one_that_cannot_be_started_for_lack_of_something_is_tried_again(self):
+        shop = self.open("--fresh", kind=HastyShop)
+        [users] = shop.children("users")
+        limits = resource.prlimit(shop.popen.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(shop.popen.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+        os.kill(users, signal.SIGKILL)
+        shop.wait_for("^run_all .*users cannot be started now: Too many open files")
+        resource.prlimit(shop.popen.pid, resource.RLIMIT_NOFILE, limits)
+        self.assertEqual(ask(shop.first, target="/users").status, 200)
 
     def test_one_that_prints_a_lot_slows_only_itself_and_each_line_comes_whole(self):
         lines = 30_000

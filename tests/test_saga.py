@@ -108,12 +108,15 @@ class Deadlines(SagaTest):
 
     def test_a_book_that_cannot_be_read_is_not_asked_for_again_and_again(self):
         self.set_times(LOOK=0.001, RETRY_LAST=NEVER)
-        with (mock.patch.object(orders, "find_due", side_effect=sqlite3.OperationalError("disk I/O error")) as asked,
+        fault = sqlite3.OperationalError("disk I/O error")
+        fault.sqlite_errorcode = sqlite3.SQLITE_IOERR_WRITE
+        with (mock.patch.object(orders, "find_due", side_effect=fault) as asked,
               contextlib.redirect_stderr(io.StringIO()) as log, running(Orders) as service):
             wait_until(lambda: asked.called)
             threading.Event().wait(0.05)
             service.log.flush()
         self.assertEqual(log.getvalue().count("disk I/O error"), 1)
+        self.assertNotIn("Traceback", log.getvalue())
 
     def test_what_is_left_of_the_time_is_passed_on(self):
         left = []

@@ -116,6 +116,12 @@ class StorageTest(unittest.TestCase):
         with self.assertRaisesRegex(DatabaseUnusable, f"cannot use {path}: it is damaged.*; mend or move it, or cho"):
             Users(self.users.settings)
 
+    def test_a_text_that_is_damaged_is_503(self):
+        path = self.run_users()
+        self.users.database.close()
+        path.write_bytes(path.read_bytes().replace(b"Alice", b"\xfflice"))
+        self.assert_refused(self.get(), 503, "Could not decode to UTF-8 column 'name'")
+
     def test_a_fault_in_a_statement_is_still_a_fault(self):
         self.run_users()
         with mock.patch("microshop.users.find_users", lambda database, page: database.rows("SELECT nothing FROM here")):

@@ -141,8 +141,12 @@ class Database:
             self.release()
             self._writer.release()
 
-    def explain(self, error: sqlite3.Error) -> ServiceError | None:
-        """Return what to tell a client where the file is at fault; None where the statement is."""
+    def explain(self, error: Exception) -> ServiceError | None:
+        """Return what to tell a client where the file is at fault; None where something else is."""
+        if isinstance(error, ServiceError):
+            return error
+        if isinstance(error, sqlite3.OperationalError) and "decode" in str(error):  # damaged text; that has no code
+            return ServiceUnavailable(f"{self.path.name}: {error}", [("Retry-After", "1")])
         if kind := FAULTS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF):
             return kind(f"{self.path.name}: {error}", [("Retry-After", "1")])
         return None

@@ -18,7 +18,6 @@ import select
 import signal
 import socket
 import socketserver
-import sqlite3
 import sys
 import threading
 import time
@@ -342,7 +341,7 @@ class Handler(BaseHTTPRequestHandler):
         except ServiceError as error:
             return self.describe(error)
         except Exception as error:
-            if isinstance(error, sqlite3.Error) and (failure := self.server.database.explain(error)):
+            if self.server.schema and (failure := self.server.database.explain(error)):
                 self.server.log.event(f"{self.request_id} {self.server.database.path}: {error}")
                 return self.describe(failure)
             self.server.log.event(f"{self.request_id} failed\n{traceback.format_exc()}")

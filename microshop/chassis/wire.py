@@ -24,6 +24,7 @@ MAX_HEAD = 32 * 1024         # bytes of a whole head
 MAX_FIELDS = 100             # header fields in a head
 MAX_BODY = 1024 * 1024       # bytes of a request's body
 MAX_CHUNK_LINE = 1024        # bytes of a chunk's size and extensions
+MAX_EMPTY = 20               # reads that may bring nothing but empty lines before a message
 RECEIVE_SIZE = 64 * 1024     # bytes asked of the kernel at once
 LINGER = 1.0                 # seconds that a closing connection still reads
 PRECISION = 0.01             # seconds by which a deadline may be missed, to spare a system call for each message
@@ -40,6 +41,7 @@ STATUS_LINE = re.compile(r"(HTTP/1\.[01]) ([1-5][0-9]{2}) [\t -~\x80-\xff]*")   
 FIELD = re.compile(rf"^({TOKEN.pattern}):[ \t]*+([\t -~\x80-\xff]*+)\r\n", re.M)  # RFC 9112 5
 LENGTH = re.compile(r"[0-9]{1,4000}")                                             # int() stops at 4,300 digits
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")  # RFC 9112 7.1
+EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
 # What no head may hold anywhere: control bytes, a CR without its LF, an LF without its CR (RFC 9112 2.2).
 STRAY = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?=[^\n])|(?<!\r)\n")
 
@@ -202,14 +204,14 @@ class Stream:
         """
         self.deadline = time.monotonic() + timeout
         try:
-            while True:
-                while self._buffer[self._start:] in (b"", b"\r"):
-                    self.fill()
-                if not self._buffer.startswith(b"\r\n", self._start):
+            for _ in range(MAX_EMPTY):
+                self._start = EMPTY_LINES.match(self._buffer, self._start).end()  # type: ignore[union-attr]
+                if self._buffer[self._start:] not in (b"", b"\r"):
                     return True
-                self._start += 2
+                self.fill()
         except (OSError, EOFError):
-            return False
+            pass
+        return False
 
     def read_head(self) -> str:
         """Return the next head without its empty line. Raises BadRequest, TargetTooLong, FieldsTooLarge."""

@@ -380,6 +380,12 @@ class StreamTest(WireTest):
             self.assertFalse(reader.await_message(0.05))
             self.assertLess(time.monotonic() - began, 0.25)  # they come for 0.3 seconds at least
 
+    def test_nothing_but_empty_lines_is_not_listened_to_for_long(self):
+        with connected() as (peer, reader), trickling(peer, b"\r\n" * 3000):
+            began = time.monotonic()
+            self.assertFalse(reader.await_message(PATIENCE))
+            self.assertLess(time.monotonic() - began, PATIENCE / 2)
+
     def test_a_peer_that_is_silent_or_gone_sends_no_message(self):
         with connected() as (peer, reader):
             for start in [b"", b"\r\n\r\n"]:
