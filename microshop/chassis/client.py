@@ -22,13 +22,13 @@ from microshop.chassis import wire
 from microshop.chassis.content import parse_json
 from microshop.chassis.errors import (
     BadGateway, BadRequest, Broken, GatewayTimeout, ServiceError, Unreachable, UpstreamError, UpstreamUnavailable)
-from microshop.chassis.policies import Breaker, Clock, RetryBudget
+from microshop.chassis.policies import Breaker, Clock, RetryBudget, Slots
 
 MAX_ANSWER = 8 * 1024 * 1024   # bytes of an answer's body
 MAX_IDLE = 128                 # connections kept for later, per address
 IDLE_TIME = 30.0               # seconds one is kept: less than a service keeps its end (server.IDLE_TIME)
 CONNECT_TIME = 1.0             # seconds to connect, so that there is time left for another copy
-SLOT_TIME = 0.25               # seconds to wait for a slot of a service that has its fill of calls
+SLOT_TIME = 0.5                # seconds to wait for a slot of a service that has its fill of calls
 MAX_RETRIES = 2
 BACKOFF = 0.05                 # seconds before the first retry at most; it doubles before the next
 REPEATABLE = {"GET", "HEAD", "OPTIONS", "PUT", "DELETE"}  # RFC 9110 9.2.2: twice does what once does
@@ -71,7 +71,7 @@ class Upstream:
                  clock: Clock = time.monotonic):
         self.name, self.keeps_keys, self.max_in_flight = name, keeps_keys, max_in_flight
         self.copies = [Copy(base_url, clock) for base_url in base_urls]
-        self._slots = threading.Semaphore(max_in_flight)  # a bulkhead: a service that hangs holds so many, no more
+        self._slots = Slots(max_in_flight)  # a bulkhead: a service that hangs holds so many, no more
         self._retries = RetryBudget(clock)
         self._turns = 0
         self._lock = threading.Lock()  # of what changes; a mere look may be a moment old

@@ -82,6 +82,42 @@ class Breaker:
         self._outcomes.clear()
 
 
+class Slots:
+    """So many may be under way at a time; who comes later waits in line.
+
+    A Semaphore lets newcomers pass those that wait: under load some never get their turn.
+    """
+
+    def __init__(self, count: int):
+        self._free = count
+        self._line: deque[threading.Lock] = deque()  # one that is released has its turn
+        self._lock = threading.Lock()
+
+    def acquire(self, timeout: float) -> bool:
+        """Take a slot, within so many seconds; False where there was none."""
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return True
+            turn = threading.Lock()
+            turn.acquire()
+            self._line.append(turn)
+        if turn.acquire(timeout=max(timeout, 0)):
+            return True
+        with self._lock:
+            if turn not in self._line:  # it came just now
+                return True
+            self._line.remove(turn)
+            return False
+
+    def release(self) -> None:
+        with self._lock:
+            if self._line:
+                self._line.popleft().release()
+            else:
+                self._free += 1
+
+
 class RetryBudget:
     """Keeps retries from finishing off a service that is sick already.
 

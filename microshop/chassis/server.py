@@ -182,7 +182,8 @@ class Service(ThreadingHTTPServer):
                 self._tell_no_room(os.strerror(error.errno))
                 time.sleep(NO_ROOM_PAUSE / 10 if self._close_oldest() else NO_ROOM_PAUSE)
             raise
-        connection.setblocking(True)  # some systems hand the listener's mode on
+        if sys.platform != "linux":
+            connection.setblocking(True)  # BSD hands the listener's mode on
         return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -215,8 +216,7 @@ class Service(ThreadingHTTPServer):
         handler.close_connection = True
         status, message = handler.describe(ServiceUnavailable("too many connections are open", [("Retry-After", "1")]))
         with contextlib.suppress(OSError):
-            connection.setblocking(False)
-            connection.send(message)
+            connection.send(message)  # which does not block: nothing was sent before
             connection.shutdown(socket.SHUT_WR)
         self.turned_away.append((time.monotonic(), connection))
         self.log.request(handler.request_id, "-", "-", status, 0)

@@ -547,7 +547,7 @@ class Sparing(ClientTest):
             self.assertRaises(UpstreamUnavailable, self.call, users, deadline=time.monotonic() + 0.05)
             users.leave()
             self.fail(users, 1)
-            users._slots.acquire()
+            users._slots.acquire(0)
             with self.assertRaisesRegex(UpstreamUnavailable, "is not asked"):
                 self.call(users)
 

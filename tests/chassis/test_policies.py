@@ -1,9 +1,11 @@
 """The policies, as histories that are replayed: the clock is a number that the test moves on."""
 import random
 import sys
+import threading
 import unittest
 
-from microshop.chassis.policies import Breaker, Life, Rate, RateLimit, RetryBudget, client_of, is_bearer
+from microshop.chassis.policies import Breaker, Life, Rate, RateLimit, RetryBudget, Slots, client_of, is_bearer
+from tests.helpers import PATIENCE, wait_until
 
 
 class Clock:
@@ -199,6 +201,45 @@ class BearerTest(unittest.TestCase):
                       "Bearer s3cret-._~+/===", "Bearer S3cret-._~+/==", "Bearer s3cret-._~+/==, Bearer x",
                       "Bearer\ts3cret-._~+/==", "Bearer \xe9", "Bearer s3cret-._~+/==\xff"):
             self.assertFalse(is_bearer(shown, "s3cret-._~+/=="), shown)
+
+
+class SlotsTest(unittest.TestCase):
+    def test_so_many_may_be_taken_and_one_that_is_given_back_may_be_taken_again(self):
+        slots = Slots(2)
+        self.assertEqual([slots.acquire(0) for _ in range(3)], [True, True, False])
+        slots.release()
+        self.assertEqual([slots.acquire(0.001) for _ in range(2)], [True, False])
+
+    def test_who_waits_for_longest_is_next_and_no_newcomer_passes_it(self):
+        slots, order = Slots(1), []
+        slots.acquire(0)
+
+        def wait(name):
+            if slots.acquire(PATIENCE):
+                order.append(name)
+                slots.release()
+
+        threads = []
+        for name in range(20):
+            threads.append(threading.Thread(target=wait, args=(name,)))
+            threads[-1].start()
+            wait_until(lambda: len(slots._line) == len(threads))
+        slots.release()
+        order.append("newcomer" if slots.acquire(0) else "nobody")
+        for thread in threads:
+            thread.join(PATIENCE)
+        self.assertEqual([name for name in order if name != "nobody"][:20], list(range(20)))
+
+    def test_a_slot_that_comes_just_as_the_wait_ends_is_not_lost(self):
+        slots = Slots(1)
+        for _ in range(200):
+            self.assertTrue(slots.acquire(0))
+            waiting = threading.Thread(target=lambda: slots.acquire(0.0005) and slots.release())
+            waiting.start()
+            threading.Event().wait(0.0005)
+            slots.release()
+            waiting.join(PATIENCE)
+        self.assertTrue(slots.acquire(0))
 
 
 class LifeTest(unittest.TestCase):
