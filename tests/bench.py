@@ -23,6 +23,7 @@ from microshop.orders import Orders
 from microshop.products import Products
 from microshop.users import Users
 from tests.helpers import TOP, ask, process
+from tests.load import offer, requests
 
 ROUNDS = 3
 CONNECTIONS = (1, 16, 64)
@@ -106,6 +107,21 @@ def compare_workers(systems: dict[str, Ports], seconds: float) -> None:
                 other.append(load(systems["express"]["gateway"], 16, seconds)["rps"])
     print(f"gateway   16 connections  --workers 2 {statistics.median(two):6.0f}/s"
           + (f"  {statistics.median(two) / statistics.median(other):.2f}x express" if other else ""))
+
+
+def compare_overload(seconds: float) -> None:
+    """Print what is answered of twice as much as 64 connections reach, through the gateway, and how late.
+
+    The generator needs the cores too, the more so the cheaper the request.
+    """
+    for target, *content in (("/orders", ORDER), ("/users",)):
+        with microshop("--fresh", "--quiet") as (ports, _, _):
+            fill_stock(ports)
+            peak = load(ports["gateway"], 64, seconds, target, *content)["rps"]
+            told, times = offer(ports["gateway"], 2 * peak, 4 * seconds, requests(ports["gateway"], target, *content))
+            print(f"overload  {'POST' if content else 'GET '} {target}: peak {peak:.0f}/s, at twice that "
+                  f"{len(times) / 4 / seconds / peak:.2f}x of it is answered, p99 {times[len(times) * 99 // 100]:.2f} s; "
+                  + ", ".join(f"{what} {count / 4 / seconds:.0f}/s" for what, count in told.items() if count))
 
 
 def compare_writes(seconds: float) -> None:
@@ -196,6 +212,7 @@ def main() -> None:
         print(f"after all that the five processes hold {memory_of(supervisor):.0f} MiB")
     compare_writes(options.seconds)
     compare_composition(options.seconds)
+    compare_overload(options.seconds)
     compare_tables(options.seconds)
 
 

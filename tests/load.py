@@ -7,6 +7,7 @@ It asks with GET, or sends the JSON with POST, and an Idempotency-Key that is ne
 One thread and a selector instead of a thread per connection: threads of one process would fight for its
 interpreter lock, and measure that. Prints requests per second, and p50 and p99 in milliseconds, as JSON.
 """
+import contextlib
 import itertools
 import json
 import re
@@ -15,9 +16,12 @@ import selectors
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 
-WARM_UP = 0.5  # seconds that are not counted
+WARM_UP = 0.5    # seconds that are not counted
+PATIENCE = 10.0  # seconds in which what was offered must be answered
+OFFERS = 1500    # connections at most for what is offered: more than a process keeps open
 
 
 class Connection:
@@ -79,6 +83,48 @@ def measure(port: int, connections: int, seconds: float, to_send: Iterator[bytes
     times.sort()
     return {"rps": len(times) / seconds,
             "p50": times[len(times) // 2] * 1000, "p99": times[len(times) * 99 // 100] * 1000}
+
+
+def offer(port: int, rate: float, seconds: float, to_send: Iterator[bytes]) -> tuple[Counter, list[float]]:
+    """Send so many requests a second whatever comes back (an open loop), on OFFERS connections at most.
+
+    Return how often each status came, and the sorted seconds that each success took, counted from when its request was
+    due: so nothing is hidden where all connections are taken, or this process is late.
+    """
+    selector, told, times, number = selectors.DefaultSelector(), Counter(), [], 0
+    idle: list[Connection] = []
+    due: dict[Connection, float] = {}  # of those that are busy: when the request was
+    began = time.perf_counter()
+    while (now := time.perf_counter() - began) < seconds or due and now < seconds + PATIENCE:
+        while number < min(now, seconds) * rate:
+            number += 1
+            if not idle and len(due) < OFFERS:
+                idle.append(Connection(port))
+                selector.register(idle[-1].socket, selectors.EVENT_READ, idle[-1])
+            if idle:
+                due[idle[-1]] = number / rate
+                with contextlib.suppress(OSError):  # that it is closed will be read
+                    idle.pop().socket.sendall(next(to_send))
+            else:
+                told["not sent"] += 1
+        for key, _ in selector.select(0.001):
+            connection, came = key.data, "HTTP"
+            try:
+                if not connection.receive():
+                    continue
+                times.append(time.perf_counter() - began - due[connection])
+            except (OSError, ValueError) as failure:  # which shows what came
+                came, connection.received = str(failure), b""
+                told[(re.search("HTTP/1.1 (...)", came) or ["", "closed"])[1]] += connection in due
+            if due.pop(connection, None) is None:
+                idle.remove(connection)
+            if "HTTP" in came and "Connection: close" not in came:
+                idle.append(connection)
+            else:
+                selector.unregister(connection.socket)
+                connection.socket.close()
+    told["unanswered"] = len(due)
+    return told, sorted(times)
 
 
 if __name__ == "__main__":
