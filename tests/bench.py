@@ -118,10 +118,11 @@ def compare_overload(seconds: float) -> None:
         with microshop("--fresh", "--quiet") as (ports, _, _):
             fill_stock(ports)
             peak = load(ports["gateway"], 64, seconds, target, *content)["rps"]
-            told, times = offer(ports["gateway"], 2 * peak, 4 * seconds, requests(ports["gateway"], target, *content))
-            print(f"overload  {'POST' if content else 'GET '} {target}: peak {peak:.0f}/s, at twice that "
-                  f"{len(times) / 4 / seconds / peak:.2f}x of it is answered, p99 {times[len(times) * 99 // 100]:.2f} s; "
-                  + ", ".join(f"{what} {count / 4 / seconds:.0f}/s" for what, count in told.items() if count))
+            spell, to_send = 4 * seconds, requests(ports["gateway"], target, *content)
+            told, times = offer(ports["gateway"], 2 * peak, spell, to_send)
+            print(f"overload  {'POST' if content else 'GET '} {target}: of twice the peak ({peak:.0f}/s) so much is "
+                  f"answered: {len(times) / spell / peak:.2f}x the peak, p99 {times[len(times) * 99 // 100]:.2f} s; "
+                  + ", ".join(f"{what} {count / spell:.0f}/s" for what, count in told.items() if count))
 
 
 def compare_writes(seconds: float) -> None:
