@@ -511,6 +511,21 @@ class RoomTest(unittest.TestCase):
         self.assertEqual([wire_.read().status for wire_ in busy], [200, 200])
         self.keep(service, 2)
 
+    def test_a_connection_that_idles_holds_nothing_of_what_came(self):
+        handlers = []
+
+        class Spy(ThingsHandler):
+            def setup(self):
+                super().setup()
+                handlers.append(self)
+
+        service = self.enterContext(running(Things))
+        with mock.patch.object(service, "RequestHandlerClass", Spy):
+            client, body = self.enterContext(Wire(service.server_port)), b'"%s"' % (b"x" * 500_000)
+            client.send(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            self.assertEqual(client.read().status, 201)
+            wait_until(lambda: (handlers[0].body, handlers[0].stream._buffer) == (b"", b""))
+
     def test_those_turned_away_hold_only_so_many_descriptors(self):
         service = self.enterContext(running(Things, max_connections=1))
         self.hold(service)
