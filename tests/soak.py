@@ -54,7 +54,7 @@ CUT_OFF, SILENCE = (10, 11.5), (60, 63.5)  # seconds until those are closed: the
 CLIENTS = 16                              # of the constant load
 CLIENT_PAUSES = (0.3, 0.01, 0.01, 0.01)   # seconds to the next request: one in four idles for so long that it is closed
 KILL_PAUSE = (1.5, 4.0)                   # seconds; who is killed more often is started again later and later
-BACK = (10, 15)                           # seconds until a process that was stopped is back
+BACK = (10, 21)                          # seconds until a process that was stopped is back, with the longest pause
 OVERLOAD, LEAST_OF_PEAK = 2, 0.8          # times what 64 connections reach
 GRACE = 10                                # seconds, the default of --grace
 
