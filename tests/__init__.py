@@ -1,6 +1,6 @@
-"""The tests, which mirror the house. `python -m unittest` finds them all, and runs them in two processes at once.
+"""The tests, which mirror the house. `python -m unittest` finds them all, and runs them in three processes at once.
 
-Most of their time goes into waiting, for processes and for deadlines, so two at once take little more than half of it.
+Most of their time goes into waiting, for processes and for deadlines, so three at once take hardly more than a third.
 The tests of a class stay together, and all is reported as ever. `python -m unittest tests.test_users` has one process.
 """
 import contextlib
@@ -11,7 +11,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-LANES = 2
+LANES = 3
 KINDS = ("failures", "errors", "skipped")  # of what a TestResult keeps, and each is (test, text)
 
 

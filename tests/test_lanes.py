@@ -1,4 +1,4 @@
-"""Two lanes report what one would: each kind of trouble, once, and a process that dies."""
+"""Lanes report what one would: each kind of trouble, once, and a process that dies."""
 import io
 import os
 import unittest
