@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 from microshop.chassis.errors import InsufficientStorage, ServiceError, ServiceUnavailable
 
-TURN_TIME = 1.5     # seconds that a thread waits for others here
-BUSY_TIMEOUT = 1.5  # seconds that it then waits for other processes: both together are less than callers wait
+TURN_TIME = 1.5      # seconds that a thread waits for others here
+BUSY_TIMEOUT = 1.5   # seconds that it then waits for other processes: both together are less than callers wait
 MAX_CHECKED = 2**26  # bytes of a file that is looked through for damage at the start: a second or less
-CONNECTIONS = 16    # to a file: each holds two descriptors and 100 KiB, and a read takes microseconds
-LOOK = 0.001        # seconds until the next look for one, when all are lent
+CONNECTIONS = 16     # to a file: each holds two descriptors and 100 KiB, and a read takes microseconds
+LOOK = 0.001         # seconds until the next look for one, when all are lent
 
 # SQLite's primary result codes that blame the file, and not what was asked of it.
 FAULTS: dict[int, type[ServiceError]] = {
@@ -145,11 +145,11 @@ class Database:
         """Return what to tell a client where the file is at fault; None where something else is."""
         if isinstance(error, ServiceError):
             return error
-        if isinstance(error, sqlite3.OperationalError) and "decode" in str(error):  # damaged text; that has no code
-            return ServiceUnavailable(f"{self.path.name}: {error}", [("Retry-After", "1")])
-        if kind := FAULTS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF):
-            return kind(f"{self.path.name}: {error}", [("Retry-After", "1")])
-        return None
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if isinstance(error, sqlite3.OperationalError) and "decode" in str(error):  # damaged text comes without a code
+            code = sqlite3.SQLITE_CORRUPT
+        kind = FAULTS.get(code)
+        return kind(f"{self.path.name}: {error}", [("Retry-After", "1")]) if kind else None
 
     def _take(self) -> sqlite3.Connection | None:
         deadline = time.monotonic() + TURN_TIME

@@ -84,6 +84,10 @@ def _end_input(connection: socket.socket) -> None:
         connection.shutdown(socket.SHUT_RD)
 
 
+def make_id() -> str:
+    return f"{random.getrandbits(64):016x}"
+
+
 def entity_tag(body: bytes) -> str:
     return f'"{hashlib.blake2b(body, digest_size=8).hexdigest()}"'
 
@@ -212,7 +216,7 @@ class Service(ThreadingHTTPServer):
     def _turn_away(self, connection: socket.socket) -> None:
         """Answer 503 at once, from the accept loop; service_actions() closes it, when the client has read that."""
         handler = self.handler.__new__(self.handler)  # without a connection: it only puts the answer into words
-        handler.server, handler.request_id, handler.command = self, f"{random.getrandbits(64):016x}", "-"
+        handler.server, handler.request_id, handler.command = self, make_id(), "-"
         handler.close_connection = True
         status, message = handler.describe(ServiceUnavailable("too many connections are open", [("Retry-After", "1")]))
         with contextlib.suppress(OSError):
@@ -316,7 +320,7 @@ class Handler(BaseHTTPRequestHandler):
         if not self.stream.await_message(IDLE_TIME):
             return
         self.server.connections[self.connection], started = math.inf, time.perf_counter()
-        self.command, self.path, self.request_id = "-", "-", f"{random.getrandbits(64):016x}"
+        self.command, self.path, self.request_id = "-", "-", make_id()
         try:
             status, message = self._find_answer()
             self.stream.deadline = time.monotonic() + SEND_TIME

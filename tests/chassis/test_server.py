@@ -372,10 +372,10 @@ class ConnectionTest(ServerTest):
         self.assertEqual(len(writes), 2)
 
     def test_nagle_is_off(self):
-        with Wire(self.port) as connection:
+        with running(Things) as service, Wire(service.server_port) as connection:  # others may still linger elsewhere
             connection.send(GET)
             connection.read()
-            served, = self.service.connections
+            served, = service.connections
             self.assertTrue(served.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
 
     def test_two_hundred_clients_that_come_at_once_are_all_served(self):
@@ -509,6 +509,7 @@ class RoomTest(unittest.TestCase):
             wait_until(lambda: not service.turned_away)
         service.go_on.set()
         self.assertEqual([wire_.read().status for wire_ in busy], [200, 200])
+        wait_until(lambda: math.inf not in service.connections.values())  # a client may be told before that is noted
         self.keep(service, 2)
 
     def test_a_connection_that_idles_holds_nothing_of_what_came(self):
@@ -576,11 +577,17 @@ class RoomTest(unittest.TestCase):
 class NoDescriptorsTest(unittest.TestCase):
     """A service, in a process of its own, that may have only so many descriptors."""
 
+    @contextlib.contextmanager
+    def running_users(self, least, most):
+        """Yield a service that begins with `least` descriptors and may have `most`, and its port."""
+        limited = (f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({least}, {most}))\n"
+                   "from microshop.users import Users; Users.main()")
+        with (tempfile.TemporaryDirectory() as folder,
+              process("tests.after", limited, "--port", "0", "--data", folder) as users):
+            yield users, users.port("Users service")
+
     def test_the_accept_loop_neither_spins_nor_dies_and_goes_on_when_there_is_room(self):
-        with tempfile.TemporaryDirectory() as folder, process(
-                "tests.after", "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))\n"
-                "from microshop.users import Users; Users.main()", "--port", "0", "--data", folder) as users:
-            port = users.port("Users service")
+        with self.running_users(60, 60) as (users, port):
             with contextlib.ExitStack() as stack:
                 busy = [stack.enter_context(Wire(port)) for _ in range(60)]
                 for wire_ in busy:
@@ -599,12 +606,8 @@ class NoDescriptorsTest(unittest.TestCase):
                 self.assertTrue(idle[0].is_closed())
             self.assertEqual(users.stop(), 0)
 
-
     def test_a_process_takes_as_many_descriptors_as_it_may(self):
-        with tempfile.TemporaryDirectory() as folder, process(
-                "tests.after", "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (60, 200))\n"
-                "from microshop.users import Users; Users.main()", "--port", "0", "--data", folder) as users:
-            port = users.port("Users service")
+        with self.running_users(60, 200) as (users, port):
             with contextlib.ExitStack() as stack:
                 wires = [stack.enter_context(Wire(port)) for _ in range(100)]
                 for wire_ in reversed(wires):
