@@ -21,7 +21,7 @@ The life of GET /users/1, from the client and back:
 
   1. gateway    chassis.wire reads the head, strictly; chassis.server makes it a request with an id
   2.            GatewayHandler.dispatch sees the first segment, `users`, and forwards
-  3.            chassis.client chooses a copy of the service, sends it on a kept-alive connection and reads the
+  3.            chassis.client chooses an instance of the service, sends it on a kept-alive connection and reads the
                 answer, with chassis.wire again; where there is none, it decides whether to try once more
   4. users      chassis.server finds the route; UsersHandler.get_user asks find_user, which asks the database
   5.            the row travels back as return values; Handler.format_answer makes bytes of it, once
@@ -33,3 +33,6 @@ A "Law" in a module's first docstring says what may not stand there; tests/test_
 To read it all, begin with users.py, products.py and orders.py; then server.py, wire.py, client.py and gateway.py;
 then run_all.py.
 """
+
+GATEWAY_PORT = 3000
+SERVICES = {"users": 3001, "products": 3002, "orders": 3003}  # the port of each

@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+from microshop import SERVICES
 from microshop.chassis import config
 
-SERVICES = ("users", "products", "orders")
 PATIENCE = 60  # seconds in which an order must come to its end
 
 BREACHES = {  # each as it is told, and the query that finds it

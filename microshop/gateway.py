@@ -10,16 +10,17 @@ import time
 from argparse import Namespace
 from threading import Thread
 
+from microshop import GATEWAY_PORT, SERVICES
 from microshop.chassis import config
 from microshop.chassis.client import Client, Reply, Upstream
 from microshop.chassis.content import encode, parse_query
 from microshop.chassis.errors import BadGateway, BadRequest, TooManyRequests, Unauthorized, UpstreamError
-from microshop.chassis.policies import RateLimit, client_of, is_bearer
-from microshop.chassis.server import Answer, Handler, Service
+from microshop.chassis.admission import RateLimit, client_of, is_bearer
+from microshop.chassis.handler import Answer, Handler
+from microshop.chassis.server import Service
 
-SERVICES = {"users": "http://127.0.0.1:3001", "products": "http://127.0.0.1:3002", "orders": "http://127.0.0.1:3003"}
 KEEPS_KEYS = {"orders"}  # who honours an Idempotency-Key: a POST with one may be sent twice
-PARTS = {"orders": {"user": "users", "product": "products"}}  # what ?expand= puts inside, and who has it, by its id
+EXPANSIONS = {"orders": {"user": "users", "product": "products"}}  # what ?expand= puts inside, and who has it, by its id
 MAX_IDS = 100            # parts that are asked for at once: a page, unless told otherwise
 HEALTH_TIME = 1.0        # seconds for a service to tell how it is
 HEALTH = {200: "ok", 503: "draining"}  # how a service is that answers so
@@ -87,7 +88,7 @@ class GatewayHandler(Handler):
         path, _, query = self.path.partition("?")
         if not (upstream := self.server.upstreams.get(path.split("/")[1])):
             return super().dispatch()
-        if query and upstream.name in PARTS and self.command in ("GET", "HEAD"):
+        if query and upstream.name in EXPANSIONS and self.command in ("GET", "HEAD"):
             if (expand := parse_query(query).get("expand")) is not None:
                 return self.compose(upstream, list(dict.fromkeys(expand.split(","))))
         return self.pass_back(self.forward(upstream, self.command))
@@ -137,7 +138,7 @@ class GatewayHandler(Handler):
         A part that is not to be had is null, and the resource tells under `missing` why. X-Complete tells how
         many parts were found, of how many.
         """
-        services = PARTS[upstream.name]
+        services = EXPANSIONS[upstream.name]
         for name in names:
             if name not in services:
                 raise BadRequest(f"expand: {name!r} is none of {', '.join(services)}")
@@ -205,13 +206,13 @@ class GatewayHandler(Handler):
         return Answer(b"API Gateway", headers=[("Content-Type", "text/html; charset=utf-8")])
 
     def health(self) -> Answer:
-        """Tell how the gateway is, each service behind it, and the breaker of each copy of those."""
+        """Tell how the gateway is, each service behind it, and the breaker of each instance of those."""
         upstreams = self.server.upstreams
         replies = self.ask_together([(upstream, "/health") for upstream in upstreams.values()],
                                     min(self.deadline, time.monotonic() + HEALTH_TIME))
         states = {name: HEALTH.get(reply.status, "away") if isinstance(reply, Reply) else "away"
                   for name, reply in zip(upstreams, replies, strict=True)}
-        breakers = {name: [copy.breaker.state for copy in upstream.copies] for name, upstream in upstreams.items()}
+        breakers = {name: [instance.breaker.state for instance in upstream.instances] for name, upstream in upstreams.items()}
         answer = super().health()
         if answer.status == 200 and set(states.values()) != {"ok"}:
             answer.body["status"] = "degraded"
@@ -221,12 +222,12 @@ class GatewayHandler(Handler):
 
 
 class Gateway(Service):
-    name, title, port = "gateway", "API Gateway", 3000
+    name, title, port = "gateway", "API Gateway", GATEWAY_PORT
     handler = GatewayHandler
     options = [
-        config.HOST, *config.OF_THE_GATEWAY, config.TOKEN, config.QUIET,
-        *[config.Setting(f"{name}-url", config.base_urls, url, f"base URL of the {name} service, or of its copies")
-          for name, url in SERVICES.items()]]
+        config.HOST, *config.FOR_GATEWAY, config.TOKEN, config.QUIET,
+        *[config.service_url(name, port)
+          for name, port in SERVICES.items()]]
 
     def __init__(self, settings: Namespace):
         super().__init__(settings)

@@ -22,13 +22,15 @@ from argparse import Namespace
 from functools import partial
 from typing import Any
 
+from microshop import SERVICES
 from microshop.chassis import config
 from microshop.chassis.client import Client, Reply, Upstream
 from microshop.chassis.content import Integer, Page, encode, parse_query
 from microshop.chassis.database import Database
 from microshop.chassis.errors import (
     BadGateway, BadRequest, Conflict, NotFound, UnprocessableContent, UpstreamError, UpstreamUnavailable)
-from microshop.chassis.server import Answer, Handler, Service
+from microshop.chassis.handler import Answer, Handler
+from microshop.chassis.server import Service
 
 CALL_TIME = 2.0          # seconds for a service to answer, if the client's patience lasts
 TAKE_OVER = 5.0          # seconds after which the background goes on with what a request left undone
@@ -129,7 +131,7 @@ def postpone_order(database: Database, order: dict) -> None:
          "first": RETRY_FIRST, "last": RETRY_LAST})
 
 
-def settle_rejected(database: Database, order_id: int) -> None:
+def finish_rejected(database: Database, order_id: int) -> None:
     """Note that a rejected order holds nothing and never will."""
     database.write("UPDATE orders SET due = NULL WHERE id = ? AND status = 'rejected'", [order_id])
 
@@ -140,21 +142,21 @@ def find_due(database: Database) -> list[int]:
     return [row["id"] for row in rows]
 
 
-def hasten_all(database: Database) -> None:
+def resume_all(database: Database) -> None:
     """Make every order due that is not at its end: after a start, nobody is at work on any."""
     database.write("UPDATE orders SET due = 0 WHERE due IS NOT NULL")
 
 
-def find_answer(database: Database, order_id: int) -> tuple[int, Any] | None:
+def find_response(database: Database, order_id: int) -> tuple[int, Any] | None:
     """Return what an order's client was told first: status and body; None if nothing yet."""
     answer = database.rows("SELECT answer FROM orders WHERE id = ?", [order_id])[0]["answer"]
     return answer and json.loads(answer)
 
 
-def keep_answer(database: Database, order_id: int, answer: tuple[int, Any]) -> tuple[int, Any]:
+def store_response(database: Database, order_id: int, answer: tuple[int, Any]) -> tuple[int, Any]:
     """Keep what an order's client is to be told, unless something was told before; return what holds."""
     database.write("UPDATE orders SET answer = coalesce(answer, ?) WHERE id = ?", [encode(answer), order_id])
-    return find_answer(database, order_id) or answer
+    return find_response(database, order_id) or answer
 
 
 # --- the saga
@@ -179,7 +181,7 @@ class Saga:
                 self.decide()
             if self.order["status"] == "rejected":
                 self.release()
-                settle_rejected(self.database, self.order["id"])
+                finish_rejected(self.database, self.order["id"])
             if self.order["status"] == "cancelling":
                 self.release()
                 self.move("cancelled")
@@ -264,10 +266,10 @@ class OrdersHandler(Handler):
         if key is not None and not KEY.fullmatch(key):
             raise BadRequest("Idempotency-Key: must be 1 to 255 printable ASCII characters")
         order_id, is_new = add_order(database, self.read_fields(FIELDS), key)
-        if is_new or not find_answer(database, order_id):
+        if is_new or not find_response(database, order_id):
             Saga(self.server, order_id, self.trace(), self.deadline).advance()
-        status, body = find_answer(database, order_id) or (
-            keep_answer(database, order_id, (202, find_order(database, order_id))))
+        status, body = find_response(database, order_id) or (
+            store_response(database, order_id, (202, find_order(database, order_id))))
         headers = [("Location", f"/orders/{order_id}")]
         if status == 202:
             headers.append(COME_BACK)
@@ -300,18 +302,18 @@ class OrdersHandler(Handler):
 # --- the process
 
 class Orders(Service):
-    name, title, port = "orders", "Orders service", 3003
+    name, title, port = "orders", "Orders service", SERVICES["orders"]
     handler, schema = OrdersHandler, SCHEMA
     options = [
         *Service.options,
-        config.Setting("users-url", config.base_urls, "http://127.0.0.1:3001", "base URL of the users service"),
-        config.Setting("products-url", config.base_urls, "http://127.0.0.1:3002", "base URL of the products service")]
+        config.service_url("users", SERVICES["users"]),
+        config.service_url("products", SERVICES["products"])]
 
     def __init__(self, settings: Namespace):
         super().__init__(settings)
         self.client = Client(CALL_TIME)
         self.users, self.products = Upstream("users", settings.users_url), Upstream("products", settings.products_url)
-        hasten_all(self.database)
+        resume_all(self.database)
         self.ending = threading.Event()
         self._background = threading.Thread(target=self._advance_forever, daemon=True)
         self._background.start()

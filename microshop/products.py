@@ -5,10 +5,12 @@ Law: SQL stands in the queries alone; nothing here knows of users, or why somebo
 """
 from functools import partial
 
+from microshop import SERVICES
 from microshop.chassis.content import MAX_INTEGER, FieldTable, Integer, Page, Text
 from microshop.chassis.database import Database
 from microshop.chassis.errors import Conflict, NotFound, UnprocessableContent
-from microshop.chassis.server import Answer, Handler, Service
+from microshop.chassis.handler import Answer, Handler
+from microshop.chassis.server import Service
 
 SCHEMA = [[  # the statements of version 1
     """CREATE TABLE products (
@@ -141,7 +143,7 @@ class ProductsHandler(Handler):
 # --- the process
 
 class Products(Service):
-    name, title, port = "products", "Products service", 3002
+    name, title, port = "products", "Products service", SERVICES["products"]
     handler, schema = ProductsHandler, SCHEMA
 
 

@@ -3,7 +3,7 @@
 It opens every port itself and hands the listening sockets on. So a port is never closed while the shop runs: who
 connects while a child is started again, or replaced by a new one, waits in the socket's queue.
 
-Threads only read what children print; it becomes an Event in one queue, and one loop decides, by policies.Life.
+Threads only read what children print; it becomes an Event in one queue, and one loop decides, by policies.RestartPolicy.
 Each child sends signs of life through a socket of its own, its lifeline, and ends when nobody holds the other end:
 so none outlives the supervisor, even one that is killed.
 """
@@ -25,8 +25,9 @@ from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from microshop import SERVICES
 from microshop.chassis import config
-from microshop.chassis.policies import Life
+from microshop.chassis.supervisor import RestartPolicy
 
 END_SHARE = 0.7      # of the grace period, after which a child ends by itself, whatever is in flight
 KILL_SHARE = 0.75    # of the grace period, after which a gateway is killed that still runs; then the services end
@@ -36,7 +37,6 @@ AHEAD = 4            # outputs of one child that may wait to be shown: who print
 LAST_WORDS = 1.0     # seconds for output to be read and shown, when who wrote it has ended
 LAST_LINES = 5       # that are shown again where a child is given up
 SERVICE_HOST = "127.0.0.1"
-SERVICES = ("users", "products", "orders")
 
 LISTENING = re.compile(rb"listening at (http://\S+)$", re.M)
 COLOURS = {"users": 32, "products": 33, "orders": 35}  # of a terminal; the others are cyan, 36
@@ -49,8 +49,8 @@ OPTIONS = [
     config.Setting("fresh", config.switch, "",
                    "use a temporary data folder, whatever --data says; it goes at the end"),
     config.Setting("workers", config.count, "1", "gateway processes that share the one port"),
-    *config.OF_THE_GATEWAY,
-    *config.OF_ALL,
+    *config.FOR_GATEWAY,
+    *config.SHARED,
     config.QUIET,
 ]
 
@@ -60,7 +60,7 @@ class Child:
 
     def __init__(self, name: str, module: str, listener: socket.socket, flags: list[str]):
         self.name, self.module, self.listener, self.flags = name, module, listener, flags
-        self.life = Life()
+        self.life = RestartPolicy()
         self.current: Process | None = None  # the newest
         self.former: Process | None = None   # the one that it replaces, until that has ended
         self.url = ""                        # as the listening line tells
@@ -74,8 +74,8 @@ class Process:
     """A process of a child. It has a session of its own, so that a Ctrl-C at the terminal reaches us alone."""
 
     def __init__(self, child: Child, environment: dict[str, str]):
-        self._lifeline, theirs = socket.socketpair()
-        self._lifeline.setblocking(False)
+        self._heartbeat, theirs = socket.socketpair()
+        self._heartbeat.setblocking(False)
         self.unshown = threading.Semaphore(AHEAD)  # taken for each output until it is shown
         self.is_ending = False
         self.kill_at = math.inf   # when it must have ended
@@ -94,10 +94,10 @@ class Process:
             end.set_inheritable(False)
         theirs.close()
 
-    def shows_life(self) -> bool:
+    def shows_heartbeat(self) -> bool:
         """Tell whether a sign of life has come since the last look."""
         try:
-            return bool(self._lifeline.recv(4096))
+            return bool(self._heartbeat.recv(4096))
         except OSError:
             return False
 
@@ -117,7 +117,7 @@ class Process:
                 self.popen.kill()
 
     def close(self) -> None:
-        self._lifeline.close()
+        self._heartbeat.close()
 
 
 class Event(NamedTuple):
@@ -148,12 +148,12 @@ def open_listener(name: str, host: str, port: int) -> socket.socket:
 def plan_children(settings: Namespace) -> tuple[list[Child], list[Child]]:
     """Return the services and the gateways that the settings ask for."""
     port, flags = settings.port, [f"--grace={settings.grace * END_SHARE:f}", *["--quiet"] * settings.quiet]
-    flags += config.hand_on(settings, [setting for setting in config.OF_ALL if setting.name != "grace"])
+    flags += config.as_flags(settings, [setting for setting in config.SHARED if setting.name != "grace"])
     listener = open_listener("gateway", settings.host, port)
     services = [
         Child(name, name, open_listener(name, SERVICE_HOST, port and port + n), [f"--data={settings.data}", *flags])
         for n, name in enumerate(SERVICES, start=1)]
-    flags += config.hand_on(settings, config.OF_THE_GATEWAY)
+    flags += config.as_flags(settings, config.FOR_GATEWAY)
     gateways = [Child(f"gateway{n}" if n > 1 else "gateway", "gateway", listener, flags)
                 for n in range(1, settings.workers + 1)]
     return services, gateways
@@ -219,10 +219,10 @@ class Supervisor:
         self.looked_at = now
         self._reap_orphans()
         for child in self.children:
-            if child.current and child.current.shows_life():
-                child.life.note_sign()
+            if child.current and child.current.shows_heartbeat():
+                child.life.note_heartbeat()
             if now > before + 1:  # it is we who stood still, and nobody can be blamed
-                child.life.note_sign()
+                child.life.note_heartbeat()
             for process in child.processes():
                 if process.popen.poll() is not None:  # but somebody that it has started may keep its output open
                     process.kill()
@@ -440,7 +440,7 @@ def main() -> None:
 
 def check(settings: Namespace) -> None:
     """Raise ValueError for what is wrong with the settings only together."""
-    if settings.port > 65532:
+    if settings.port > 65535 - len(SERVICES):
         raise ValueError(f"--port: {settings.port} leaves no room for the services' three above it")
 
 

@@ -5,10 +5,12 @@ Law: SQL stands in the queries alone; nothing here knows of products or orders.
 """
 from functools import partial
 
+from microshop import SERVICES
 from microshop.chassis.content import Page, Text
 from microshop.chassis.database import Database
 from microshop.chassis.errors import NotFound
-from microshop.chassis.server import Answer, Handler, Service
+from microshop.chassis.handler import Answer, Handler
+from microshop.chassis.server import Service
 
 SCHEMA = [[  # the statements of version 1
     "CREATE TABLE users (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL)",
@@ -82,7 +84,7 @@ class UsersHandler(Handler):
 # --- the process
 
 class Users(Service):
-    name, title, port = "users", "Users service", 3001
+    name, title, port = "users", "Users service", SERVICES["users"]
     handler, schema = UsersHandler, SCHEMA
 
 

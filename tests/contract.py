@@ -73,7 +73,7 @@ class Stub(ThreadingHTTPServer):
     def server_bind(self) -> None:
         socketserver.TCPServer.server_bind(self)  # HTTPServer's looks up the host's name
 
-    def find_answer(self, request: dict) -> dict:
+    def find_response(self, request: dict) -> dict:
         with self._lock:
             known = [interaction for interaction in self.interactions if fits(whole(interaction["request"]), request)]
             if not known:
@@ -92,7 +92,7 @@ class StubHandler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
-        answer = self.server.find_answer({
+        answer = self.server.find_response({
             "method": self.command, "target": self.path, "content": json.loads(body) if body else None,
             "headers": {name.lower(): value for name, value in self.headers.items()}})
         content = b"" if answer["content"] is None else json.dumps(answer["content"]).encode()

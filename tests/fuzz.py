@@ -31,7 +31,7 @@ from unittest import mock
 
 from microshop.chassis import wire
 from microshop.chassis.errors import ServiceError
-from microshop.chassis.server import REQUEST_ID
+from microshop.chassis.handler import REQUEST_ID
 from microshop.gateway import Gateway
 from tests.chassis.test_wire import loose_end
 from tests.helpers import PATIENCE, Wire, ask, running, running_shop

@@ -62,7 +62,7 @@ FAULTS: dict[str, Callable[[], Stub | None]] = {
 
 class FailureTest(unittest.TestCase):
     def setUp(self) -> None:
-        self.enterContext(mock.patch.object(client, "SLOT_TIME", 0.02))
+        self.enterContext(mock.patch.object(client, "BULKHEAD_TIME", 0.02))
 
     @contextlib.contextmanager
     def faulty_shop(self, what: str) -> Iterator[tuple[Gateway, Stub | None]]:

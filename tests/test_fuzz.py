@@ -4,7 +4,7 @@ import unittest
 from unittest import mock
 
 from microshop.chassis import wire
-from microshop.chassis.server import Handler
+from microshop.chassis.handler import Handler
 from microshop.gateway import GatewayHandler
 from tests import fuzz
 

@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 from microshop import gateway
-from microshop.chassis.policies import Rate
+from microshop.chassis.admission import Rate
 from microshop.gateway import Gateway
 from microshop.users import Users
 from tests.helpers import PATIENCE, Answered, Wire, ask, read_request, running, upstream, wait_until

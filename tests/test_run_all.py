@@ -115,8 +115,8 @@ class SmallShop(Shop):
 class HastyShop(SmallShop):
     """A small shop whose supervisor is less patient than others are."""
 
-    module = ("tests.after", "from microshop.chassis.policies import Life\n"
-              "Life.HANG_TIME, Life.START_TIME, Life.FIRST_PAUSE = 0.6, 1.0, 0.02\n" + SmallShop.code)
+    module = ("tests.after", "from microshop.chassis.supervisor import RestartPolicy\n"
+              "RestartPolicy.HANG_TIME, RestartPolicy.START_TIME, RestartPolicy.FIRST_PAUSE = 0.6, 1.0, 0.02\n" + SmallShop.code)
 
 
 class HeadShop(SmallShop):

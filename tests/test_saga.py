@@ -21,7 +21,7 @@ from unittest import mock
 from microshop import orders
 from microshop.chassis import client
 from microshop.chassis.database import Database
-from microshop.chassis.policies import Breaker
+from microshop.chassis.resilience import CircuitBreaker
 from microshop.orders import Orders, Saga
 from microshop.products import Products
 from microshop.users import Users
@@ -46,7 +46,7 @@ UNCERTAIN = {  # what a service may do that tells nothing for certain
 class SagaTest(unittest.TestCase):
     def setUp(self):
         self.set_times(TAKE_OVER=NEVER, RETRY_FIRST=0.01, RETRY_LAST=0.03, LOOK=0.005)
-        self.enterContext(mock.patch.multiple(Breaker, FIRST_PAUSE=0.01, LAST_PAUSE=0.01))
+        self.enterContext(mock.patch.multiple(CircuitBreaker, FIRST_PAUSE=0.01, LAST_PAUSE=0.01))
         self.enterContext(mock.patch.object(client, "BACKOFF", 0.002))
 
     def set_times(self, **times):
@@ -357,13 +357,13 @@ class Waits(BookTest):
         orders.move_order(self.database, order["id"], "cancelling")
         due = self.due(order)
         orders.postpone_order(self.database, order)
-        orders.settle_rejected(self.database, order["id"])
+        orders.finish_rejected(self.database, order["id"])
         self.assertEqual(self.due(order), due)
 
     def test_an_order_that_came_to_its_end_is_never_due_again(self):
         order = self.add()
         orders.move_order(self.database, order["id"], "rejected")
-        orders.settle_rejected(self.database, order["id"])
+        orders.finish_rejected(self.database, order["id"])
         orders.postpone_order(self.database, {**order, "status": "rejected"})
         self.assertIsNone(self.due(order))
 
@@ -396,10 +396,10 @@ class States(BookTest):
     def test_what_a_client_is_told_first_stands(self):
         quick, slow = self.add()["id"], self.add()["id"]
         orders.move_order(self.database, quick, "confirmed", (201, "confirmed"))
-        self.assertEqual([*orders.keep_answer(self.database, quick, (202, "pending"))], [201, "confirmed"])
-        self.assertEqual([*orders.keep_answer(self.database, slow, (202, "pending"))], [202, "pending"])
+        self.assertEqual([*orders.store_response(self.database, quick, (202, "pending"))], [201, "confirmed"])
+        self.assertEqual([*orders.store_response(self.database, slow, (202, "pending"))], [202, "pending"])
         orders.move_order(self.database, slow, "confirmed", (201, "confirmed"))
-        self.assertEqual([*orders.find_answer(self.database, slow)], [202, "pending"])
+        self.assertEqual([*orders.find_response(self.database, slow)], [202, "pending"])
 
 
 class Interleavings(SagaTest):

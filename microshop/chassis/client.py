@@ -4,59 +4,31 @@ The OpenerDirector is bare but for our handler: so it follows no redirect, raise
 ignores http_proxy, as it must between services. `Client.call` is all that other code sees; it decides what
 is sent again. An Upstream is what is known of a service, and the policies that calls to it are subject to.
 """
-import contextlib
 import errno
 import math
 import random
-import select
-import socket
 import threading
 import time
 import urllib.request
-from collections import defaultdict, deque
 from collections.abc import Sequence
-from typing import NamedTuple
-from urllib.parse import urlsplit
 
-from microshop.chassis import wire
-from microshop.chassis.content import parse_json
+from microshop.chassis.connections import KeepAliveHandler, Reply, Request
 from microshop.chassis.errors import (
-    BadGateway, BadRequest, Broken, GatewayTimeout, ServiceError, Unreachable, UpstreamError, UpstreamUnavailable)
-from microshop.chassis.policies import Breaker, Clock, RetryBudget, Slots
+    BadGateway, Broken, GatewayTimeout, ServiceError, Unreachable, UpstreamError, UpstreamUnavailable)
+from microshop.chassis.resilience import CircuitBreaker, Clock, RetryBudget, Bulkhead
 
-MAX_ANSWER = 8 * 1024 * 1024   # bytes of an answer's body
-MAX_IDLE = 128                 # connections kept for later, per address
-IDLE_TIME = 30.0               # seconds one is kept: less than a service keeps its end (server.IDLE_TIME)
-CONNECT_TIME = 1.0             # seconds to connect, so that there is time left for another copy
-SLOT_TIME = 0.5                # seconds to wait for a slot of a service that has its fill of calls
+BULKHEAD_TIME = 0.5                # seconds to wait for a slot of a service that has its fill of calls
 MAX_RETRIES = 2
 BACKOFF = 0.05                 # seconds before the first retry at most; it doubles before the next
 REPEATABLE = {"GET", "HEAD", "OPTIONS", "PUT", "DELETE"}  # RFC 9110 9.2.2: twice does what once does
 SICK = {500, 502, 503, 504}    # answers of a service that fails; a 4xx is about its client
 
 
-class Reply(NamedTuple):
-    """What a service answered."""
-
-    status: int
-    version: str
-    fields: wire.Fields
-    body: bytes
-
-    @property
-    def detail(self) -> str:
-        """What went wrong, as far as a problem document tells."""
-        with contextlib.suppress(BadRequest, KeyError, TypeError):
-            if isinstance(detail := parse_json(self.body)["detail"], str) and detail:
-                return detail
-        return f"the answer was {self.status}"
-
-
-class Copy:
+class Instance:
     """One of the processes that are the same service."""
 
     def __init__(self, base_url: str, clock: Clock):
-        self.base_url, self.breaker = base_url, Breaker(clock)
+        self.base_url, self.breaker = base_url, CircuitBreaker(clock)
         self.in_flight = 0
         self.turn = 0  # of Upstream's choices, the last that fell on it
 
@@ -70,17 +42,17 @@ class Upstream:
     def __init__(self, name: str, base_urls: list[str], *, keeps_keys: bool = False, max_in_flight: int = 64,
                  clock: Clock = time.monotonic):
         self.name, self.keeps_keys, self.max_in_flight = name, keeps_keys, max_in_flight
-        self.copies = [Copy(base_url, clock) for base_url in base_urls]
-        self._slots = Slots(max_in_flight)  # a bulkhead: a service that hangs holds so many, no more
+        self.instances = [Instance(base_url, clock) for base_url in base_urls]
+        self._bulkhead = Bulkhead(max_in_flight)  # a bulkhead: a service that hangs holds so many, no more
         self._retries = RetryBudget(clock)
         self._turns = 0
         self._lock = threading.Lock()  # of what changes; a mere look may be a moment old
 
     def enter(self, wait: float) -> None:
-        """Take a slot within `wait` seconds. Raises UpstreamUnavailable if there is none, or no copy to be asked."""
+        """Take a slot within `wait` seconds. Raises UpstreamUnavailable if there is none, or no instance to be asked."""
         if not self.admits():
             raise self._spared()
-        if not self._slots.acquire(timeout=min(wait, SLOT_TIME)):
+        if not self._bulkhead.acquire(timeout=min(wait, BULKHEAD_TIME)):
             raise UpstreamUnavailable(self.name, f"has its fill of requests already: {self.max_in_flight}",
                                       [("Retry-After", "1")])
         with self._lock:
@@ -88,39 +60,39 @@ class Upstream:
 
     def leave(self) -> None:
         """Give the slot back."""
-        self._slots.release()
+        self._bulkhead.release()
 
-    def choose(self, tried: list[Copy]) -> tuple[Copy, int]:
-        """Return the copy with the least in flight, if possible one not tried yet, and its breaker's ticket.
+    def choose(self, tried: list[Instance]) -> tuple[Instance, int]:
+        """Return the instance with the least in flight, if possible one not tried yet, and its breaker's ticket.
 
         Raises UpstreamUnavailable where every breaker is open.
         """
         with self._lock:
-            admitting = [copy for copy in self.copies if copy.breaker.admits()]
+            admitting = [instance for instance in self.instances if instance.breaker.admits()]
             if not admitting:
                 raise self._spared()
-            copy = min(admitting, key=lambda copy: (copy in tried, copy.in_flight, copy.turn))
+            instance = min(admitting, key=lambda instance: (instance in tried, instance.in_flight, instance.turn))
             self._turns += 1
-            copy.turn, copy.in_flight = self._turns, copy.in_flight + 1
-            return copy, copy.breaker.begin()
+            instance.turn, instance.in_flight = self._turns, instance.in_flight + 1
+            return instance, instance.breaker.begin()
 
-    def note_end(self, copy: Copy, ticket: int, succeeded: bool | None) -> None:
-        """Take note of how a call to a chosen copy ended; None where that shows nothing of the copy."""
+    def note_end(self, instance: Instance, ticket: int, succeeded: bool | None) -> None:
+        """Take note of how a call to a chosen instance ended; None where that shows nothing of the instance."""
         with self._lock:
-            copy.in_flight -= 1
-            copy.breaker.end(ticket, succeeded)
+            instance.in_flight -= 1
+            instance.breaker.end(ticket, succeeded)
 
-    def admits(self, but: Sequence[Copy] = ()) -> bool:
-        """Tell whether any copy may be asked, but for these."""
-        return any(copy not in but and copy.breaker.admits() for copy in self.copies)
+    def admits(self, but: Sequence[Instance] = ()) -> bool:
+        """Tell whether any instance may be asked, but for these."""
+        return any(instance not in but and instance.breaker.admits() for instance in self.instances)
 
     def take_retry(self) -> bool:
-        """Tell whether any copy may be asked once more, within the budget for retries."""
+        """Tell whether any instance may be asked once more, within the budget for retries."""
         with self._lock:
             return self.admits() and self._retries.take()
 
     def _spared(self) -> UpstreamUnavailable:
-        wait = min(copy.breaker.remaining() for copy in self.copies)
+        wait = min(instance.breaker.remaining() for instance in self.instances)
         return UpstreamUnavailable(self.name, "is not asked for a moment, since too many calls to it went wrong",
                                    [("Retry-After", str(max(math.ceil(wait), 1)))])
 
@@ -140,7 +112,7 @@ class Client:
 
         `target` is a path and query as on the wire; `deadline` (of time.monotonic) may shorten the timeout.
         What brought no answer is sent again where that is safe: not a byte of it had been sent, or twice does
-        what once does. Where a copy is out of reach the next one is asked at once; any other retry waits,
+        what once does. Where an instance is out of reach the next one is asked at once; any other retry waits,
         at random within a time that doubles (full jitter), and needs the budget's leave.
         Raises UpstreamUnavailable where the service is not asked, BadGateway where no connection or no valid
         answer is had, GatewayTimeout where it is not whole in time: nobody knows then whether it was carried out.
@@ -149,7 +121,7 @@ class Client:
         headers = headers or {}
         repeatable = method in REPEATABLE or (
             method == "POST" and upstream.keeps_keys and bool(headers.get("idempotency-key")))
-        tried: list[Copy] = []
+        tried: list[Instance] = []
         retries = 0
         broken: Broken | None = None  # of a try that was sent: what happened last says less
         upstream.enter(deadline - time.monotonic())
@@ -172,18 +144,18 @@ class Client:
         finally:
             upstream.leave()
 
-    def _try(self, upstream: Upstream, tried: list[Copy], deadline: float, method: str, target: str,
+    def _try(self, upstream: Upstream, tried: list[Instance], deadline: float, method: str, target: str,
              headers: dict[str, str], body: bytes | None) -> Reply:
-        """Send a request once, to a copy that is then among the tried, and let its breaker know what came of it."""
+        """Send a request once, to an instance that is then among the tried, and let its breaker know what came of it."""
         left = deadline - time.monotonic()
-        is_fair = left > self.timeout / 2  # else a copy that fails may just have had too little time
-        copy, ticket = upstream.choose(tried)
+        is_fair = left > self.timeout / 2  # else an instance that fails may just have had too little time
+        instance, ticket = upstream.choose(tried)
         succeeded = None
         try:
-            request = _Request(copy.base_url + target, body, headers, method=method,
+            request = Request(instance.base_url + target, body, headers, method=method,
                                origin_req_host="")  # for cookies, and costly to find out
             request.deadline, request.is_repeated = deadline, bool(tried)
-            tried.append(copy)
+            tried.append(instance)
             request.add_header("X-Request-Timeout", f"{max(left, 0):.3f}")
             reply: Reply = self._opener.open(request)
             if reply.status not in SICK:
@@ -192,21 +164,21 @@ class Client:
                 succeeded = False
             return reply
         except (OSError, EOFError, ServiceError) as error:
-            if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE):  # that is about us, and not about the copy
+            if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE):  # that is about us, and not about the instance
                 raise UpstreamUnavailable(upstream.name, "cannot be asked now: too many files are open here",
                                           [("Retry-After", "1")]) from None
             if is_fair or not isinstance(error, TimeoutError):
                 succeeded = False
             raise explain(error, upstream.name, request) from None
         finally:
-            upstream.note_end(copy, ticket, succeeded)
+            upstream.note_end(instance, ticket, succeeded)
 
     def close(self) -> None:
         """Close the connections that are kept for later."""
         self._connections.close()
 
 
-def explain(error: Exception, service: str, request: "_Request") -> UpstreamError:
+def explain(error: Exception, service: str, request: "Request") -> UpstreamError:
     """Return what to raise for what went wrong on the way to a service and back."""
     if isinstance(error, ServiceError):
         return BadGateway(service, f"gave an answer that is not valid HTTP: {error.detail}")
@@ -216,106 +188,3 @@ def explain(error: Exception, service: str, request: "_Request") -> UpstreamErro
         return GatewayTimeout(service, "did not answer in time")
     kind = Broken if request.is_sent else Unreachable
     return kind(service, f"is out of reach: {getattr(error, 'strerror', None) or error}")
-
-
-class _Request(urllib.request.Request):
-    deadline = 0.0       # of time.monotonic
-    is_repeated = False  # then it needs a new connection: one that was kept may be the reason
-    is_sent = False      # whether a byte of it may have been
-
-
-class KeepAliveHandler(urllib.request.BaseHandler):
-    """Opens http: URLs as urllib's HTTPHandler does, but keeps the connections for the next requests."""
-
-    def __init__(self) -> None:
-        self._idle: defaultdict[str, deque[_Connection]] = defaultdict(deque)
-
-    def http_open(self, request: _Request) -> Reply:
-        connection = None if request.is_repeated else self._take_idle(request.host)
-        if not connection:
-            timeout = min(request.deadline - time.monotonic(), CONNECT_TIME)
-            connection = _Connection(request.host, max(timeout, 0.001))
-        reusable = False
-        try:
-            connection.ask(request)
-            reply, reusable = connection.read_reply(request.get_method())
-            return reply
-        finally:
-            idle = self._idle[request.host]
-            if reusable and len(idle) < MAX_IDLE:
-                connection.idle_since = time.monotonic()
-                idle.append(connection)
-            else:
-                connection.close()
-
-    def close(self) -> None:
-        for idle in self._idle.values():
-            while idle:
-                idle.pop().close()
-
-    def _take_idle(self, address: str) -> "_Connection | None":
-        """Return the connection used last that still serves, or None; drop those idle for too long."""
-        idle, oldest = self._idle[address], time.monotonic() - IDLE_TIME
-        try:
-            while idle[0].idle_since < oldest:
-                idle.popleft().close()
-            while (connection := idle.pop()).has_news():
-                connection.close()
-            return connection
-        except IndexError:  # none is left; another thread may have taken it meanwhile
-            return None
-
-
-class _Connection:
-    """A connection to an address."""
-
-    def __init__(self, address: str, timeout: float):
-        url = urlsplit(f"//{address}")
-        self.socket = socket.create_connection((url.hostname, url.port or 80), timeout)
-        self.socket.settimeout(None)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.stream = wire.Stream(self.socket)
-        self.idle_since = 0.0
-
-    def close(self) -> None:
-        self.socket.close()
-
-    def has_news(self) -> bool:
-        """Tell whether an idle connection was closed, or holds bytes that would pass for the next answer."""
-        if not hasattr(socket, "MSG_DONTWAIT"):  # Windows
-            return bool(select.select([self.socket], [], [], 0)[0])
-        try:
-            self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
-        except OSError:  # it is broken
-            pass
-        return True  # also where it was closed: recv() returns b"" then
-
-    def ask(self, request: _Request) -> None:
-        """Send a request."""
-        method = request.get_method()
-        body: bytes = request.data or b""  # type: ignore[assignment]
-        headers = [("Host", request.host), *request.header_items()]
-        if body or method not in ("GET", "HEAD", "DELETE", "OPTIONS"):
-            headers.append(("Content-Length", str(len(body))))
-        self.stream.deadline = request.deadline
-        message = wire.format_head(f"{method} {request.selector} HTTP/1.1", headers) + body
-        request.is_sent = True
-        self.stream.send(message)
-
-    def read_reply(self, method: str) -> tuple[Reply, bool]:
-        """Return the answer to what was asked, and whether the connection can be used again."""
-        while (response := wire.parse_response(self.stream.read_head())).status < 200:  # interim, RFC 9110 15.2
-            if response.status == 101:
-                raise BadRequest("it switches protocols, which nobody asked for")
-        status, version, fields, length = response
-        ends_itself = True
-        if method == "HEAD" or status in (204, 304):
-            body = b""
-        elif length is not None:
-            body = self.stream.read_body(length, MAX_ANSWER)
-        else:
-            body, ends_itself = self.stream.read_to_end(MAX_ANSWER), False
-        reusable = ends_itself and wire.keeps_alive(version, fields) and not self.stream.has_bytes()
-        return Reply(status, version, fields, body), reusable

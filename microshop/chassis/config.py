@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from microshop.chassis.policies import Rate
+from microshop.chassis.admission import Rate
 
 LABEL = "[0-9A-Za-z_-]{1,63}"  # of a host name
 SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
@@ -87,7 +87,7 @@ def switch(text: str) -> bool:
 
 
 def base_urls(text: str) -> list[str]:
-    """Parse base URLs, comma-separated: the copies of one service."""
+    """Parse base URLs, comma-separated: the instances of one service."""
     urls = [url.strip().removesuffix("/") for url in text.split(",")]
     for url in urls:
         match = re.fullmatch(rf"http://(?:{LABEL}(?:\.{LABEL})*|\[([0-9A-Fa-f:.]+)\])(?::([0-9]{{1,5}}))?", url)
@@ -113,12 +113,18 @@ HOST = Setting("host", host, "127.0.0.1", "address to listen on")
 DATA = Setting("data", folder, "data", "folder of the database files")
 TIMEOUT = Setting("timeout", seconds, "5", "seconds that a request may take")
 QUIET = Setting("quiet", switch, "", "write no access log")
-OF_ALL = [  # these, and those of the gateway, the supervisor knows too, and hands them on
+SHARED = [  # these, and those of the gateway, the supervisor knows too, and hands them on
     Setting("max-connections", count, "1024", "connections that each process keeps open at a time"),
     Setting("grace", seconds, "10", "seconds for what is in flight when a process is told to end"),
 ]
+def service_url(name: str, port: int) -> Setting:
+    """Return the setting that tells where a service is found (service discovery by configuration)."""
+    return Setting(f"{name}-url", base_urls, f"http://127.0.0.1:{port}",
+                   f"base URL of the {name} service; several, comma-separated, are its instances")
+
+
 TOKEN = Setting("token", token, None, "the token that writes need", secret=True)
-OF_THE_GATEWAY = [
+FOR_GATEWAY = [
     TIMEOUT,
     Setting("token-file", token_file, None, "file of the token that writes need; else MICROSHOP_TOKEN is that token"),
     Setting("rate", rate, None, "requests that one client may send, like 100/s (default: no limit)"),
@@ -162,7 +168,7 @@ def read(program: str, settings: Sequence[Setting], check: Callable[[argparse.Na
     return values
 
 
-def hand_on(values: argparse.Namespace, settings: Sequence[Setting]) -> list[str]:
+def as_flags(values: argparse.Namespace, settings: Sequence[Setting]) -> list[str]:
     """Return those of the settings that were given as flags, as flags for another process."""
     return [f"--{setting.name}={values.flags[setting.name]}" for setting in settings if setting.name in values.flags]
 

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
-from microshop.chassis import client
+from microshop.chassis import client, connections
 from microshop.chassis.client import Client, Reply, Upstream
 from microshop.chassis.errors import BadGateway, Broken, GatewayTimeout, Unreachable, UpstreamError, UpstreamUnavailable
-from microshop.chassis.policies import Breaker, RetryBudget
+from microshop.chassis.resilience import CircuitBreaker, RetryBudget
 from microshop.users import Users
 from tests.helpers import PATIENCE, read_request, running, upstream, wait_until
 
@@ -73,9 +73,9 @@ class ClientTest(unittest.TestCase):
         self.client = Client(timeout=TIMEOUT)
         self.addCleanup(self.client.close)
 
-    def serve(self, *copies: Callable[[socket.socket], None]) -> Upstream:
-        """Start a users service of these copies."""
-        return Upstream("users", [self.enterContext(upstream(copy)) for copy in copies])
+    def serve(self, *instances: Callable[[socket.socket], None]) -> Upstream:
+        """Start a users service of these instances."""
+        return Upstream("users", [self.enterContext(upstream(instance)) for instance in instances])
 
     def call(self, users: Upstream, method: str = "GET", **more: object) -> Reply:
         return self.client.call(users, method, "/users", **more)
@@ -121,7 +121,7 @@ class Answers(ClientTest):
     def test_a_request_goes_out_as_asked_for_with_nothing_added_but_host_length_and_the_time_left(self):
         stub, target = Stub(CLOSING), "//users/../%2F?a=%20&b"
         users = self.serve(stub)
-        host = f"Host: {users.copies[0].base_url.removeprefix('http://')}"
+        host = f"Host: {users.instances[0].base_url.removeprefix('http://')}"
         for method, headers, body, fields in [
             ("GET", {"Accept": "*/*"}, None, ["Accept: */*", host]),
             ("PUT", {"Etag": "x"}, b"\0\xff", ["Content-Length: 2", "Etag: x", host]),
@@ -179,7 +179,7 @@ class KeptConnections(ClientTest):
 
     def test_a_connection_is_closed_when_idle_for_too_long_or_when_enough_are_kept(self):
         for limit in ("IDLE_TIME", "MAX_IDLE"):
-            with self.subTest(limit), mock.patch.object(client, limit, 0):
+            with self.subTest(limit), mock.patch.object(connections, limit, 0):
                 stub = Stub(ALICE)
                 users = self.serve(stub)
                 self.call(users)
@@ -335,7 +335,7 @@ class Retries(ClientTest):
         self.assertEqual(self.pauses, [])
 
     def test_retries_stop_at_their_budget(self):
-        with mock.patch.multiple(Breaker, IN_A_ROW=1000, RECENT=1000):
+        with mock.patch.multiple(CircuitBreaker, IN_A_ROW=1000, RECENT=1000):
             _, counts = self.call_in_turn([BROKEN[0]], *["GET"] * 20)
             self.assertEqual(len(counts), 20 + 3)
             _, counts = self.call_in_turn([CLOSING] * 80 + [BROKEN[0]], *["GET"] * 100)
@@ -347,14 +347,14 @@ class Retries(ClientTest):
         self.assertEqual((outcomes, len(counts)), ([BadGateway, BadGateway, UpstreamUnavailable], 5))
 
 
-class Copies(ClientTest):
+class Instances(ClientTest):
     def setUp(self) -> None:
         super().setUp()
         self.now = 0.0
         self.sleep = self.enterContext(mock.patch.object(client.time, "sleep"))
 
-    def serve(self, *copies: Callable[[socket.socket], None] | str) -> Upstream:
-        urls = [copy if isinstance(copy, str) else self.enterContext(upstream(copy)) for copy in copies]
+    def serve(self, *instances: Callable[[socket.socket], None] | str) -> Upstream:
+        urls = [instance if isinstance(instance, str) else self.enterContext(upstream(instance)) for instance in instances]
         return Upstream("users", urls, clock=lambda: self.now)
 
     def refusing(self) -> str:
@@ -374,10 +374,10 @@ class Copies(ClientTest):
             self.now += pause
             for _ in range(20):
                 self.call(users)
-            self.assertEqual([copy.breaker.state for copy in users.copies], ["open", "closed"])
-            tried = users.copies[0].turn
+            self.assertEqual([instance.breaker.state for instance in users.instances], ["open", "closed"])
+            tried = users.instances[0].turn
             self.call(users)
-            self.assertEqual(users.copies[0].turn, tried)
+            self.assertEqual(users.instances[0].turn, tried)
 
     def test_one_that_fails_gets_nothing_until_its_pause_is_over_and_then_its_share_again(self):
         users = self.serve(Stub(*[status(500)] * 5, ALICE), Stub(BOB))
@@ -389,9 +389,9 @@ class Copies(ClientTest):
     def test_a_retry_goes_to_another_copy(self):
         broken, well = Stub(BROKEN[0]), Stub(ALICE)
         users = self.serve(broken, well)
-        users.copies[1].turn = 1
-        with mock.patch.object(users.copies[1], "in_flight", 0):
-            self.sleep.side_effect = lambda _: setattr(users.copies[1], "in_flight", 7)
+        users.instances[1].turn = 1
+        with mock.patch.object(users.instances[1], "in_flight", 0):
+            self.sleep.side_effect = lambda _: setattr(users.instances[1], "in_flight", 7)
             self.assertEqual(self.call(users).body, b"Alice")
         self.assertEqual((len(broken.connections), len(well.connections)), (1, 1))
         self.sleep.assert_called_once()
@@ -409,7 +409,7 @@ class Copies(ClientTest):
                 waiting.setblocking(False)
                 waiting.connect_ex(full.getsockname())
             url, began = f"http://127.0.0.1:{full.getsockname()[1]}", time.monotonic()
-            with mock.patch.object(client, "CONNECT_TIME", 0.1):
+            with mock.patch.object(connections, "CONNECT_TIME", 0.1):
                 self.assertEqual(self.call(self.serve(url, Stub(ALICE)), "POST").body, b"Alice")
             self.assertRaises(Unreachable, self.call, self.serve(url), deadline=time.monotonic() + 0.1)
             self.assertLess(time.monotonic() - began, 0.9)
@@ -424,12 +424,12 @@ class Copies(ClientTest):
         users = self.serve(hang, idle)
         with ThreadPoolExecutor(1) as pool:
             first = pool.submit(self.call, users)
-            wait_until(lambda: users.copies[0].in_flight)
+            wait_until(lambda: users.instances[0].in_flight)
             self.assertEqual({self.call(users).body for _ in range(5)}, {b"Bob"})
             go_on.set()
             self.assertEqual(first.result(PATIENCE).body, b"Alice")
         self.assertEqual({self.call(users).body for _ in range(2)}, {b"Alice", b"Bob"})
-        self.assertEqual([copy.in_flight for copy in users.copies], [0, 0])
+        self.assertEqual([instance.in_flight for instance in users.instances], [0, 0])
 
 
 class Sparing(ClientTest):
@@ -458,7 +458,7 @@ class Sparing(ClientTest):
             self.assertEqual(raised.exception.headers, [("Retry-After", retry_after)])
         self.now = 0.5
         self.assertEqual(self.call(users).body, b"Alice")
-        self.assertEqual(users.copies[0].breaker.state, "closed")
+        self.assertEqual(users.instances[0].breaker.state, "closed")
         self.assertEqual([len(requests) for requests in stub.connections], [6])
 
     def test_retry_after_tells_when_the_pause_is_over(self):
@@ -477,12 +477,12 @@ class Sparing(ClientTest):
                               (500, "open"), (502, "open"), (503, "open"), (504, "open")):
             users = self.serve(Stub(status(number)))
             self.fail(users)
-            self.assertEqual(users.copies[0].breaker.state, state, number)
+            self.assertEqual(users.instances[0].breaker.state, state, number)
         for answer in (*BROKEN, b"SSH-2.0\r\n\r\n", OK + b"Content-Length: 999999999\r\n\r\n"):
             users = self.serve(Stub(answer))
             for _ in range(5):
                 self.assertRaises(BadGateway, self.call, users, "POST")
-            self.assertEqual(users.copies[0].breaker.state, "open", answer)
+            self.assertEqual(users.instances[0].breaker.state, "open", answer)
 
     def test_a_service_that_is_late_is_spared_unless_it_had_no_fair_chance(self):
         self.client.timeout = 0.1
@@ -490,18 +490,18 @@ class Sparing(ClientTest):
             users = self.serve(Stub(b""))
             for _ in range(5):
                 self.assertRaises(GatewayTimeout, self.call, users, deadline=time.monotonic() + 0.1 * share)
-            self.assertEqual(users.copies[0].breaker.state, state)
+            self.assertEqual(users.instances[0].breaker.state, state)
         self.client.timeout = TIMEOUT
         users = self.serve(Stub(status(503)))
         for _ in range(5):
             self.call(users, deadline=time.monotonic() + TIMEOUT * 0.3)
-        self.assertEqual(users.copies[0].breaker.state, "closed")
+        self.assertEqual(users.instances[0].breaker.state, "closed")
 
     def test_a_lack_of_descriptors_here_says_nothing_about_the_service(self):
         users = self.serve(Stub(ALICE))
         for number in (errno.EMFILE, errno.ENFILE):
             with mock.patch.object(socket, "create_connection", side_effect=OSError(number, "Too many open files")):
-                for _ in range(Breaker.RECENT):
+                for _ in range(CircuitBreaker.RECENT):
                     with self.assertRaises(UpstreamUnavailable) as caught:
                         self.call(users)
             self.assertEqual(caught.exception.detail,
@@ -525,29 +525,29 @@ class Sparing(ClientTest):
         users = self.serve(hang, max_in_flight=2)
         with ThreadPoolExecutor(3) as pool:
             hung = [pool.submit(self.call, users) for _ in range(2)]
-            wait_until(lambda: users.copies[0].in_flight == 2)
+            wait_until(lambda: users.instances[0].in_flight == 2)
             began = time.monotonic()
             with self.assertRaisesRegex(UpstreamUnavailable, "^the users .* its fill of .* already: 2$") as raised:
                 self.call(users)
             self.assertTrue(0.2 < time.monotonic() - began < 2)
             self.assertEqual(raised.exception.members, {"service": "users"})
             self.assertEqual(raised.exception.headers, [("Retry-After", "1")])
-            with mock.patch.object(client, "SLOT_TIME", PATIENCE):
+            with mock.patch.object(client, "BULKHEAD_TIME", PATIENCE):
                 hung.append(pool.submit(self.call, users))
-                self.assertEqual(users.copies[0].in_flight, 2)
+                self.assertEqual(users.instances[0].in_flight, 2)
                 go_on.set()  # who waits gets the slot that becomes free
                 self.assertEqual([call.result(PATIENCE).body for call in hung], [b"Alice"] * 3)
-        self.assertEqual(users.copies[0].breaker.state, "closed")
+        self.assertEqual(users.instances[0].breaker.state, "closed")
 
     def test_no_slot_is_waited_for_past_the_deadline_nor_for_a_service_that_is_spared(self):
         users = self.serve(Stub(status(500)), max_in_flight=1)
         self.fail(users, 4)
         users.enter(0)
-        with mock.patch.object(client, "SLOT_TIME", 3600.0):
+        with mock.patch.object(client, "BULKHEAD_TIME", 3600.0):
             self.assertRaises(UpstreamUnavailable, self.call, users, deadline=time.monotonic() + 0.05)
             users.leave()
             self.fail(users, 1)
-            users._slots.acquire(0)
+            users._bulkhead.acquire(0)
             with self.assertRaisesRegex(UpstreamUnavailable, "is not asked"):
                 self.call(users)
 
@@ -612,7 +612,7 @@ class Trouble(ClientTest):
             deaf.bind(("127.0.0.1", 0))
             self.assert_bad_gateway(Upstream("users", [f"http://127.0.0.1:{deaf.getsockname()[1]}"]), "out of reach")
 
-    @mock.patch.object(client, "MAX_ANSWER", 1000)
+    @mock.patch.object(connections, "MAX_ANSWER", 1000)
     def test_an_answer_may_not_be_longer_than_allowed(self):
         for what, frame in {
             "declared": lambda size: OK + b"Content-Length: %d\r\n\r\n" % size + b"x" * min(size, 1000),

@@ -10,7 +10,7 @@ from microshop.chassis import config
 
 SETTINGS = [
     config.Setting("port", config.port, "3000", "port"), config.HOST, config.DATA, config.QUIET,
-    *config.OF_THE_GATEWAY, *config.OF_ALL, config.TOKEN,
+    *config.FOR_GATEWAY, *config.SHARED, config.TOKEN,
     config.Setting("supervised", config.handles, None, "handles"),
     config.Setting("workers", config.count, "1", "workers"),
     config.Setting("users-url", config.base_urls, "http://localhost:3001", "where users is"),
@@ -99,7 +99,7 @@ class ConfigTest(unittest.TestCase):
 
     def test_what_was_given_as_flags_can_be_handed_on(self):
         settings = self.read("--rate", "100/s", "--max-in-flight=7", "--port", "1", MICROSHOP_TIMEOUT="3")
-        self.assertEqual(config.hand_on(settings, config.OF_THE_GATEWAY), ["--rate=100/s", "--max-in-flight=7"])
+        self.assertEqual(config.as_flags(settings, config.FOR_GATEWAY), ["--rate=100/s", "--max-in-flight=7"])
 
     def test_an_unknown_or_shortened_flag_is_named(self):
         self.assertIn("--prot", self.refuse("--prot", "1"))

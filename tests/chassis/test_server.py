@@ -13,8 +13,9 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-from microshop.chassis import database, server, wire
-from microshop.chassis.server import Answer, Handler, Service
+from microshop.chassis import database, handler, server, wire
+from microshop.chassis.handler import Answer, Handler
+from microshop.chassis.server import Service
 from tests.helpers import PATIENCE, Wire, ask, exchange, process, running, wait_until
 
 GET = b"GET /things HTTP/1.1\r\nHost: shop\r\n\r\n"
@@ -388,7 +389,7 @@ class ConnectionTest(ServerTest):
 
     def test_a_request_that_does_not_come_whole_is_408(self):
         for begun in (GET[:-2], POST + b"Content-Length: 5\r\n\r\n[1"):
-            with self.subTest(begun[-10:]), mock.patch.multiple(server, HEAD_TIME=0.05, BODY_TIME=0.05):
+            with self.subTest(begun[-10:]), mock.patch.multiple(handler, HEAD_TIME=0.05, BODY_TIME=0.05):
                 with Wire(self.port) as connection:
                     connection.send(begun)
                     self.assertEqual(connection.read().status, 408)
@@ -398,7 +399,7 @@ class ConnectionTest(ServerTest):
         slowly = [b"Content-Length: 8\r\n\r\n", *[b"%d" % n for n in range(10, 50, 10)]]
         in_chunks = [b"Transfer-Encoding: chunked\r\n\r\n", *[b"2\r\n%d\r\n" % n for n in range(10, 50, 10)]]
         for rate, statuses in ((10, {201}), (10_000, {408})):
-            with mock.patch.multiple(server, BODY_TIME=0.1, BODY_RATE=rate):
+            with mock.patch.multiple(handler, BODY_TIME=0.1, BODY_RATE=rate):
                 for first, *parts in (slowly, [in_chunks[0], *in_chunks[1:-1], in_chunks[-1] + b"0\r\n\r\n"]):
                     with self.subTest(first, rate=rate), Wire(self.port) as connection:
                         connection.send(POST + first)
@@ -408,7 +409,7 @@ class ConnectionTest(ServerTest):
                         self.assertIn(connection.read().status, statuses)
 
     def test_bytes_that_trickle_do_not_prolong_the_time_for_a_head(self):
-        with mock.patch.object(server, "HEAD_TIME", 0.2), Wire(self.port) as connection:
+        with mock.patch.object(handler, "HEAD_TIME", 0.2), Wire(self.port) as connection:
             began = time.monotonic()
             while not select.select([connection.socket], [], [], 0.03)[0]:
                 connection.send(b"G")
@@ -416,7 +417,7 @@ class ConnectionTest(ServerTest):
             self.assertLess(time.monotonic() - began, 1)
 
     def test_a_client_that_does_not_read_is_given_up(self):
-        with (mock.patch.object(server, "SEND_TIME", 0.2), mock.patch.object(wire, "LINGER", 2 * PATIENCE),
+        with (mock.patch.object(handler, "SEND_TIME", 0.2), mock.patch.object(wire, "LINGER", 2 * PATIENCE),
               running(Things) as service, Wire(service.server_port) as connection):
             connection.send(b"GET /large HTTP/1.1\r\nHost: shop\r\n\r\n")
             wait_until(lambda: service.connections)
@@ -428,7 +429,7 @@ class ConnectionTest(ServerTest):
         self.assertNotIn("keep-alive", closed.headers)
 
     def test_a_silent_connection_just_closes(self):
-        with mock.patch.object(server, "IDLE_TIME", 0.05), Wire(self.port) as connection:
+        with mock.patch.object(handler, "IDLE_TIME", 0.05), Wire(self.port) as connection:
             self.assertTrue(connection.is_closed())
 
     def test_a_name_server_is_never_asked(self):
@@ -506,7 +507,7 @@ class RoomTest(unittest.TestCase):
                     newcomer.socket.sendall(GET)  # as one would that has not read the answer yet
                     threading.Event().wait(0.001)
             self.assertEqual(threading.active_count(), threads)
-            wait_until(lambda: not service.turned_away)
+            wait_until(lambda: not service.rejected)
         service.go_on.set()
         self.assertEqual([wire_.read().status for wire_ in busy], [200, 200])
         wait_until(lambda: math.inf not in service.connections.values())  # a client may be told before that is noted
@@ -533,7 +534,7 @@ class RoomTest(unittest.TestCase):
         with mock.patch.object(server, "MAX_AWAY", 5), mock.patch.object(wire, "LINGER", 2 * PATIENCE):
             for _ in range(20):
                 self.enterContext(Wire(service.server_port)).read()
-            wait_until(lambda: len(service.turned_away) <= 5)
+            wait_until(lambda: len(service.rejected) <= 5)
         service.go_on.set()
 
     def test_who_only_lingers_makes_room(self):
@@ -630,13 +631,13 @@ class SupervisedTest(unittest.TestCase):
     def test_it_serves_there_shows_life_and_ends_when_nobody_looks(self):
         service = self.enterContext(running(Things, supervised=self.handles))
         self.assertEqual(ask(self.port, target="/things").status, 200)
-        with mock.patch.object(server, "BEAT", 0.01), mock.patch.object(service, "shutdown") as shutdown:
+        with mock.patch.object(server, "HEARTBEAT", 0.01), mock.patch.object(service, "shutdown") as shutdown:
             self.assertEqual([self.ours.recv(1) for _ in range(3)], [b"."] * 3)
             self.ours.close()
             wait_until(lambda: shutdown.called)
 
     def test_a_supervisor_that_stands_still_does_not_hold_it_up(self):
-        with mock.patch.object(server, "BEAT", 0):
+        with mock.patch.object(server, "HEARTBEAT", 0):
             service = self.enterContext(running(Things, supervised=self.handles))
             beats = mock.Mock(wraps=service.supervisor)
             beats.send.side_effect = BlockingIOError

@@ -1,10 +1,9 @@
-"""The policies, as histories that are replayed: the clock is a number that the test moves on."""
+"""Circuit breaker, bulkhead and retry budget, tested by replaying histories."""
 import random
-import sys
 import threading
 import unittest
 
-from microshop.chassis.policies import Breaker, Life, Rate, RateLimit, RetryBudget, Slots, client_of, is_bearer
+from microshop.chassis.resilience import Bulkhead, CircuitBreaker, RetryBudget
 from tests.helpers import PATIENCE, wait_until
 
 
@@ -19,7 +18,7 @@ class Clock:
 class BreakerTest(unittest.TestCase):
     def setUp(self):
         self.clock = Clock()
-        self.breaker = Breaker(self.clock)
+        self.breaker = CircuitBreaker(self.clock)
 
     def live_through(self, history):
         """Replay a history: a number is so many seconds, "+" and "-" are calls that succeed and fail."""
@@ -144,74 +143,15 @@ class RetryBudgetTest(unittest.TestCase):
         self.assertEqual(len(self.budget._seconds), 10)
 
 
-class RateLimitTest(unittest.TestCase):
-    def setUp(self):
-        self.clock = Clock()
-
-    def test_a_client_may_send_all_at_once_and_then_as_they_come(self):
-        limit = RateLimit(Rate(10, 1), self.clock)
-        self.assertEqual([limit.take("a") for _ in range(10)], [0.0] * 10)
-        self.assertAlmostEqual(limit.take("a"), 0.1)
-        self.assertEqual(limit.take("b"), 0)
-        self.clock.now += 0.05
-        self.assertAlmostEqual(limit.take("a"), 0.05)  # asking costs nothing
-        self.clock.now += 0.05
-        self.assertEqual(limit.take("a"), 0)
-        self.assertGreater(limit.take("a"), 0)
-        self.clock.now += 100
-        self.assertEqual(sum(limit.take("a") == 0 for _ in range(50)), 10)
-
-    def test_in_the_long_run_it_is_the_rate(self):
-        for rate in (Rate(7, 1), Rate(100, 1), Rate(600, 60), Rate(5000, 3600)):
-            limit = RateLimit(rate, self.clock)
-            taken = 0
-            for _ in range(20000):
-                self.clock.now += rate.seconds / rate.requests / 4
-                taken += limit.take("a") == 0
-            self.assertAlmostEqual(taken, 5000 + rate.requests, delta=2)
-
-    def test_however_many_clients_come_they_cost_no_more_memory_than_some(self):
-        limit = RateLimit(Rate(1, 60), self.clock)
-        limit.take("client 7")
-        for number in range(RateLimit.MOST_CLIENTS):
-            limit.take(f"client {number}")
-        size = sys.getsizeof(limit._full_at)
-        for number in range(200_000):
-            limit.take(f"{number}")
-            if number % 5000 == 0:
-                self.clock.now += 0.1
-                self.assertGreater(limit.take("client 7"), 0)  # who is seen is remembered
-                self.assertGreater(limit.take(f"{number}"), 0)
-        self.assertLessEqual(len(limit._full_at), RateLimit.MOST_CLIENTS)
-        self.assertLess(sys.getsizeof(limit._full_at), size * 4)
-
-    def test_a_client_is_an_ipv4_address_or_an_ipv6_network(self):
-        for address, client in (("127.0.0.1", "127.0.0.1"), ("::ffff:10.0.0.7", "10.0.0.7"),
-                                ("2001:db8::1", "2001:db8::/64"), ("2001:db8::ffff:ffff:ffff:ffff", "2001:db8::/64"),
-                                ("2001:db8:0:1::1", "2001:db8:0:1::/64"), ("fe80::1%lo", "fe80::/64"),
-                                ("::1", "::/64")):
-            self.assertEqual(client_of(address), client)
-
-
-class BearerTest(unittest.TestCase):
-    def test_only_the_token_itself_will_do(self):
-        for shown in ("Bearer s3cret-._~+/==", "bearer s3cret-._~+/==", "BEARER  s3cret-._~+/== "):
-            self.assertTrue(is_bearer(shown, "s3cret-._~+/=="), shown)
-        for shown in ("", "Bearer", "Bearer ", "s3cret-._~+/==", "Basic s3cret-._~+/==", "Bearer s3cret-._~+/=",
-                      "Bearer s3cret-._~+/===", "Bearer S3cret-._~+/==", "Bearer s3cret-._~+/==, Bearer x",
-                      "Bearer\ts3cret-._~+/==", "Bearer \xe9", "Bearer s3cret-._~+/==\xff"):
-            self.assertFalse(is_bearer(shown, "s3cret-._~+/=="), shown)
-
-
 class SlotsTest(unittest.TestCase):
     def test_so_many_may_be_taken_and_one_that_is_given_back_may_be_taken_again(self):
-        slots = Slots(2)
+        slots = Bulkhead(2)
         self.assertEqual([slots.acquire(0) for _ in range(3)], [True, True, False])
         slots.release()
         self.assertEqual([slots.acquire(0.001) for _ in range(2)], [True, False])
 
     def test_who_waits_for_longest_is_next_and_no_newcomer_passes_it(self):
-        slots, order = Slots(1), []
+        slots, order = Bulkhead(1), []
         slots.acquire(0)
 
         def wait(name):
@@ -231,7 +171,7 @@ class SlotsTest(unittest.TestCase):
         self.assertEqual([name for name in order if name != "nobody"][:20], list(range(20)))
 
     def test_a_slot_that_comes_just_as_the_wait_ends_is_not_lost(self):
-        slots = Slots(1)
+        slots = Bulkhead(1)
         for _ in range(200):
             self.assertTrue(slots.acquire(0))
             waiting = threading.Thread(target=lambda: slots.acquire(0.0005) and slots.release())
@@ -240,66 +180,6 @@ class SlotsTest(unittest.TestCase):
             slots.release()
             waiting.join(PATIENCE)
         self.assertTrue(slots.acquire(0))
-
-
-class LifeTest(unittest.TestCase):
-    """Histories: a number is so many seconds, and a word what happens to the child. Jitter adds all it may."""
-
-    def setUp(self):
-        self.clock = Clock()
-        self.life = Life(self.clock, jitter=lambda least, most: most)
-
-    def live_through(self, history):
-        happen = {"start": self.life.note_start, "ready": self.life.note_ready, "sign": self.life.note_sign,
-                  "kill": self.life.note_kill, "end": self.life.note_end, "refuse": lambda: self.life.note_end(True)}
-        for event in history:
-            if isinstance(event, float):
-                self.clock.now += event
-            else:
-                happen[event]()
-
-    def test_what_is_to_be_done_follows_from_its_history(self):
-        fail = ["start", "end", 10.0]
-        for history, order in [
-            ([], "start"), (["start"], ""), (["start", "ready"], ""),
-            # it starts in time, or is killed
-            (["start", 10.0], ""), (["start", 10.1], "kill"), (["start", 10.1, "kill"], ""),
-            (["start", 10.1, "kill", 99.0], ""), (["start", 9.0, "ready", 9.0], ""),
-            # it shows signs of life, or is killed
-            (["start", "ready", 10.0], ""), (["start", "ready", 10.1], "kill"), (["start", "ready", 10.1, "sign"], ""),
-            (["start", "ready", 9.0, "sign", 9.0, "sign", 10.1], "kill"), (["start", "ready", 10.1, "kill", 99.0], ""),
-            # it ends, and is started again after a pause that doubles
-            (["start", "ready", "end"], ""), (["start", "ready", "end", 0.19], ""),
-            (["start", "ready", "end", 0.2], "start"), (["start", "ready", "end", 0.2, "start", "ready", "end"], ""),
-            (["start", "ready", "end", 0.2, "start", "ready", 9.0, "sign", "end", 0.39], ""),
-            (["start", "ready", "end", 0.2, "start", "ready", 9.0, "sign", "end", 0.4], "start"),
-            ([*["start", "ready", "end"] * 20, 9.9], ""), ([*["start", "ready", "end"] * 20, 10.0], "start"),
-            # and which begins anew after ten seconds of health
-            ([*["start", "ready", "end"] * 20, "start", "ready", 10.0, "sign", "end", 0.2], "start"),
-            ([*["start", "ready", "end"] * 20, "start", "ready", 10.0, "sign", 11.0, "kill", "end", 0.2], "start"),
-            ([*["start", "ready", "end"] * 20, "start", "ready", 11.0, "kill", "end", 9.9], ""),  # not a sign of any
-            # five failed starts in a row are enough
-            (fail * 4, "start"), (fail * 5, "give up"), ([*fail * 4, "start", "ready", "end", 10.0, *fail], "start"),
-            (["start", 10.1, "kill", "end", 10.0] * 4, "start"), (["start", 10.1, "kill", "end", 10.0] * 5, "give up"),
-            # and one, where the child says that it can only fail
-            (["start", "refuse"], "give up"), (["start", "ready", "refuse", 0.2], "start"),
-            # one that replaces another, which goes on where that fails
-            (["start", "ready", 9.0, "start", 9.0], ""), (["start", "ready", "start", "ready", 10.1], "kill"),
-        ]:
-            with self.subTest(history=history):
-                self.setUp()
-                self.live_through(history)
-                self.assertEqual(self.life.order(), order)
-
-    def test_pauses_have_jitter_within_their_bounds(self):
-        life = Life(self.clock)
-        for _ in range(20):
-            life.note_end()
-            self.assertTrue(0.1 <= life.pause <= 10)
-        self.assertTrue(5 <= life.pause)
-        firsts = {(life := Life(self.clock), life.note_end(), life.pause)[2] for _ in range(20)}
-        self.assertGreater(len(firsts), 1)
-        self.assertTrue(max(firsts) <= 0.2)
 
 
 if __name__ == "__main__":
