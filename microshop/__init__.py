@@ -24,7 +24,7 @@ The life of GET /users/1, from the client and back:
   3.            chassis.client chooses an instance of the service, sends it on a kept-alive connection and reads the
                 answer, with chassis.wire again; where there is none, it decides whether to try once more
   4. users      chassis.server finds the route; UsersHandler.get_user asks find_user, which asks the database
-  5.            the row travels back as return values; Handler.format_answer makes bytes of it, once
+  5.            the row travels back as return values; chassis.answer makes bytes of it, once
   6. both       a line in the access log, with the same request id
 
 The life of an order is the saga in orders.py; audit.py checks what came of all of them.

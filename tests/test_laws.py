@@ -93,7 +93,7 @@ class LawTest(unittest.TestCase):
             with self.subTest(name):
                 found = re.search(r"\.(send|sendall|sendto|sendmsg)\(|wfile\.", source)
                 self.assertEqual(bool(found), name in (
-                    "chassis/wire.py", "chassis/server.py", "chassis/handler.py", "chassis/connections.py"))
+                    "chassis/wire.py", "chassis/server.py", "chassis/listener.py", "chassis/handler.py", "chassis/connections.py"))
 
     def test_only_config_and_the_supervisor_look_at_the_environment(self):
         for name, source in SOURCES.items():

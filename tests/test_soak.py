@@ -104,7 +104,7 @@ class CrowdTest(unittest.TestCase):
     def test_an_answer_that_is_not_200_or_does_not_come_is_counted_as_what_it_is(self):
         with running(Users) as users, mock.patch.object(soak, "PAUSE", (0, 0)):
             told = asyncio.run(soak.crowd(users.server_port, 4, 8, random.Random(1), [soak.GETS[1]]))
-        self.assertEqual(told, {"404: there is nothing at /products/101": 8})
+        self.assertEqual(told, {"404: there is nothing at /products/101; try /users, /users/{id}, /health": 8})
         with upstream(lambda connection: connection.recv(1)) as url, mock.patch.object(soak, "PAUSE", (0, 0)):
             told = asyncio.run(soak.crowd(int(url.rpartition(":")[2]), 4, 8, random.Random(1)))
         self.assertEqual(told.total(), 4)

@@ -13,13 +13,14 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-from microshop.chassis import database, handler, server, wire
+from microshop.chassis import database, handler, listener, server, wire
 from microshop.chassis.handler import Answer, Handler
 from microshop.chassis.server import Service
 from tests.helpers import PATIENCE, Wire, ask, exchange, process, running, wait_until
 
 GET = b"GET /things HTTP/1.1\r\nHost: shop\r\n\r\n"
 POST = b"POST /things HTTP/1.1\r\nHost: shop\r\nContent-Type: application/json\r\n"
+TRY = "try /things, /things/{id}, /deadline, /pages, /large, /fail, /split, /wait, /health"
 
 
 def cpu_seconds(pid: int) -> float:
@@ -110,7 +111,8 @@ class RouteTest(ServerTest):
         for number in (2**53, 2**53 + 1, 2**63, 10**16 - 1):
             with self.subTest(number):
                 answer = self.ask("GET", f"/things/{number}")
-                self.assertEqual((answer.status, answer.json["detail"]), (404, f"there is nothing at /things/{number}"))
+                self.assertEqual((answer.status, answer.json["detail"]),
+                                 (404, f"there is nothing at /things/{number}; {TRY}"))
 
     def test_head_is_get_without_its_body(self):
         got, headed = self.ask("GET", "/things"), self.ask("HEAD", "/things")
@@ -134,7 +136,7 @@ class RouteTest(ServerTest):
         answer = self.ask("GET", "/nothing")
         self.assertEqual(answer.headers["content-type"], "application/problem+json")
         self.assertEqual(answer.json, {"type": "about:blank", "title": "Not Found", "status": 404,
-                                       "detail": "there is nothing at /nothing",
+                                       "detail": f"there is nothing at /nothing; {TRY}",
                                        "requestId": answer.headers["x-request-id"]})
 
     def test_health_is_ok(self):
@@ -324,7 +326,7 @@ class DeadlineTest(ServerTest):
             with self.subTest(given):
                 one, two = exchange(self.port, GET[:-2] + f"X-Request-Timeout: {given}\r\n\r\n".encode() + GET)
                 self.assertEqual((one.status, two.status), (400, 200))
-                self.assertEqual(one.json["detail"], f"X-Request-Timeout: {given!r} is no number of seconds")
+                self.assertEqual(one.json["detail"], f"X-Request-Timeout: {given!r} is not a number of seconds")
 
 
 class WarningTest(unittest.TestCase):
@@ -337,7 +339,7 @@ class WarningTest(unittest.TestCase):
                   mock.patch.object(signal, "signal")):
                 things.token = token
                 things.run()
-            self.assertEqual(log.getvalue().count(f"warning: port {things.server_port} is open"), warnings)
+            self.assertEqual(log.getvalue().count(f"warning: other machines can reach port {things.server_port}"), warnings)
 
 
 class ConnectionTest(ServerTest):
@@ -376,7 +378,7 @@ class ConnectionTest(ServerTest):
         with running(Things) as service, Wire(service.server_port) as connection:  # others may still linger elsewhere
             connection.send(GET)
             connection.read()
-            served, = service.connections
+            served, = [*service.connections._busy, *service.connections._idle_since]
             self.assertTrue(served.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
 
     def test_two_hundred_clients_that_come_at_once_are_all_served(self):
@@ -477,10 +479,10 @@ class RoomTest(unittest.TestCase):
     def test_the_connection_that_has_idled_for_longest_makes_room(self):
         service = self.enterContext(running(Things, max_connections=3))
         busy, (first, second) = self.hold(service), self.keep(service, 2)
-        wait_until(lambda: list(service.connections.values()).count(math.inf) == 1)
+        wait_until(lambda: service.connections.count_busy() == 1)
         first.send(GET)
         self.assertEqual(first.read().status, 200)  # now it is the second that has waited for longest
-        wait_until(lambda: list(service.connections.values()).count(math.inf) == 1)
+        wait_until(lambda: service.connections.count_busy() == 1)
         newcomer = self.enterContext(Wire(service.server_port))
         newcomer.send(GET)
         self.assertEqual(newcomer.read().status, 200)
@@ -510,7 +512,7 @@ class RoomTest(unittest.TestCase):
             wait_until(lambda: not service.rejected)
         service.go_on.set()
         self.assertEqual([wire_.read().status for wire_ in busy], [200, 200])
-        wait_until(lambda: math.inf not in service.connections.values())  # a client may be told before that is noted
+        wait_until(lambda: not service.connections.count_busy())  # a client may be told before that is noted
         self.keep(service, 2)
 
     def test_a_connection_that_idles_holds_nothing_of_what_came(self):
@@ -531,7 +533,7 @@ class RoomTest(unittest.TestCase):
     def test_those_turned_away_hold_only_so_many_descriptors(self):
         service = self.enterContext(running(Things, max_connections=1))
         self.hold(service)
-        with mock.patch.object(server, "MAX_AWAY", 5), mock.patch.object(wire, "LINGER", 2 * PATIENCE):
+        with mock.patch.object(listener, "MAX_REJECTED", 5), mock.patch.object(wire, "LINGER", 2 * PATIENCE):
             for _ in range(20):
                 self.enterContext(Wire(service.server_port)).read()
             wait_until(lambda: len(service.rejected) <= 5)
@@ -543,7 +545,7 @@ class RoomTest(unittest.TestCase):
             lingering = self.enterContext(Wire(service.server_port))
             lingering.send(b"nonsense\r\n\r\n")
             self.assertEqual(lingering.read().status, 400)
-            wait_until(lambda: math.inf not in service.connections.values())
+            wait_until(lambda: not service.connections.count_busy())
             began = time.monotonic()
             self.keep(service, 1)
             self.assertLess(time.monotonic() - began, PATIENCE / 2)
@@ -553,7 +555,7 @@ class RoomTest(unittest.TestCase):
             service = self.enterContext(running(Things))
             with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
                 self.assertEqual(self.enterContext(Wire(service.server_port)).read().status, 503)
-            self.assertEqual(service.connections, {})
+            self.assertEqual(len(service.connections), 0)
             self.keep(service, 1)
             service.log.flush()
         self.assertEqual(log.getvalue().count("no room for another connection: can't start new thread"), 1)
@@ -639,9 +641,9 @@ class SupervisedTest(unittest.TestCase):
     def test_a_supervisor_that_stands_still_does_not_hold_it_up(self):
         with mock.patch.object(server, "HEARTBEAT", 0):
             service = self.enterContext(running(Things, supervised=self.handles))
-            beats = mock.Mock(wraps=service.supervisor)
+            beats = mock.Mock(wraps=service.heart._supervisor)
             beats.send.side_effect = BlockingIOError
-            with mock.patch.object(service, "supervisor", beats):
+            with mock.patch.object(service.heart, "_supervisor", beats):
                 wait_until(lambda: beats.send.call_count > 3)
                 self.assertEqual(ask(self.port, target="/things").status, 200)
 

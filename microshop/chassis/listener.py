@@ -1,0 +1,189 @@
+"""Admitting connections: at most `max_connections` of them, each in a thread of its own.
+
+What socketserver does wrongly here is replaced; the comments say why. What happens on a connection
+is in handler.py. Law: nothing here reads a request.
+"""
+import contextlib
+import errno
+import os
+import random
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from microshop.chassis import wire
+from microshop.chassis.access_log import AccessLog
+from microshop.chassis.answer import Asked, describe, format_answer, represent
+from microshop.chassis.errors import ServiceUnavailable
+
+MAX_REJECTED = 64     # connections that were answered 503 and are not closed yet
+NO_ROOM_PAUSE = 0.1   # seconds without accepting when the system has no room for a connection
+NO_ROOM_QUIET = 60.0  # seconds between two log lines about that
+NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+
+def make_id() -> str:
+    """Return a new request id."""
+    return f"{random.getrandbits(64):016x}"
+
+
+class OpenConnections:
+    """The connections that are open: each is busy with a request, or idle since some time."""
+
+    def __init__(self) -> None:
+        self._busy: set[socket.socket] = set()
+        self._idle_since: dict[socket.socket, float] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._busy) + len(self._idle_since)
+
+    def note_busy(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._idle_since.pop(connection, None)
+            self._busy.add(connection)
+
+    def note_idle(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._busy.discard(connection)
+            self._idle_since[connection] = time.monotonic()
+
+    def forget(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._busy.discard(connection)
+            self._idle_since.pop(connection, None)
+
+    def count_busy(self) -> int:
+        return len(self._busy)
+
+    def close_oldest(self) -> bool:
+        """Close the connection that has been idle for longest; False if none is idle."""
+        with self._lock:
+            if not self._idle_since:
+                return False
+            oldest = min(self._idle_since, key=self._idle_since.__getitem__)
+            del self._idle_since[oldest]
+        self._end_input(oldest)
+        return True
+
+    def close_idle(self, seconds: float) -> None:
+        """Close the connections that have been idle for more than these seconds."""
+        latest = time.monotonic() - seconds
+        with self._lock:
+            idle = [connection for connection, since in self._idle_since.items() if since < latest]
+        for connection in idle:
+            self._end_input(connection)
+
+    def _end_input(self, connection: socket.socket) -> None:
+        """Wake the thread that reads a connection: it handles what came before, then closes it."""
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RD)
+
+
+class RejectedConnections:
+    """Connections that were answered 503 and are closed a little later.
+
+    Closing one while its client still sends would reset it, and the client might never see the 503.
+    """
+
+    def __init__(self) -> None:
+        self._rejected: deque[tuple[float, socket.socket]] = deque()  # (when it got its 503, it)
+
+    def __len__(self) -> int:
+        return len(self._rejected)
+
+    def reject(self, connection: socket.socket, message: bytes) -> None:
+        """Send the message and half-close; this does not block, since nothing was sent before."""
+        with contextlib.suppress(OSError):
+            connection.send(message)
+            connection.shutdown(socket.SHUT_WR)
+        self._rejected.append((time.monotonic(), connection))
+
+    def close_due(self) -> None:
+        """Close those that had time to read their answer, and the oldest if there are too many."""
+        latest = time.monotonic() - wire.LINGER
+        while self._rejected:
+            rejected_at, connection = self._rejected[0]
+            if rejected_at > latest and len(self._rejected) <= MAX_REJECTED:
+                return
+            connection.close()
+            self._rejected.popleft()
+
+    def close(self) -> None:
+        while self._rejected:
+            self._rejected.popleft()[1].close()
+
+
+class Listener(ThreadingHTTPServer):
+    """A ThreadingHTTPServer that stays within its limits and says so when it cannot take more."""
+
+    request_queue_size = 1024  # with socketserver's 5, clients that come together get no answer
+    timeout = 0                # handle_request() must not wait: another process may be faster
+    log: AccessLog
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler],
+                 max_connections: int):
+        self.max_connections = max_connections
+        self.connections = OpenConnections()
+        self.rejected = RejectedConnections()
+        self._no_room_quiet_until = 0.0
+        super().__init__(address, handler)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            connection, address = self.socket.accept()
+        except OSError as error:
+            if error.errno in NO_ROOM:  # the client stays in the queue: do not spin
+                self._log_no_room(os.strerror(error.errno))
+                has_closed = self.connections.close_oldest()
+                time.sleep(NO_ROOM_PAUSE / 10 if has_closed else NO_ROOM_PAUSE)
+            raise
+        if sys.platform != "linux":
+            connection.setblocking(True)  # BSD lets it inherit the listener's mode
+        return connection, address
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection in a thread of its own; answer 503 if there is no room for it."""
+        is_full = len(self.connections) >= self.max_connections
+        if is_full and not self.connections.close_oldest():
+            self._reject(request)
+            return
+        self.connections.note_idle(request)  # here, not in its thread, so that drain() misses none
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError as error:  # the system has no room for another thread
+            self.connections.forget(request)
+            self._log_no_room(str(error))
+            self._reject(request)
+
+    def _reject(self, connection: socket.socket) -> None:
+        """Answer 503 at once, without a thread."""
+        error = ServiceUnavailable("too many connections are open", [("Retry-After", "1")])
+        asked = Asked(make_id())
+        answer = represent(describe(error, asked.request_id), asked)
+        self.rejected.reject(connection, format_answer(answer, asked))
+        self.log.request(asked.request_id, "-", "-", answer.status, 0)
+
+    def _log_no_room(self, why: str) -> None:
+        now = time.monotonic()
+        if now > self._no_room_quiet_until:
+            self._no_room_quiet_until = now + NO_ROOM_QUIET
+            self.log.event(f"- no room for another connection: {why}; waiting for others to end")
+
+    def service_actions(self) -> None:
+        """Close rejected connections that are due, on each turn of socketserver's accept loop."""
+        self.rejected.close_due()
+
+    def shutdown_request(self, request: Any) -> None:
+        self.connections.forget(request)  # if it never reached a handler; else finish() did this
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), OSError):  # a client that goes away is normal
+            trace = traceback.format_exc()
+            self.log.event(f"- a connection from {client_address[0]} failed\n{trace}")
