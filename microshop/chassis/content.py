@@ -1,4 +1,7 @@
-"""What messages carry: JSON, written compactly and read strictly, its fields, and pages of a collection."""
+"""What messages carry: JSON, queries, fields that are validated, and pages of a collection.
+
+Law: nothing here knows a socket, a header or a database.
+"""
 import json
 import re
 from collections.abc import Mapping
@@ -7,65 +10,81 @@ from urllib.parse import parse_qsl
 
 from microshop.chassis.errors import BadRequest, UnprocessableContent
 
-MAX_INTEGER = 2**53 - 1   # the largest that every JSON client can hold
-MAX_PAGE = 1000           # rows, and ids, in one request
-PLAIN_IDS = re.compile("[1-9][0-9]{0,14}+(?:,[1-9][0-9]{0,14}+)*+")  # JSON as they are, and within MAX_INTEGER
+MAX_INTEGER = 2**53 - 1   # the largest that every JSON client can represent (RFC 8259 section 6)
+MAX_PAGE = 1000           # rows, or ids, in one request
+PAGE = 100                # rows, if the request does not say
+
+# Ids as almost all clients send them: in their shortest form, and certainly at most MAX_INTEGER.
+PLAIN_IDS = re.compile(r"[1-9][0-9]{0,14}+(?>(?:,[1-9][0-9]{0,14}+)*)")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
-encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False).encode
+encode = json.JSONEncoder(
+    separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False).encode
 
 
 def parse_json(body: bytes) -> Any:
-    """Parse a body as UTF-8 JSON. Raises BadRequest, also for NaN, repeated keys and lone surrogates."""
+    """Parse a body as UTF-8 JSON.
+
+    Raises BadRequest, also for what Python would accept but could not pass on safely: NaN,
+    infinite numbers, repeated names and halves of surrogate pairs.
+    """
     try:
-        value = json.loads(body.decode(), object_pairs_hook=_unique)
-        encode(value).encode()  # refuses what could not be written again: NaN, 1e999, lone surrogates
+        value = json.loads(body.decode(), object_pairs_hook=_make_object)
+        encode(value).encode()  # raises ValueError for numbers and surrogates that are not JSON
         return value
     except RecursionError:
-        raise BadRequest("the body is no JSON: it is nested too deep") from None
+        raise BadRequest("the body is not valid JSON: it is nested too deeply") from None
     except ValueError as error:
-        raise BadRequest(f"the body is no JSON: {error}") from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict:
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        raise ValueError("the same name comes twice")
-    return members
+        raise BadRequest(f"the body is not valid JSON: {error}") from None
 
 
 def parse_query(query: str) -> dict[str, str]:
-    """Parse the part of a target after its `?`. Raises BadRequest."""
+    """Parse the part of a target after its `?`. Raises BadRequest, also for repeated names."""
     if not query:
         return {}
     try:
-        return _unique(parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=100))
+        pairs = parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=100)
+        return _make_object(pairs)
     except ValueError as error:
         raise BadRequest(f"the query is malformed: {error}") from None
 
 
+def _make_object(pairs: list[tuple[str, Any]]) -> dict:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        raise ValueError("a name appears more than once")
+    return members
+
+
+# --- fields
+
 class Integer(NamedTuple):
-    """A field that holds an integer from `least` to MAX_INTEGER."""
+    """A field that holds an integer from `least` to `most`; required if `default` is None."""
 
     least: int = 1
-    default: int | None = None  # if it is left out; None where it may not be
+    most: int = MAX_INTEGER
+    default: int | None = None
 
     def check(self, value: Any) -> int:
-        if type(value) is not int or not self.least <= value <= MAX_INTEGER:  # True is an instance of int
-            raise ValueError(f"must be an integer from {self.least} to {MAX_INTEGER}")
+        """Return a valid value. Raises ValueError that says what is required."""
+        is_integer = type(value) is int  # isinstance() would accept True and False
+        if not is_integer or not self.least <= value <= self.most:
+            raise ValueError(f"must be an integer from {self.least} to {self.most}")
         return value
 
 
 class Text(NamedTuple):
-    """A field that holds a text of 1 to `longest` characters; spaces around it do not count."""
+    """A required field that holds text of 1 to `longest` characters, without spaces around it."""
 
     longest: int = 200
     default: None = None
 
     def check(self, value: Any) -> str:
+        """Return a valid value without spaces around it. Raises ValueError as Integer.check()."""
         text = value.strip() if isinstance(value, str) else ""
         if not 1 <= len(text) <= self.longest or CONTROL.search(value):
-            raise ValueError(f"must be a text of 1 to {self.longest} characters, none of them a control character")
+            raise ValueError(
+                f"must be text of 1 to {self.longest} characters, without control characters")
         return text
 
 
@@ -73,10 +92,14 @@ FieldTable = Mapping[str, Integer | Text]  # the fields of a JSON object, by nam
 
 
 def validate(value: Any, fields: FieldTable) -> dict[str, Any]:
-    """Return a JSON object's fields in the table's order. Raises UnprocessableContent naming each that is wrong."""
+    """Return the fields of a JSON object in the order of the table, defaults filled in.
+
+    Raises UnprocessableContent, which names all fields that are invalid, missing or unknown.
+    """
     if not isinstance(value, dict):
         raise UnprocessableContent({"body": "must be a JSON object"})
-    valid, errors = {}, {name: "is not known here" for name in value if name not in fields}
+    valid = {}
+    errors = {name: "is not a known field" for name in value if name not in fields}
     for name, field in fields.items():
         try:
             valid[name] = field.check(value.get(name, field.default))
@@ -87,29 +110,44 @@ def validate(value: Any, fields: FieldTable) -> dict[str, Any]:
     return valid
 
 
+# --- pages
+
+LIMIT = Integer(least=1, most=MAX_PAGE)
+AFTER = Integer(least=0)
+ID = Integer()
+
+
 class Page(NamedTuple):
-    """Which part of a collection to show: `limit` rows after the id `after`, of those in `ids` if given."""
+    """The part of a collection to show: at most `limit` rows, whose ids are greater than `after`.
+
+    `ids` is None, or a JSON list: then only rows with these ids are shown.
+    """
 
     limit: int
     after: int
-    ids: str | None  # a JSON list
+    ids: str | None
 
 
 def parse_page(query: dict[str, str]) -> Page:
-    """Return the page that a query asks for. Raises BadRequest naming the parameter."""
-    limit = _integer("limit", query["limit"], 1, MAX_PAGE) if "limit" in query else 100
-    after = _integer("after", query["after"], 0, MAX_INTEGER) if "after" in query else 0
-    if "ids" not in query:
-        return Page(limit, after, None)
-    ids = query["ids"]
-    if not PLAIN_IDS.fullmatch(ids):  # then one after another, to name what is wrong
-        ids = ",".join([str(_integer("ids", text, 1, MAX_INTEGER)) for text in ids.split(",")])
-    if (count := ids.count(",") + 1) > MAX_PAGE:
-        raise BadRequest(f"ids: {count} are more than {MAX_PAGE}")
-    return Page(limit, after, f"[{ids}]")
+    """Return the page that a query asks for. Raises BadRequest, which names the parameter."""
+    limit = _parse_integer("limit", query["limit"], LIMIT) if "limit" in query else PAGE
+    after = _parse_integer("after", query["after"], AFTER) if "after" in query else 0
+    ids = _parse_ids(query["ids"]) if "ids" in query else None
+    return Page(limit, after, ids)
 
 
-def _integer(name: str, text: str, least: int, most: int) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) <= 16) or not least <= int(text) <= most:
-        raise BadRequest(f"{name}: {text!r} is no integer from {least} to {most}")
+def _parse_ids(text: str) -> str:
+    """Return comma-separated ids as a JSON list."""
+    if not PLAIN_IDS.fullmatch(text):
+        text = ",".join([str(_parse_integer("ids", part, ID)) for part in text.split(",")])
+    count = text.count(",") + 1
+    if count > MAX_PAGE:
+        raise BadRequest(f"ids: at most {MAX_PAGE} allowed, got {count}")
+    return f"[{text}]"
+
+
+def _parse_integer(name: str, text: str, field: Integer) -> int:
+    is_number = text.isascii() and text.isdigit() and len(text) <= 16
+    if not is_number or not field.least <= int(text) <= field.most:
+        raise BadRequest(f"{name}: {text!r} is not an integer from {field.least} to {field.most}")
     return int(text)

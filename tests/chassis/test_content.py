@@ -62,7 +62,7 @@ class ValidateTest(unittest.TestCase):
     def test_a_refusal_says_the_first_thing_and_how_many_there_are(self):
         refusal = self.refuse({"lives": -1, "tail": True, "owner": 1})
         self.assertEqual([error["field"] for error in refusal.members["errors"]], ["tail", "name", "lives"])
-        self.assertEqual(refusal.detail, "tail: is not known here (and 2 more)")
+        self.assertEqual(refusal.detail, "tail: is not a known field (and 2 more)")
         self.assertEqual(self.refuse([]).detail, "body: must be a JSON object")
 
 

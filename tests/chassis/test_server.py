@@ -219,7 +219,7 @@ class BodyTest(ServerTest):
             with self.subTest(body[:20]):
                 answer = self.post(body)
                 self.assertEqual((answer.status, answer.headers["content-type"]), (400, "application/problem+json"))
-                self.assertRegex(answer.json["detail"], "^the body is no JSON: ")
+                self.assertRegex(answer.json["detail"], "^the body is not valid JSON: ")
 
     def test_the_media_type_must_be_json(self):
         for given in ("text/plain", "application/x-www-form-urlencoded", "application/jsonx",
