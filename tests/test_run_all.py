@@ -674,7 +674,7 @@ class RefusalTest(ShopTestCase):
               process("microshop.run_all", "--port", "65533") as port):  # the services' would end at 65536
             for shop, named in [
                     (flag, "--prot"), (value, "--port.*abc"), (twin, "MICROSHOP_PORT.*abc"), (port, "65533"),
-                    (data, "--data.*is no folder")]:
+                    (data, "--data.*is not a folder")]:
                 with self.subTest(named):
                     self.assertEqual(shop.status(), 2)
                     self.assertEqual(len(shop.lines), 1)

@@ -1,14 +1,27 @@
-"""The microservice chassis: what every process of the shop shares, and nothing of what it sells.
+"""The *microservice chassis*: what all processes of the shop share, and nothing of what it sells.
 
-    wire        HTTP/1.1 as bytes: read strictly, written safely; used by both ends
-    server      Service and Handler: routes, answers, errors, life and death of a process
-    client      calls to other services through urllib, on kept-alive connections
-    policies    breaker, retry budget, rate limit, token: when to say no
-    database    one SQLite file per service
-    content     what messages carry: JSON, queries, pages of a collection
-    errors      exceptions that carry an HTTP status
-    config      flags over environment over defaults
-    access_log  a line per request, at little cost
+A process
+    server       Service: the life of a process: listen, drain, close
+    listener     how connections are admitted, each to a thread of its own
+    handler      Handler: the requests of one connection: route, answer, errors
+    answer       an answer as the bytes of a response
+    admission    which requests are admitted: rate limit, bearer token, cross-origin check
+    database     one SQLite file per service (*database per service*)
+    config       settings from flags and the environment (*externalized configuration*)
+    access_log   a line for each request, with its *correlation id*
 
-Law: nothing here imports a service or knows the word for anything that one sells.
+Calls from one process to another
+    client       calls to other services, and what may be retried
+    connections  kept-alive connections for urllib
+    resilience   circuit breaker, bulkhead and retry budget
+
+Messages, at both ends
+    wire         HTTP/1.1 as bytes: read strictly, written safely
+    content      JSON, queries, validated fields, pages of a collection
+    errors       exceptions that carry an HTTP status
+
+Above the processes
+    supervisor   child processes: when to start them again, and when to give up
+
+Law: nothing here imports a service, or has a word for anything that one sells.
 """

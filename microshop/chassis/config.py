@@ -1,7 +1,11 @@
-"""Settings: a flag wins over its environment twin, which wins over the default.
+"""Settings, given from outside the code (*externalized configuration*), so that the same code runs
+on a laptop and in production.
 
-`--data` and MICROSHOP_DATA are one setting. Law: read once, in main(); nothing else looks at the
-environment but the supervisor, to hand it on. A bad value ends the process with one line that names it, exit status 2.
+A flag wins over its environment variable, which wins over the default: `--data` and MICROSHOP_DATA
+are one setting. A bad value ends the process with one line that names it, and exit status 2.
+
+Law: settings are read once, in main(). Nothing else looks at the environment, except the
+supervisor, which passes it on.
 """
 import argparse
 import ipaddress
@@ -13,17 +17,21 @@ from typing import Any, NamedTuple, NoReturn
 
 from microshop.chassis.admission import Rate
 
-LABEL = "[0-9A-Za-z_-]{1,63}"  # of a host name
 SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
+TOKEN_TEXT = re.compile(r"[0-9A-Za-z._~+/-]+=*")  # RFC 6750 section 2.1
+TOKEN_RULE = "letters, digits and -._~+/ only, and perhaps = at the end"
+LABEL = "[0-9A-Za-z_-]{1,63}"  # of a host name
+BASE_URL = re.compile(
+    rf"http://(?:{LABEL}(?:\.{LABEL})*|\[(?P<ipv6>[0-9A-Fa-f:.]+)\])(?::(?P<port>[0-9]{{1,5}}))?")
 SWITCH = {"1": True, "true": True, "yes": True, "on": True,
           "0": False, "false": False, "no": False, "off": False, "": False}
 
 
 class Setting(NamedTuple):
-    """One setting: `parse` turns its text into a value or raises ValueError with the reason.
+    """A setting: `parse` returns the value of a text, or raises ValueError that quotes the text.
 
-    Without a default it may be None. One that is `secret` is never shown, and has no flag, since everybody on
-    the machine can see those.
+    Without a default, the value is None if the setting is not given. A `secret` is never printed
+    and has no flag, because every user of the machine can see the flags of a process.
     """
 
     name: str
@@ -33,133 +41,151 @@ class Setting(NamedTuple):
     secret: bool = False
 
 
+# --- parsers: from a text to a value, or a ValueError that quotes the text and says what it is not
+
 def port(text: str) -> int:
     if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
-        raise ValueError("is no port (0 to 65535)")
+        raise ValueError(f"{text!r} is not a port (0 to 65535)")
     return int(text)
 
 
 def count(text: str) -> int:
     if not re.fullmatch("[1-9][0-9]{0,4}", text):
-        raise ValueError("is no count (1 to 99999)")
+        raise ValueError(f"{text!r} is not a count (1 to 99999)")
     return int(text)
 
 
 def seconds(text: str) -> float:
     if not SECONDS.fullmatch(text) or float(text) == 0:
-        raise ValueError("is no number of seconds like 5 or 0.5")
+        raise ValueError(f"{text!r} is not a number of seconds, like 5 or 0.5")
     return float(text)
 
 
 def rate(text: str) -> Rate:
     match = re.fullmatch("([1-9][0-9]{0,5})/([smh])", text)
     if not match:
-        raise ValueError("is no rate like 100/s, 600/m or 5000/h")
-    return Rate(int(match[1]), {"s": 1, "m": 60, "h": 3600}[match[2]])
+        raise ValueError(f"{text!r} is not a rate, like 100/s, 600/m or 5000/h")
+    requests, unit = match.groups()
+    return Rate(int(requests), {"s": 1, "m": 60, "h": 3600}[unit])
 
 
 def token(text: str) -> str:
-    if not re.fullmatch("[0-9A-Za-z._~+/-]+=*", text):  # RFC 6750 2.1
-        raise ValueError("is no token (letters, digits and -._~+/ alone, perhaps = at the end)")
+    if not TOKEN_TEXT.fullmatch(text):  # the text is secret: the message must not quote it
+        raise ValueError(f"the variable does not contain a valid token ({TOKEN_RULE})")
     return text
 
 
-def token_file(text: str) -> str:
-    """Return the token that stands in a file."""
+def token_file(path: str) -> str:
+    """Return the token that a file contains."""
     try:
-        return token(Path(text).read_text("latin-1").strip())
+        text = Path(path).read_text("latin-1").strip()
     except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror}") from None
-    except ValueError as reason:
-        raise ValueError(f"holds what {reason}") from None
+        raise ValueError(f"{path!r} cannot be read: {error.strerror}") from None
+    if not TOKEN_TEXT.fullmatch(text):
+        raise ValueError(f"{path!r} does not contain a valid token ({TOKEN_RULE})")
+    return text
 
 
 def host(text: str) -> str:
     if not re.fullmatch(r"[0-9A-Za-z.:_-]+", text):
-        raise ValueError("is no host name or address")
+        raise ValueError(f"{text!r} is not a host name or address")
     return text
 
 
 def switch(text: str) -> bool:
     if text.lower() not in SWITCH:
-        raise ValueError("is neither 1 nor 0")
+        raise ValueError(f"{text!r} is neither 1 nor 0")
     return SWITCH[text.lower()]
 
 
+def folder(text: str) -> Path:
+    path = Path(text)
+    if not text or path.exists() and not path.is_dir():
+        raise ValueError(f"{text!r} is not a folder")
+    return path
+
+
 def base_urls(text: str) -> list[str]:
-    """Parse base URLs, comma-separated: the instances of one service."""
+    """Return the base URLs in a comma-separated list: the instances of one service."""
     urls = [url.strip().removesuffix("/") for url in text.split(",")]
-    for url in urls:
-        match = re.fullmatch(rf"http://(?:{LABEL}(?:\.{LABEL})*|\[([0-9A-Fa-f:.]+)\])(?::([0-9]{{1,5}}))?", url)
-        if not match or int(match[2] or 80) not in range(1, 65536):
-            raise ValueError("is no base URL like http://localhost:3001 (several: comma-separated)")
-        ipaddress.IPv6Address(match[1] or "::")  # its ValueError says what is wrong
+    if not all(map(is_base_url, urls)):
+        raise ValueError(f"{text!r} is not a base URL like http://localhost:3001, "
+                         "nor several of them, separated by commas")
     return urls
 
 
-def folder(text: str) -> Path:
-    if not text or Path(text).exists() and not Path(text).is_dir():
-        raise ValueError("is no folder")
-    return Path(text)
+def is_base_url(url: str) -> bool:
+    match = BASE_URL.fullmatch(url)
+    if not match or not 1 <= int(match["port"] or 80) <= 65535:
+        return False
+    try:
+        ipaddress.IPv6Address(match["ipv6"] or "::")
+    except ValueError:
+        return False
+    return True
 
 
-def handles(text: str) -> list[int]:
-    if not re.fullmatch("[0-9]{1,18},[0-9]{1,18}", text):
-        raise ValueError("are no handles of two sockets")
+def file_descriptors(text: str) -> list[int]:
+    """Return the two file descriptors that run_all passes on: the listener and the heartbeat."""
+    if not re.fullmatch("[0-9]{1,9},[0-9]{1,9}", text):
+        raise ValueError(f"{text!r} is not two file descriptors")
     return [int(number) for number in text.split(",")]
 
+
+# --- settings that several processes have
 
 HOST = Setting("host", host, "127.0.0.1", "address to listen on")
 DATA = Setting("data", folder, "data", "folder of the database files")
 TIMEOUT = Setting("timeout", seconds, "5", "seconds that a request may take")
 QUIET = Setting("quiet", switch, "", "write no access log")
-SHARED = [  # these, and those of the gateway, the supervisor knows too, and hands them on
-    Setting("max-connections", count, "1024", "connections that each process keeps open at a time"),
-    Setting("grace", seconds, "10", "seconds for what is in flight when a process is told to end"),
+TOKEN = Setting("token", token, None, "token that every write needs", secret=True)
+
+SHARED = [  # every process has these; run_all passes them on to each of its children
+    Setting("max-connections", count, "1024", "open connections that each process may have"),
+    Setting("grace", seconds, "10", "seconds to finish open requests when a process has to stop"),
 ]
-def service_url(name: str, port: int) -> Setting:
-    """Return the setting that tells where a service is found (service discovery by configuration)."""
-    return Setting(f"{name}-url", base_urls, f"http://127.0.0.1:{port}",
-                   f"base URL of the {name} service; several, comma-separated, are its instances")
-
-
-TOKEN = Setting("token", token, None, "the token that writes need", secret=True)
-FOR_GATEWAY = [
+FOR_GATEWAY = [  # the gateway has these; run_all passes them on to it
     TIMEOUT,
-    Setting("token-file", token_file, None, "file of the token that writes need; else MICROSHOP_TOKEN is that token"),
-    Setting("rate", rate, None, "requests that one client may send, like 100/s (default: no limit)"),
-    Setting("max-in-flight", count, "64", "requests under way to one service at a time"),
+    Setting("token-file", token_file, None,
+            "file with the token that every write needs (or set MICROSHOP_TOKEN to the token)"),
+    Setting("rate", rate, None,
+            "requests that one client may send, like 100/s (default: no limit)"),
+    Setting("max-in-flight", count, "64", "concurrent requests to each service"),
 ]
 
 
-def read(program: str, settings: Sequence[Setting], check: Callable[[argparse.Namespace], None] | None = None,
-         arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return the value of each setting, and as `flags` the texts of those that were given as flags.
+def service_url(name: str, port: int) -> Setting:
+    """Return the setting that says where a service is.
 
-    Exits with status 2 where one is bad, or where `check` raises ValueError.
+    This is *service discovery* at its simplest: each process gets the addresses of the services
+    that it calls as configuration. Larger systems ask a registry or DNS.
     """
-    parser = _Parser(prog=f"python -m {program}", allow_abbrev=False,
-                     description="Every flag has an environment twin: --data is MICROSHOP_DATA.")
-    for setting in (setting for setting in settings if not setting.secret):
-        kind: dict[str, Any] = {"action": "store_const", "const": "1"} if setting.parse is switch else {}
-        default = f" (default: {setting.default})" if setting.default else ""
-        parser.add_argument(f"--{setting.name}", help=setting.help + default, **kind)
-    values = parser.parse_args(arguments)
-    values.flags = {}
+    return Setting(
+        f"{name}-url", base_urls, f"http://127.0.0.1:{port}",
+        f"base URL of the {name} service; several, separated by commas, are its instances")
+
+
+# --- reading them
+
+def read(program: str, settings: Sequence[Setting],
+         check: Callable[[argparse.Namespace], None] | None = None,
+         arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the value of each setting by name; `flags` has the texts of those given as flags.
+
+    `check` may look at all values together; it raises ValueError if they do not go together.
+    Prints one line and exits with status 2 if a value is bad.
+    """
+    parser = _make_parser(program, settings)
+    flags = {name: text for name, text in vars(parser.parse_args(arguments)).items()
+             if text is not None}
+    values = argparse.Namespace(flags=flags)
     for setting in settings:
-        attribute = setting.name.replace("-", "_")
-        source, text = f"--{setting.name}", getattr(values, attribute, None)
-        if text is not None:
-            values.flags[setting.name] = text
-        else:
-            source = f"MICROSHOP_{attribute.upper()}"
-            text = os.environ.get(source)
-            if not text and setting.default is not None:  # else it was to be something: better no shop than an open one
-                text = setting.default
+        source, text = _find_text(setting, flags)
         try:
-            setattr(values, attribute, None if text is None else setting.parse(text))
+            value = None if text is None else setting.parse(text)
         except ValueError as reason:
-            parser.error(f"{source}: {'what it holds' if setting.secret else repr(text)} {reason}")
+            parser.error(f"{source}: {reason}")
+        setattr(values, setting.name.replace("-", "_"), value)
     try:
         if check:
             check(values)
@@ -169,10 +195,48 @@ def read(program: str, settings: Sequence[Setting], check: Callable[[argparse.Na
 
 
 def as_flags(values: argparse.Namespace, settings: Sequence[Setting]) -> list[str]:
-    """Return those of the settings that were given as flags, as flags for another process."""
-    return [f"--{setting.name}={values.flags[setting.name]}" for setting in settings if setting.name in values.flags]
+    """Return those of the settings that were given as flags, as flags for another process.
+
+    The others need not be passed on: a child process inherits the environment.
+    """
+    return [f"--{setting.name}={values.flags[setting.name]}"
+            for setting in settings if setting.name in values.flags]
+
+
+def _find_text(setting: Setting, flags: dict[str, str]) -> tuple[str, str | None]:
+    """Return where a setting comes from, for messages, and its text; None if it is not given.
+
+    An empty environment variable means the default. A setting without a default is parsed then,
+    and refused: if a token is wanted, but its variable was never filled in, starting without any
+    token would be worse than not starting.
+    """
+    if setting.name in flags:
+        return f"--{setting.name}", flags[setting.name]
+    variable = "MICROSHOP_" + setting.name.replace("-", "_").upper()
+    text = os.environ.get(variable)
+    if not text and setting.default is not None:
+        text = setting.default
+    return variable, text
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")  # without the usage: one line
+        """Exit with one line, without the usage that argparse would print before it."""
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def _make_parser(program: str, settings: Sequence[Setting]) -> _Parser:
+    parser = _Parser(
+        prog=f"python -m {program}", allow_abbrev=False,
+        description="Each flag can also be set in the environment, --data as MICROSHOP_DATA. "
+                    "The flag wins.")
+    for setting in settings:
+        if setting.secret:
+            continue
+        options: dict[str, Any] = {"dest": setting.name, "help": setting.help}
+        if setting.default:
+            options["help"] += f" (default: {setting.default})"
+        if setting.parse is switch:
+            options |= {"action": "store_const", "const": "1"}
+        parser.add_argument(f"--{setting.name}", **options)
+    return parser

@@ -52,7 +52,7 @@ def parse_query(query: str) -> dict[str, str]:
 def _make_object(pairs: list[tuple[str, Any]]) -> dict:
     members = dict(pairs)
     if len(members) < len(pairs):
-        raise ValueError("a name appears more than once")
+        raise ValueError("a name appears twice")
     return members
 
 

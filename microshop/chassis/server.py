@@ -93,7 +93,7 @@ class Service(Listener):
                            "port to listen on; 0 takes a free one"),
             *cls.options,
             *config.SHARED,
-            config.Setting("supervised", config.handles, None,
+            config.Setting("supervised", config.file_descriptors, None,
                            "for run_all only: the sockets that it passes on")])
         threading.stack_size(STACK_SIZE)
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -371,7 +371,7 @@ class Stream(TimedConnection):
         """
         checked = 0
         while (end := self._buffer.find(mark, self._start)) < 0:
-            begun = self._buffer[self._start:]  # a copy: before it may be a CR, which STRAY would see
+            begun = self._buffer[self._start:]  # a copy, so that STRAY sees no CR before it
             check_size(begun)
             if STRAY.search(begun, checked):
                 raise BadRequest("there is a control byte, or a CR or LF outside of a CRLF")

@@ -1,4 +1,4 @@
-"""Settings: flag over environment over default, and one line for what is bad."""
+"""Settings: a flag wins over the environment and that over the default; a bad value is one line."""
 import contextlib
 import io
 import tempfile
@@ -9,12 +9,37 @@ from unittest import mock
 from microshop.chassis import config
 
 SETTINGS = [
-    config.Setting("port", config.port, "3000", "port"), config.HOST, config.DATA, config.QUIET,
-    *config.FOR_GATEWAY, *config.SHARED, config.TOKEN,
-    config.Setting("supervised", config.handles, None, "handles"),
-    config.Setting("workers", config.count, "1", "workers"),
-    config.Setting("users-url", config.base_urls, "http://localhost:3001", "where users is"),
+    config.Setting("port", config.port, "3000", "port"),
+    config.HOST, config.DATA, config.QUIET, *config.FOR_GATEWAY, *config.SHARED, config.TOKEN,
+    config.Setting("supervised", config.file_descriptors, None, "two file descriptors"),
+    config.Setting("workers", config.count, "1", "number of workers"),
+    config.service_url("users", 3001),
 ]
+DEFAULTS = {
+    "port": 3000, "host": "127.0.0.1", "data": Path("data"), "quiet": False, "timeout": 5.0,
+    "token": None, "token_file": None, "rate": None, "max_in_flight": 64, "max_connections": 1024,
+    "grace": 10.0, "supervised": None, "workers": 1, "users_url": ["http://127.0.0.1:3001"],
+    "flags": {}}
+BAD_VALUES = {
+    "port": ["x", "65536", "-1", "٣"],
+    "workers": ["0"],
+    "max-connections": ["0", "100000"],
+    "max-in-flight": ["0"],
+    "grace": ["0", "soon"],
+    "timeout": ["0", "nan", "-3"],
+    "rate": ["100", "0/s", "100/d", "1.5/s", "-1/s"],
+    "host": ["a b"],
+    "data": [__file__],
+    "token-file": ["/nowhere/at/all", "/", __file__],
+    "supervised": ["3", "3,4,5", "-3,4"],
+    "users-url": ["localhost:3001", "ftp://a", "http://a:x", "http://a/path", "http://a,", "http://a:0",
+                  "http://a..b:80", "http://[::::]"],
+}
+
+
+def variable(name):
+    """Return the environment variable of a setting."""
+    return "MICROSHOP_" + name.upper().replace("-", "_")
 
 
 class ConfigTest(unittest.TestCase):
@@ -22,100 +47,134 @@ class ConfigTest(unittest.TestCase):
         with mock.patch.dict("os.environ", environment):
             return config.read("microshop.test", SETTINGS, check, list(arguments))
 
-    def refuse(self, *arguments, **environment):
-        with contextlib.redirect_stderr(io.StringIO()) as printed, self.assertRaises(SystemExit) as caught:
-            self.read(*arguments, **environment)
-        self.assertEqual(caught.exception.code, 2)
-        self.assertEqual(printed.getvalue().count("\n"), 1)
+    def refuse(self, *arguments, check=None, **environment):
+        """Return the one line that is printed before the process exits with status 2."""
+        given = f"{arguments} {environment}"
+        with contextlib.redirect_stderr(io.StringIO()) as printed:
+            with self.assertRaises(SystemExit, msg=f"{given} should end the process") as caught:
+                self.read(*arguments, check=check, **environment)
+        self.assertEqual(2, caught.exception.code, f"the exit status for {given}")
+        self.assertRegex(printed.getvalue(), r"\A[^\n]+\n\Z", f"one line was expected for {given}")
         return printed.getvalue()
 
-    def test_defaults_hold_where_nothing_is_said(self):
-        self.assertEqual(vars(self.read()), {
-            "port": 3000, "host": "127.0.0.1", "data": Path("data"), "quiet": False, "timeout": 5.0, "workers": 1,
-            "token": None, "token_file": None, "rate": None, "max_in_flight": 64, "flags": {},
-            "max_connections": 1024, "grace": 10.0, "supervised": None,
-            "users_url": ["http://localhost:3001"]})
 
-    def test_the_environment_wins_over_defaults_and_a_flag_over_both(self):
-        self.assertEqual(self.read(MICROSHOP_PORT="4000").port, 4000)
-        self.assertEqual(self.read("--port", "5000", MICROSHOP_PORT="4000").port, 5000)
-        self.assertEqual(self.read(MICROSHOP_PORT="").port, 3000)
+class ValueTest(ConfigTest):
+    def test_every_setting_has_a_default(self):
+        self.assertEqual(DEFAULTS, vars(self.read()))
+
+    def test_the_environment_wins_over_the_default(self):
+        self.assertEqual(4000, self.read(MICROSHOP_PORT="4000").port)
+
+    def test_a_flag_wins_over_the_environment(self):
+        self.assertEqual(5000, self.read("--port", "5000", MICROSHOP_PORT="4000").port)
         self.assertTrue(self.read("--quiet", MICROSHOP_QUIET="0").quiet)
+
+    def test_an_empty_environment_variable_means_the_default(self):
+        self.assertEqual(3000, self.read(MICROSHOP_PORT="").port)
+
+    def test_a_switch_can_be_set_in_the_environment(self):
         self.assertTrue(self.read(MICROSHOP_QUIET="yes").quiet)
+        self.assertFalse(self.read(MICROSHOP_QUIET="off").quiet)
 
-    def test_several_base_urls_are_copies(self):
+    def test_several_base_urls_are_instances_of_one_service(self):
         settings = self.read(MICROSHOP_USERS_URL="http://a:1/, http://[::1]:2")
-        self.assertEqual(settings.users_url, ["http://a:1", "http://[::1]:2"])
+        self.assertEqual(["http://a:1", "http://[::1]:2"], settings.users_url)
 
-    def test_a_bad_value_is_named_with_where_it_came_from(self):
-        for name, text in (("port", "x"), ("port", "65536"), ("port", "-1"), ("port", "٣"), ("workers", "0"),
-                           ("max-connections", "0"), ("max-connections", "100000"), ("grace", "0"), ("grace", "soon"),
-                           ("supervised", "3"), ("supervised", "3,4,5"), ("supervised", "-3,4"),
-                           ("data", __file__),
-                           ("timeout", "0"), ("timeout", "nan"), ("timeout", "-3"), ("host", "a b"),
-                           ("users-url", "localhost:3001"), ("users-url", "ftp://a"), ("users-url", "http://a:x"),
-                           ("users-url", "http://a/path"), ("users-url", "http://a,"), ("users-url", "http://a..b:80"),
-                           ("users-url", "http://[::::]"), ("users-url", "http://a:0"), ("max-in-flight", "0"),
-                           ("rate", "100"), ("rate", "0/s"), ("rate", "100/d"), ("rate", "1.5/s"), ("rate", "-1/s"),
-                           ("token-file", "/nowhere/at/all"), ("token-file", "/"), ("token-file", __file__)):
-            with self.subTest(name, text=text):
-                twin = f"MICROSHOP_{name.upper().replace('-', '_')}"
-                self.assertIn(f"--{name}: {text!r} ", self.refuse(f"--{name}={text}"))
-                self.assertIn(f"{twin}: {text!r} ", self.refuse(**{twin: text}))
-        self.assertIn("--data: '' is no folder", self.refuse("--data", ""))
-        for name in ("rate", "token-file"):  # as from a variable that was never set: better no shop than an open one
-            self.assertIn(f"--{name}: '' ", self.refuse(f"--{name}="))
-        for twin in ("MICROSHOP_TOKEN", "MICROSHOP_TOKEN_FILE", "MICROSHOP_RATE"):
-            self.assertIn(f"{twin}: ", self.refuse(**{twin: ""}))
-        self.assertIn("MICROSHOP_QUIET: 'maybe' ", self.refuse(MICROSHOP_QUIET="maybe"))
+    def test_a_rate_is_a_number_of_requests_in_a_number_of_seconds(self):
+        for text, rate in {"100/s": (100, 1), "600/m": (600, 60), "5000/h": (5000, 3600)}.items():
+            with self.subTest(rate=text):
+                self.assertEqual(rate, self.read("--rate", text).rate)
 
-    def test_a_supervisor_hands_two_sockets_on(self):
-        self.assertEqual(self.read("--supervised", "3,14").supervised, [3, 14])
+    def test_the_supervisor_passes_on_two_file_descriptors(self):
+        self.assertEqual([3, 14], self.read("--supervised", "3,14").supervised)
 
-    def test_a_rate_is_requests_in_seconds(self):
-        for text, rate in (("100/s", (100, 1)), ("600/m", (600, 60)), ("5000/h", (5000, 3600))):
-            self.assertEqual(self.read("--rate", text).rate, rate)
+    def test_only_settings_given_as_flags_are_passed_on_as_flags(self):
+        settings = self.read("--rate", "100/s", "--max-in-flight=7", "--port", "1",
+                             MICROSHOP_TIMEOUT="3")
+        self.assertEqual(["--rate=100/s", "--max-in-flight=7"],
+                         config.as_flags(settings, config.FOR_GATEWAY))
 
-    def test_a_token_comes_from_the_environment_or_a_file_and_is_never_shown(self):
-        self.assertEqual(self.read(MICROSHOP_TOKEN="s3cret-._~+/==").token, "s3cret-._~+/==")
+
+class RefusalTest(ConfigTest):
+    def test_a_bad_value_is_named_together_with_its_flag_or_variable(self):
+        for name, texts in BAD_VALUES.items():
+            for text in texts:
+                with self.subTest(setting=name, text=text):
+                    self.assertIn(f"--{name}: {text!r} ", self.refuse(f"--{name}={text}"))
+                    self.assertIn(f"{variable(name)}: {text!r} ",
+                                  self.refuse(**{variable(name): text}))
+        self.assertIn("MICROSHOP_QUIET: 'maybe' is neither 1 nor 0",
+                      self.refuse(MICROSHOP_QUIET="maybe"))
+
+    def test_the_message_says_what_the_value_is_not(self):
+        for argument, message in {
+                "--data=": "--data: '' is not a folder",
+                "--port=x": "--port: 'x' is not a port (0 to 65535)",
+                "--timeout=soon": "--timeout: 'soon' is not a number of seconds, like 5 or 0.5",
+                "--rate=100": "--rate: '100' is not a rate, like 100/s, 600/m or 5000/h",
+                "--token-file=/x/y": "--token-file: '/x/y' cannot be read: No such file"}.items():
+            with self.subTest(argument=argument):
+                self.assertIn(message, self.refuse(argument))
+
+    def test_an_empty_token_or_rate_is_refused_instead_of_starting_without_protection(self):
+        for name in ("rate", "token-file"):
+            with self.subTest(flag=name):
+                self.assertIn(f"--{name}: '' ", self.refuse(f"--{name}="))
+        for name in ("token", "token-file", "rate"):
+            with self.subTest(variable=name):
+                self.assertIn(f"{variable(name)}: ", self.refuse(**{variable(name): ""}))
+
+    def test_an_unknown_shortened_or_incomplete_flag_is_named(self):
+        for argument in ("--prot=1", "--por=1", "--port", "extra"):
+            with self.subTest(argument=argument):
+                self.assertIn(argument.partition("=")[0], self.refuse(argument))
+
+    def test_values_that_do_not_go_together_are_refused(self):
+        def check(settings):
+            raise ValueError("--port: too close to --workers")
+        self.assertIn("--port: too close to --workers", self.refuse(check=check))
+
+
+class TokenTest(ConfigTest):
+    RULE = (r"does not contain a valid token "
+            r"\(letters, digits and -\._~\+/ only, and perhaps = at the end\)")
+
+    def test_a_token_comes_from_the_environment(self):
+        self.assertEqual("s3cret-._~+/==", self.read(MICROSHOP_TOKEN="s3cret-._~+/==").token)
+
+    def test_a_token_cannot_be_a_flag_which_other_users_could_see(self):
         self.assertIn("--token", self.refuse("--token", "s3cret"))
+
+    def test_an_invalid_token_is_refused_and_never_printed(self):
+        for token in ("two words", "s3cret!", "=", "s3=cret", "\xe9"):
+            with self.subTest(token=token):
+                printed = self.refuse(MICROSHOP_TOKEN=token)
+                self.assertRegex(printed, f"MICROSHOP_TOKEN: the variable {self.RULE}")
+                self.assertNotIn(repr(token), printed)
+
+    def test_a_token_comes_from_a_file(self):
         with tempfile.NamedTemporaryFile("w") as file:
-            for text, token in (("s3cret\n", "s3cret"), ("two words", None), ("", None), ("\xe9", None)):
-                file.seek(0)
-                file.truncate()
+            file.write("s3cret\n")
+            file.flush()
+            self.assertEqual("s3cret", self.read("--token-file", file.name).token_file)
+
+    def test_a_file_without_a_valid_token_is_refused_and_its_text_never_printed(self):
+        for text in ("two words", "", "\xe9"):
+            with self.subTest(text=text), tempfile.NamedTemporaryFile("w") as file:
                 file.write(text)
                 file.flush()
-                with self.subTest(text):
-                    if token:
-                        self.assertEqual(self.read("--token-file", file.name).token_file, token)
-                        continue
-                    told = self.refuse(MICROSHOP_TOKEN_FILE=file.name)
-                    self.assertRegex(told, f"MICROSHOP_TOKEN_FILE: '{file.name}' holds what is no token")
-                    self.assertFalse(text and text in told)
-        for token in ("two words", "s3cret!", "=", "s3=cret", "\xe9"):
-            told = self.refuse(MICROSHOP_TOKEN=token)
-            self.assertIn("MICROSHOP_TOKEN: what it holds is no token", told)
-            self.assertNotIn(repr(token), told)
+                printed = self.refuse(MICROSHOP_TOKEN_FILE=file.name)
+                self.assertRegex(printed, f"MICROSHOP_TOKEN_FILE: '{file.name}' {self.RULE}")
+                if text:
+                    self.assertNotIn(text, printed)
 
-    def test_what_was_given_as_flags_can_be_handed_on(self):
-        settings = self.read("--rate", "100/s", "--max-in-flight=7", "--port", "1", MICROSHOP_TIMEOUT="3")
-        self.assertEqual(config.as_flags(settings, config.FOR_GATEWAY), ["--rate=100/s", "--max-in-flight=7"])
 
-    def test_an_unknown_or_shortened_flag_is_named(self):
-        self.assertIn("--prot", self.refuse("--prot", "1"))
-        self.assertIn("--por", self.refuse("--por", "1"))
-        self.assertIn("--port", self.refuse("--port"))
-        self.assertIn("extra", self.refuse("extra"))
-
-    def test_what_is_bad_together_is_refused_too(self):
-        def check(settings):
-            raise ValueError("--port: too near to --workers")
-        self.assertIn("--port: too near", self.refuse(check=check))
-
-    def test_help_tells_defaults_and_twins(self):
-        with contextlib.redirect_stdout(io.StringIO()) as printed, self.assertRaises(SystemExit) as caught:
-            self.read("--help")
-        self.assertEqual(caught.exception.code, 0)
+class HelpTest(ConfigTest):
+    def test_help_shows_defaults_and_environment_variables(self):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            with self.assertRaises(SystemExit) as caught:
+                self.read("--help")
+        self.assertEqual(0, caught.exception.code, "the exit status of --help")
         self.assertIn("(default: 3000)", printed.getvalue())
         self.assertIn("MICROSHOP_DATA", printed.getvalue())
 

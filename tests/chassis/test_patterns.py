@@ -6,7 +6,7 @@ from tests.helpers import TOP
 
 FOLDERS = ("microshop", "tests")
 
-# A group and a possessive quantifier after it. The escaped parenthesis of a literal ")" ends no group.
+# The end of a group, and a possessive quantifier. (An escaped parenthesis does not end a group.)
 POSSESSIVE_GROUP = re.compile(r"(?<!\\)\)(?:[*+?]|\{[0-9]*,?[0-9]*\})\+")
 
 
@@ -18,8 +18,8 @@ class PatternTest(unittest.TestCase):
                 lines = path.read_text(encoding="utf-8").splitlines()
                 found = [line.strip() for line in lines if POSSESSIVE_GROUP.search(line)]
                 self.assertEqual(
-                    [], found, f"{name} has a possessive quantifier after a group, which Python before "
-                    "3.11.5 matches wrongly (CPython gh-106052); use an atomic group, (?>...)")
+                    [], found, f"{name} has a possessive quantifier after a group, which Python "
+                    "before 3.11.5 matches wrongly (CPython gh-106052): use an atomic group, (?>...)")
 
     def test_every_possessive_quantifier_after_a_group_is_found(self):
         for group in ("(?:ab)", "(a|b)", "(?P<name>a)"):
