@@ -5,7 +5,7 @@ A process
     listener     how connections are admitted, each to a thread of its own
     handler      Handler: the requests of one connection: route, answer, errors
     answer       an answer as the bytes of a response
-    admission    which requests are admitted: rate limit, bearer token, cross-origin check
+    admission    which requests are admitted: rate limit and bearer token
     database     one SQLite file per service (*database per service*)
     config       settings from flags and the environment (*externalized configuration*)
     access_log   a line for each request, with its *correlation id*
