@@ -1,27 +1,31 @@
-"""Malformed requests through real sockets, to a service and through the gateway: one clear refusal each.
+"""Malformed requests through real sockets, to a service and through the gateway.
 
-Behind every case comes a valid request: had a case been taken for something else than it is, that
-request would be answered too, or as a part of another.
+Each gets exactly one refusal. A valid request follows each of them: a server that mistook where
+the malformed one ends would answer that request too, or take it for a part of another.
 """
 import unittest
+from unittest import mock
 
+from microshop import SERVICES
+from microshop.chassis import wire
 from microshop.gateway import Gateway
 from microshop.users import Users
-from tests.helpers import Wire, exchange, running
+from tests.helpers import PATIENCE, Wire, exchange, running
 
 VALID = b"GET /users HTTP/1.1\r\nHost: shop\r\n\r\n"
 LINE = b"GET /users HTTP/1.1\r\n"
 HEAD = LINE + b"Host: shop\r\n"
 POST = b"POST /users HTTP/1.1\r\nHost: shop\r\n"
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 
-MALFORMED = {  # name: (status, bytes)
+MALFORMED = {  # what is wrong: the status of the refusal, and the bytes
     # the request line, RFC 9112 3
     "no version": (400, b"GET /users\r\nHost: shop\r\n\r\n"),
     "four parts": (400, b"GET /users x HTTP/1.1\r\nHost: shop\r\n\r\n"),
     "two spaces": (400, b"GET  /users HTTP/1.1\r\nHost: shop\r\n\r\n"),
     "tab between": (400, b"GET\t/users HTTP/1.1\r\nHost: shop\r\n\r\n"),
     "space in front": (400, b" GET /users HTTP/1.1\r\nHost: shop\r\n\r\n"),
-    "method no token": (400, b"GE(T) /users HTTP/1.1\r\nHost: shop\r\n\r\n"),
+    "method with parentheses": (400, b"GE(T) /users HTTP/1.1\r\nHost: shop\r\n\r\n"),
     "lower-case http": (400, b"GET /users http/1.1\r\nHost: shop\r\n\r\n"),
     "version 1.10": (400, b"GET /users HTTP/1.10\r\nHost: shop\r\n\r\n"),
     "version 1.2": (505, b"GET /users HTTP/1.2\r\nHost: shop\r\n\r\n"),
@@ -50,7 +54,7 @@ MALFORMED = {  # name: (status, bytes)
     "folded first": (400, LINE + b" Host: shop\r\n\r\n"),
     "no colon": (400, HEAD + b"Content-Length\r\n\r\n"),
     "no name": (400, HEAD + b": x\r\n\r\n"),
-    "name no token": (400, HEAD + b"A(b): c\r\n\r\n"),
+    "name with parentheses": (400, HEAD + b"A(b): c\r\n\r\n"),
     "bare CR": (400, HEAD + b"A: b\rTransfer-Encoding: chunked\r\n\r\n"),
     "bare LF": (400, HEAD + b"A: b\nTransfer-Encoding: chunked\r\n\r\n"),
     "LF alone": (400, b"GET /users HTTP/1.1\nHost: shop\n\n"),
@@ -74,82 +78,97 @@ MALFORMED = {  # name: (status, bytes)
     "length 0x3": (400, POST + b"Content-Length: 0x3\r\n\r\nabc"),
     "length squared": (400, POST + b"Content-Length: \xb2\r\n\r\nabc"),
     "empty length": (400, POST + b"Content-Length:\r\n\r\n"),
-    "length and chunked": (400, POST + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
-    "chunked on 1.0": (400, b"POST /users HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
-    "chunked twice": (400, POST + b"Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n"),
-    "chunked in two fields": (400, POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
+    "length and chunked": (
+        400, POST + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
+    "chunked on 1.0": (
+        400, b"POST /users HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
+    "chunked twice": (
+        400, POST + b"Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n"),
+    "chunked in two fields": (
+        400, POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
     "chunked not last": (400, POST + b"Transfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n"),
     "no coding": (400, POST + b"Transfer-Encoding:\r\n\r\n0\r\n\r\n"),
     "gzip": (501, POST + b"Transfer-Encoding: gzip\r\n\r\n0\r\n\r\n"),
     "gzip, chunked": (501, POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n"),
     "xchunked": (501, POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n"),
     "identity": (501, POST + b"Transfer-Encoding: identity\r\n\r\n"),
-    "chunk without size": (400, POST + b"Transfer-Encoding: chunked\r\n\r\n\r\nabc\r\n0\r\n\r\n"),
-    "chunk of size -1": (400, POST + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n\r\n"),
-    "chunk of size 0x3": (400, POST + b"Transfer-Encoding: chunked\r\n\r\n0x3\r\nabc\r\n0\r\n\r\n"),
-    "chunk too long": (400, POST + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabcd\r\n0\r\n\r\n"),
-    "chunk with bare LF": (400, POST + b"Transfer-Encoding: chunked\r\n\r\n3\nabc\r\n0\r\n\r\n"),
-    "bad trailer": (400, POST + b"Transfer-Encoding: chunked\r\n\r\n0\r\nA b\r\n\r\n"),
-    # limits, and what is not meant
+    "chunk without size": (400, CHUNKED + b"\r\nabc\r\n0\r\n\r\n"),
+    "chunk of size -1": (400, CHUNKED + b"-1\r\n\r\n"),
+    "chunk of size 0x3": (400, CHUNKED + b"0x3\r\nabc\r\n0\r\n\r\n"),
+    "chunk too long": (400, CHUNKED + b"3\r\nabcd\r\n0\r\n\r\n"),
+    "chunk with bare LF": (400, CHUNKED + b"3\nabc\r\n0\r\n\r\n"),
+    "bad trailer": (400, CHUNKED + b"0\r\nA b\r\n\r\n"),
+    # limits, and an expectation
     "line over 8 KiB": (414, b"GET /" + b"u" * 8192 + b" HTTP/1.1\r\nHost: shop\r\n\r\n"),
     "endless line": (414, b"GET /" + b"u" * 100_000),
     "head over 32 KiB": (431, HEAD + b"A: " + b"b" * 32768 + b"\r\n\r\n"),
     "101 fields": (431, HEAD + b"A: b\r\n" * 100 + b"\r\n"),
     "body over 1 MiB": (413, POST + b"Content-Length: 1048577\r\n\r\n"),
     "length of 30 digits": (413, POST + b"Content-Length: " + b"9" * 30 + b"\r\n\r\n"),
-    "chunk over 1 MiB": (413, POST + b"Transfer-Encoding: chunked\r\n\r\n100001\r\n"),
-    "chunk of 16 digits": (413, POST + b"Transfer-Encoding: chunked\r\n\r\nffffffffffffffff\r\n"),
+    "chunk over 1 MiB": (413, CHUNKED + b"100001\r\n"),
+    "chunk of 16 digits": (413, CHUNKED + b"ffffffffffffffff\r\n"),
     "expectation": (417, HEAD + b"Expect: the-unexpected\r\n\r\n"),
 }
+
+
+NOT_FOUND = [
+    b"/users/../users", b"/./users", b"/users/.", b"/x/../users", b"/users/%2e%2e/users",
+    b"/%75sers", b"/users%2f1", b"/users%2F..%2Fusers", b"//users", b"/users//1", b"/users;x",
+    b"/Users", b"/users\\..\\users", b"/users/1/..", b"/users/%31"]
+ABSOLUTE = [b"http://elsewhere/users", b"HTTP://elsewhere:80/users", b"http://[::1]:80/users"]
 
 
 class HostileTest(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
+        # A client that is slow to read must not lose its refusal to a reset.
+        cls.enterClassContext(mock.patch.object(wire, "LINGER", PATIENCE))
         users = cls.enterClassContext(running(Users))
-        urls = {f"{name}_url": [f"http://127.0.0.1:{users.server_port}"] for name in ("users", "products", "orders")}
-        gateway = cls.enterClassContext(running(Gateway, timeout=5.0, **urls))
+        urls = {f"{name}_url": [f"http://127.0.0.1:{users.server_port}"] for name in SERVICES}
+        gateway = cls.enterClassContext(running(Gateway, timeout=PATIENCE, **urls))
         cls.ports = {"service": users.server_port, "gateway": gateway.server_port}
 
-    def test_each_malformed_request_gets_its_one_refusal(self):
+    def test_each_malformed_request_gets_exactly_one_refusal(self):
         for at, port in self.ports.items():
             for name, (status, data) in MALFORMED.items():
                 with self.subTest(name, at=at):
                     answers = exchange(port, data + VALID)
-                    self.assertEqual([answer.status for answer in answers], [status])
-                    self.assertEqual(answers[0].headers["content-type"], "application/problem+json")
-                    self.assertEqual(answers[0].headers["connection"], "close")
-                    self.assertEqual(answers[0].json["status"], status)
-                    self.assertEqual(answers[0].json["requestId"], answers[0].headers["x-request-id"])
+                    shown = f"the {at} got {data[:200]!r} and answered {answers}"
+                    self.assertEqual([status], [answer.status for answer in answers], shown)
+                    headers, problem = answers[0].headers, answers[0].json
+                    self.assertEqual("application/problem+json", headers["content-type"], shown)
+                    self.assertEqual("close", headers["connection"], shown)
+                    self.assertEqual(status, problem["status"], shown)
+                    self.assertEqual(headers["x-request-id"], problem["requestId"], shown)
 
-    def test_what_can_only_be_refused_is_refused_before_it_ends(self):
+    def test_an_invalid_request_is_refused_before_its_end_has_come(self):
         for at, port in self.ports.items():
-            for name in ("tls hello", "LF alone", "endless line", "body over 1 MiB", "chunk over 1 MiB"):
+            for name in ("tls hello", "LF alone", "endless line", "body over 1 MiB",
+                         "chunk over 1 MiB"):
                 with self.subTest(name, at=at), Wire(port) as connection:
                     status, data = MALFORMED[name]
                     connection.send(data)
-                    self.assertEqual(connection.read().status, status)
+                    self.assertEqual(status, connection.read().status, f"{data[:200]!r} at {at}")
 
-    def test_no_path_reaches_another_resource_than_its_text(self):
+    def test_a_path_that_is_not_literally_a_resource_gets_404(self):
         for at, port in self.ports.items():
-            for target in (b"/users/../users", b"/./users", b"/users/.", b"/x/../users", b"/users/%2e%2e/users",
-                           b"/%75sers", b"/users%2f1", b"/users%2F..%2Fusers", b"//users", b"/users//1", b"/users;x",
-                           b"/Users",
-                           b"/users\\..\\users", b"/users/1/..", b"/users/%31"):
+            for target in NOT_FOUND:
                 with self.subTest(target, at=at):
                     answer, = exchange(port, b"GET " + target + b" HTTP/1.1\r\nHost: shop\r\n\r\n")
-                    self.assertEqual(answer.status, 404)
+                    self.assertEqual(404, answer.status, f"{target!r} at {at}: {answer}")
 
-    def test_an_absolute_target_is_its_path(self):
+    def test_only_the_path_of_an_absolute_target_counts(self):
         for at, port in self.ports.items():
-            for target in (b"http://elsewhere/users", b"HTTP://elsewhere:80/users", b"http://[::1]:80/users"):
+            for target in ABSOLUTE:
                 with self.subTest(target, at=at):
                     answer, = exchange(port, b"GET " + target + b" HTTP/1.1\r\nHost: shop\r\n\r\n")
-                    self.assertEqual(answer.json, [{"id": 1, "name": "Alice"}, {"id": 2, "name": "Bob"}])
+                    self.assertEqual([{"id": 1, "name": "Alice"}, {"id": 2, "name": "Bob"}],
+                                     answer.json, f"{target!r} at {at}")
 
-    def test_a_service_outlives_it_all(self):
-        for port in self.ports.values():
-            self.assertEqual([answer.status for answer in exchange(port, VALID + b"\r\n" + VALID)], [200, 200])
+    def test_two_valid_requests_on_one_connection_are_both_answered(self):
+        for at, port in self.ports.items():
+            answers = exchange(port, VALID + b"\r\n" + VALID)
+            self.assertEqual([200, 200], [answer.status for answer in answers], f"at {at}")
 
 
 if __name__ == "__main__":

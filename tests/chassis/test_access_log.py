@@ -31,7 +31,8 @@ class LogTest(unittest.TestCase):
 
 class FormatTest(LogTest):
     def test_a_line_has_the_time_the_service_the_correlation_id_and_the_request(self):
-        self.assertEqual([f"{TIME} things 3f0c9a41 GET /things/1 200 0.4ms", f"{TIME} things - ready"],
+        self.assertEqual([f"{TIME} things 3f0c9a41 GET /things/1 200 0.4ms",
+                          f"{TIME} things - ready"],
                          self.logged(AccessLog("things", quiet=False)))
 
     def test_without_a_service_the_name_is_left_out_together_with_its_space(self):

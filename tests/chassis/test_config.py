@@ -32,8 +32,8 @@ BAD_VALUES = {
     "data": [__file__],
     "token-file": ["/nowhere/at/all", "/", __file__],
     "supervised": ["3", "3,4,5", "-3,4"],
-    "users-url": ["localhost:3001", "ftp://a", "http://a:x", "http://a/path", "http://a,", "http://a:0",
-                  "http://a..b:80", "http://[::::]"],
+    "users-url": ["localhost:3001", "ftp://a", "http://a:x", "http://a/path", "http://a,",
+                  "http://a:0", "http://a..b:80", "http://[::::]"],
 }
 
 

@@ -19,7 +19,8 @@ class PatternTest(unittest.TestCase):
                 found = [line.strip() for line in lines if POSSESSIVE_GROUP.search(line)]
                 self.assertEqual(
                     [], found, f"{name} has a possessive quantifier after a group, which Python "
-                    "before 3.11.5 matches wrongly (CPython gh-106052): use an atomic group, (?>...)")
+                    "before 3.11.5 matches wrongly (CPython gh-106052): use an atomic group "
+                    "(?>...) instead")
 
     def test_every_possessive_quantifier_after_a_group_is_found(self):
         for group in ("(?:ab)", "(a|b)", "(?P<name>a)"):

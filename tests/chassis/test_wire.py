@@ -262,7 +262,7 @@ class AcceptedHeadTest(WireTest):
 
     def test_escapes_and_every_character_of_a_target_are_accepted(self):
         for target in ["/", "//", "/%41", "/%c3%BC?q=%20", "/%0a%7F", "/%10", "/a%01b",
-                       "/!\"$&'()*+,-./0:;<=>?@A[\\]^_`a{|}~"]:
+                       "/!\"$&'()+*,-./0:;<=>?@A[\\]^_`a{|}~"]:
             with self.subTest(target=target):
                 self.assertEqual(target, parse(head(f"GET {target} HTTP/1.1")).target)
 
@@ -365,7 +365,7 @@ FRAMING = re.compile(rb"([\r\n][^!-~]*)(content-length|transfer-encoding)([^!-~]
 
 
 def damage(data, chance):
-    """Damage a message in one or two places, mostly at line ends and colons: there is the framing."""
+    """Damage a message in one or two places, mostly at line ends and colons: its framing."""
     for _ in range(chance.randint(1, 2)):
         joints = [match.end() for match in re.finditer(rb"^|\r\n|(?=:)|: ?", data)]
         first, second = sorted(
