@@ -457,6 +457,12 @@ class StreamTest(WireTest):
                 reader.deadline = time.monotonic() + SOON
                 self.assertRaises(TimeoutError, read, reader)
 
+    def test_a_deadline_that_has_passed_ends_calls_that_need_not_wait_too(self):
+        with incoming(REQUESTS[0]) as reader:
+            reader.deadline = time.monotonic() - 1
+            self.assertRaises(TimeoutError, reader.read_head)
+            self.assertRaises(TimeoutError, reader.send, b"HTTP/1.1 200 OK")
+
     def test_a_body_extends_the_deadline_by_a_second_for_each_rate_bytes(self):
         for data, length in [(b"a" * 50, 50), (chunks(b"a" * 30, b"a" * 20), wire.CHUNKED)]:
             with self.subTest(length=length), incoming(data) as reader:
@@ -503,6 +509,7 @@ class StreamTest(WireTest):
                 (414, receive, b"a" * (wire.MAX_LINE + 1)),
                 (431, receive, b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 6000),
                 (431, read_chunks, b"0\r\n" + b"A: b\r\n" * 6000),
+                (431, read_chunks, b"0\r\n" + b"A: b\r\n" * (wire.MAX_FIELDS + 1)),
                 (431, read_chunks, b"0\r\nA: " + b"b" * wire.MAX_HEAD),
                 (431, read_chunks, b"0\r\n" + (b"A: " + b"b" * 9000 + b"\r\n") * 4),
                 (413, read_to_end, b"a" * (LIMIT + 1)),
@@ -531,7 +538,8 @@ class StreamTest(WireTest):
                 (b"2\r\n\r\n\r\n0\r\n\r\n", b"\r\n"),
                 (b"A\r\n0123456789\r\na\r\nabcdefghij\r\n0\r\n\r\n", b"0123456789abcdefghij"),
                 (b"0" * 15 + b'2;a="\xe9;"\r\nhi\r\n0 ;b\r\n\r\n', b"hi"),
-                (b"2\r\nhi\r\n0\r\nContent-Length: 9\r\nEmpty:\r\n\r\n", b"hi")]:
+                (b"2\r\nhi\r\n0\r\nContent-Length: 9\r\nEmpty:\r\n\r\n", b"hi"),
+                (b"0\r\n" + b"A: b\r\n" * wire.MAX_FIELDS + b"\r\n", b"")]:
             with self.subTest(data=data), incoming(data + b"the next") as reader:
                 self.assertEqual((body, b"the next"), (read_chunks(reader), read_to_end(reader)))
 
