@@ -621,7 +621,7 @@ class Trouble(ClientTest):
         }.items():
             with self.subTest(what):
                 self.assertEqual(self.call(self.serve(Stub(frame(1000)))).body, b"x" * 1000)
-                self.assert_bad_gateway(self.serve(Stub(frame(1001))), "1000 bytes at most")
+                self.assert_bad_gateway(self.serve(Stub(frame(1001))), "1000 bytes")
 
     def trickle(self, beginning: bytes, crumb: bytes) -> Upstream:
         """Start a service whose answer goes on for ever, crumb by crumb."""
