@@ -202,12 +202,13 @@ def keeps_alive(version: str, fields: Fields) -> bool:
 def format_head(start_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
     """Return a head as bytes.
 
-    Raises ValueError if a line break or NUL is in a name or value, or a character that Latin-1
-    does not have: such a header would end the head early (response splitting).
+    Raises ValueError for a line break, which would end a header or the head too early (response
+    splitting), for NUL, and for characters that Latin-1 does not have.
     """
     lines = [start_line, *[f"{name}: {value}" for name, value in headers], "", ""]
     head = "\r\n".join(lines)
-    if not head.count("\r") == head.count("\n") == len(lines) - 1 or "\0" in head:
+    breaks = len(lines) - 1
+    if (head.count("\r"), head.count("\n"), head.count("\0")) != (breaks, breaks, 0):
         raise ValueError(f"a header contains a line break or NUL: {headers!r}")
     return head.encode("latin-1")
 
@@ -236,14 +237,15 @@ class TimedConnection:
     def __init__(self, connection: socket.socket):
         self.connection = connection
         self.deadline = 0.0
-        self._timeouts = {socket.SO_RCVTIMEO: math.inf, socket.SO_SNDTIMEO: math.inf}  # in force
+        # The timeouts that the kernel applies now; it has none at first.
+        self._timeouts = {socket.SO_RCVTIMEO: math.inf, socket.SO_SNDTIMEO: math.inf}
 
     def receive(self, size: int) -> bytes:
         """Wait for bytes, and return at most `size` of them."""
         self._set_timeout(socket.SO_RCVTIMEO)
         try:
             received = self.connection.recv(size)
-        except BlockingIOError:  # so the kernel reports that the time is over
+        except BlockingIOError:  # the kernel's timeout is over
             raise TimeoutError from None
         if not received:
             raise EOFError
@@ -286,7 +288,7 @@ class TimedConnection:
 class Stream(TimedConnection):
     """A connection from which messages are read, one after another.
 
-    What has been received, but belongs to a later part, waits in a buffer.
+    A buffer holds bytes that have been received but not read yet.
     """
 
     def __init__(self, connection: socket.socket):
