@@ -207,8 +207,8 @@ def format_head(start_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
     """
     lines = [start_line, *[f"{name}: {value}" for name, value in headers], "", ""]
     head = "\r\n".join(lines)
-    breaks = len(lines) - 1
-    if (head.count("\r"), head.count("\n"), head.count("\0")) != (breaks, breaks, 0):
+    has_only_our_line_breaks = head.count("\r") == head.count("\n") == len(lines) - 1
+    if not has_only_our_line_breaks or "\0" in head:
         raise ValueError(f"a header contains a line break or NUL: {headers!r}")
     return head.encode("latin-1")
 
