@@ -1,70 +1,283 @@
-"""How child processes are kept alive."""
-import random
+"""A group of child processes: started, watched, replaced one after another, and stopped.
+
+A Child is a role, and a Process is an instance of it (child.py). Threads only read what processes
+print. It becomes an Event in one queue, and one loop, Supervisor.run(), decides what to do:
+
+  start     RestartPolicy says "start". Child.start() runs a Process, and its line "listening at
+            ..." makes the child ready.
+  crash     The end of a process is an Event. RestartPolicy chooses a pause, after which it says
+            "start" again.
+  SIGHUP    RollingRestart chooses one child after another for a second Process. Once that is
+            ready, the former one is asked to end.
+  Ctrl-C    Shutdown asks the last tier of children to end, then the tier before it. When no
+            process is left, the loop returns.
+
+Law: this module does not know what its children serve.
+"""
+import contextlib
+import math
+import os
+import queue
+import signal
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from microshop.chassis.child import BAD_SETTING, Child, Event, Process
+from microshop.chassis.console import Console
+
+TICK = 0.05        # seconds between two looks at the clock, the signals and the heartbeats
+PAUSED_TIME = 1.0  # seconds without a look: then the supervisor itself was paused
+KILL_SHARE = 0.75  # of the grace period: a tier that still runs is killed then
 
 
-class RestartPolicy:
-    """The life of a supervised child: when it is to be started, when killed, and when to give it up.
+class RollingRestart:
+    """Chooses the child that gets a new process next: one at a time, all in turn.
 
-    down       for a pause that doubles from one end to the next; after HEALTHY seconds of life it is short again
-    starting   until it is ready; START_TIME is the limit, and FAILED_STARTS in a row, or one that is `final`, the end
-    up         as long as it shows signs of life; after HANG_TIME without any it hangs
-    dying      after it was killed
+    A request that comes during a rolling restart begins another one after it.
     """
 
-    FIRST_PAUSE, LAST_PAUSE = 0.1, 10.0  # seconds: 0.1 to 0.2, then 0.2 to 0.4, and 5 to 10 at last
-    HEALTHY = 10.0                       # seconds
-    START_TIME, HANG_TIME = 10.0, 10.0   # seconds
-    FAILED_STARTS = 5
+    def __init__(self, children: Sequence[Child]):
+        self.is_requested = False
+        self._children = children
+        self._waiting: deque[Child] = deque()
+        self._tried: Child | None = None
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, jitter: Callable[[float, float], float] = random.uniform):
-        self._clock, self._jitter = clock, jitter
-        self.state = "down"
-        self.since = clock()      # when it came into its state
-        self.pause = 0.0          # seconds to be down
-        self.failed_starts = 0
-        self.is_final = False     # then it is not to be started again
-        self._ends = 0            # without a healthy spell between them
-        self._seen = 0.0          # when it last showed a sign of life
+    def begin(self) -> bool:
+        """Begin if that is requested and possible. Return True if so."""
+        if not self.is_requested or self._waiting:
+            return False
+        self.is_requested = False
+        self._waiting.extend(self._children)
+        self._tried = None
+        return True
 
-    def order(self) -> str:
-        """Return what is to be done now: "start", "kill", "give up", or nothing."""
-        now = self._clock()
-        if self.state == "down":
-            if self.is_final or self.failed_starts >= self.FAILED_STARTS:
-                return "give up"
-            return "start" if now >= self.since + self.pause else ""
-        if self.state == "starting" and now > self.since + self.START_TIME:
-            return "kill"
-        if self.state == "up" and now > self._seen + self.HANG_TIME:
-            return "kill"
-        return ""
+    def next_child(self) -> Child | None:
+        """Return the child that must get a new process now. If its last one failed, end early."""
+        child = self._waiting[0] if self._waiting else None
+        if not child or child.policy.state != "up" or child.former:
+            return None
+        if child is self._tried:
+            self._waiting.clear()
+            return None
+        self._tried = child
+        return child
 
-    def note_start(self) -> None:
-        self._change("starting")
+    def note_ready(self, child: Child) -> bool:
+        """Note that a new process is ready. Return True if it was the last one."""
+        if not self._waiting or child is not self._waiting[0]:
+            return False
+        self._waiting.popleft()
+        return not self._waiting
 
-    def note_ready(self) -> None:
-        self._change("up")
-        self._seen, self.failed_starts = self.since, 0
 
-    def note_heartbeat(self) -> None:
-        """Take note of a sign of life, or of a time in which nobody could have seen one."""
-        self._seen = self._clock()
+class Shutdown:
+    """Ends tiers of children within a grace period: the last tier first, the others in turn.
 
-    def note_kill(self) -> None:
-        self.failed_starts += self.state == "starting"
-        self._change("dying")
+    The requests that the last tier still answers need the tiers before it.
+    """
 
-    def note_end(self, is_final: bool = False) -> None:
-        """Take note of its end. Where it ends before it is ready, `is_final` tells that it always would."""
-        if self.state == "starting":
-            self.failed_starts, self.is_final = self.failed_starts + 1, is_final
-        self._change("down")
-        longest = min(self.FIRST_PAUSE * 2 ** (self._ends + 1), self.LAST_PAUSE)
-        self.pause, self._ends = self._jitter(longest / 2, longest), self._ends + 1
+    def __init__(self, tiers: Sequence[Sequence[Child]], grace: float):
+        self.grace = grace           # seconds
+        self.signals: list[int] = []  # that have asked for it
+        self._tiers = tiers
+        self._end_by = math.inf      # when every process must have ended (time.monotonic)
 
-    def _change(self, state: str) -> None:
-        if self.state == "up" and self._seen - self.since >= self.HEALTHY:
-            self._ends = 0
-        self.state, self.since = state, self._clock()
+    @property
+    def has_begun(self) -> bool:
+        return self._end_by < math.inf
+
+    @property
+    def is_requested(self) -> bool:
+        return bool(self.signals)
+
+    @property
+    def is_urgent(self) -> bool:
+        """A second signal means: stop immediately."""
+        return len(self.signals) > 1
+
+    def begin(self) -> None:
+        self._end_by = time.monotonic() + self.grace
+
+    def end_next_tier(self) -> None:
+        """Ask the last tier that still runs to end."""
+        for tier in reversed(self._tiers):
+            share = 1.0 if tier is self._tiers[0] else KILL_SHARE
+            for child in tier:
+                child.listener.close()
+                for process in child.processes():
+                    process.end(self._end_by - (1 - share) * self.grace)
+            if any(child.processes() for child in tier):
+                return
+
+
+class Supervisor:
+    """Keeps tiers of children running until a signal comes or one of them is given up.
+
+    A tier may need the tiers before it. The first child of the last tier has the URL for people.
+    """
+
+    def __init__(self, tiers: Sequence[Sequence[Child]], grace: float, console: Console):
+        self.children = [child for tier in tiers for child in tier]
+        self.front = tiers[-1][0]
+        self.console = console
+        self.rolling_restart = RollingRestart(self.children)
+        self.shutdown = Shutdown(tiers, grace)
+        self.events: queue.Queue[Event] = queue.Queue()  # SimpleQueue may miss its timeout
+        self.status = 0
+        self.was_ready = False
+        self.began_at = time.monotonic()
+        self._looked_at = -math.inf
+        assign_cores(tiers)
+
+    def run(self) -> int:
+        """Start every child, keep them running, end them; return the exit status."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+        self.console.say(f"started {self.console.title} (pid {os.getpid()})")
+        while not self.shutdown.has_begun or self.processes():
+            self._look()
+            self._take_event()
+        self.console.say("stopped")
+        return self.status
+
+    def processes(self) -> list[Process]:
+        return [process for child in self.children for process in child.processes()]
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        """Note a signal, and leave it to the loop to decide."""
+        if number == signal.SIGHUP and not self.console.has_lost_terminal():
+            self.rolling_restart.is_requested = True
+        else:  # a SIGHUP may also tell that the terminal was closed
+            self.shutdown.signals.append(number)
+
+    # --- what time brings
+
+    def _look(self) -> None:
+        """Do what is due, at most once in a TICK."""
+        now, before = time.monotonic(), self._looked_at
+        if now < before + TICK:
+            return
+        self._looked_at = now
+        if os.getpid() == 1:
+            reap_orphans([process.popen.pid for process in self.processes()])
+        self._watch_processes(now, was_paused=now > before + PAUSED_TIME)
+        self._obey_signals()
+        if self.shutdown.has_begun:
+            self.shutdown.end_next_tier()
+            return
+        for child in self.children:
+            self._obey_policy(child)
+        self._continue_rolling_restart()
+
+    def _watch_processes(self, now: float, was_paused: bool) -> None:
+        for child in self.children:
+            child.look_for_heartbeat()
+            if was_paused:  # then we cannot blame a child for a missing heartbeat
+                child.policy.note_heartbeat()
+            for process in child.processes():
+                if process.is_late(now):
+                    self.console.say(f"{child.name} did not end in time; killing it")
+                    process.kill()
+                elif process.has_left_output_open(now):
+                    self._note_end(child, process, process.popen.returncode)
+
+    def _obey_signals(self) -> None:
+        if self.console.is_broken and not self.shutdown.is_requested:
+            self.shutdown.signals.append(signal.SIGTERM)
+        if self.shutdown.is_requested and not self.shutdown.has_begun:
+            self._stop(f"stopping within {self.shutdown.grace:g} s "
+                       "(a second signal kills every process at once)")
+        if self.shutdown.is_urgent:
+            self.status = 128 + self.shutdown.signals[-1]
+            for process in self.processes():
+                process.kill()
+
+    def _obey_policy(self, child: Child) -> None:
+        if self.shutdown.has_begun:  # because another child was given up
+            return
+        action = child.policy.next_action()
+        if action == "start":
+            self.console.say(child.start(self.events.put))
+        elif action == "kill":
+            self.console.say(child.kill())
+        elif action == "give up":
+            self._give_up(child)
+
+    def _give_up(self, child: Child) -> None:
+        if child.policy.is_final:
+            self.status = BAD_SETTING  # which we have passed on
+            self._stop(f"{child.name} cannot start with these settings; stopping")
+            return
+        self.status = 1
+        self._stop(f"{child.name} failed to start {child.policy.failed_starts} times in a row; "
+                   "stopping. Its last output was:")
+        self.console.show(child.name, b"\n".join(child.last_lines) or b"(nothing)")
+
+    def _stop(self, why: str) -> None:
+        self.console.say(why)
+        self.shutdown.begin()
+
+    def _continue_rolling_restart(self) -> None:
+        if self.was_ready and self.rolling_restart.begin():
+            self.console.say("replacing every process, one after another")
+        if child := self.rolling_restart.next_child():
+            self.console.say(child.start(self.events.put))
+
+    # --- what processes bring
+
+    def _take_event(self) -> None:
+        """Wait for an event, but no longer than a TICK, and handle it."""
+        try:
+            child, process, output, status = self.events.get(timeout=TICK)
+        except queue.Empty:
+            return
+        if status is not None:
+            self._note_end(child, process, status)
+            return
+        self.console.show(child.name, output, process.unshown.release)
+        if child.note_output(process, output):
+            self._note_ready(child)
+
+    def _note_end(self, child: Child, process: Process, status: int) -> None:
+        if process not in child.processes():  # its end was noted before the end of its output
+            return
+        sentence = child.note_end(process, status)
+        if sentence and not self.shutdown.is_requested and not self.shutdown.has_begun:
+            self.console.say(sentence)
+
+    def _note_ready(self, child: Child) -> None:
+        if child.former:
+            child.former.end(time.monotonic() + self.shutdown.grace)
+        if self.rolling_restart.note_ready(child):
+            self.console.say("every process has been replaced")
+        if not self.was_ready and all(child.policy.state == "up" for child in self.children):
+            self.was_ready = True
+            took = time.monotonic() - self.began_at
+            self.console.say(f"ready in {took:.2f} s: {self.front.url} (Ctrl-C stops it)")
+
+
+def assign_cores(tiers: Sequence[Sequence[Child]]) -> None:
+    """Choose a core for the threads of each child, where the system has such a choice.
+
+    The last tier chooses first. The interpreter's lock lets one thread run at a time anyway. On
+    several cores, passing the lock on costs an interrupt from one core to another, and a busy
+    child answers less than half of what it answers on one core.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    for tier in reversed(tiers):
+        for number, child in enumerate(tier):
+            child.core = cores[number % len(cores)] if cores else None
+        cores = cores[len(tier):]
+
+
+def reap_orphans(own_children: Sequence[int]) -> None:
+    """Collect ended processes whose parents have ended, as PID 1 of a container has to."""
+    with contextlib.suppress(ChildProcessError):
+        while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if ended.si_pid in own_children:
+                return  # which is for Popen to collect
+            os.waitpid(ended.si_pid, 0)

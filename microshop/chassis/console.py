@@ -1,0 +1,89 @@
+"""What a person sees of a group of processes: their output, each line labelled with a name.
+
+Law: this module prints, and decides nothing.
+"""
+import errno
+import os
+import queue
+import threading
+from collections.abc import Callable, Sequence
+
+STDIN, STDOUT = 0, 1
+LAST_WORDS = 1.0  # seconds that close() waits for the last lines to be printed
+BOLD = 1          # the supervisor's own label
+COLOURS = (32, 33, 35, 36, 34, 92, 93, 95, 96, 94)  # of a terminal; no red, which means an error
+
+Item = tuple[str, bytes, Callable[[], None] | None]  # name, lines, when_shown
+
+
+class Console:
+    """Prints lines to standard output as `name | line`, in a thread of its own.
+
+    A terminal that is paused, or a pipe that is not read, blocks that thread alone: the supervisor
+    goes on deciding. `title` is the supervisor's own name, `names` are those of its children.
+    """
+
+    def __init__(self, title: str, names: Sequence[str], wants_colours: bool):
+        self.title = title
+        self.is_broken = False  # the reader of our output is gone
+        self._labels = make_labels(title, names, wants_colours and os.isatty(STDOUT))
+        self._terminals = [stream for stream in (STDIN, STDOUT) if os.isatty(stream)]
+        self._items: queue.Queue[Item | None] = queue.Queue()
+        self._printer = threading.Thread(target=self._print_items, daemon=True)
+        self._printer.start()
+
+    def say(self, text: str) -> None:
+        """Print a line of the supervisor's own."""
+        self.show(self.title, text.encode())
+
+    def show(
+        self, name: str, lines: bytes, when_shown: Callable[[], None] | None = None
+    ) -> None:
+        """Print lines of a child without waiting; call `when_shown` once they are printed."""
+        self._items.put((name, lines, when_shown))
+
+    def has_lost_terminal(self) -> bool:
+        """Tell whether we had a terminal that has been closed."""
+        return not all(map(os.isatty, self._terminals))
+
+    def close(self) -> None:
+        """Print what is left, if that takes no longer than LAST_WORDS."""
+        self._items.put(None)
+        self._printer.join(LAST_WORDS)
+
+    def _print_items(self) -> None:
+        while item := self._items.get():
+            name, lines, when_shown = item
+            label = self._labels[name]
+            self._write(b"".join([label + line + b"\n" for line in lines.split(b"\n")]))
+            if when_shown:
+                when_shown()
+
+    def _write(self, rest: bytes) -> None:
+        try:
+            while rest:
+                rest = rest[os.write(STDOUT, rest):]
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):  # others may pass, such as a full disk
+                os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+                self.is_broken = True
+
+
+def open_missing_streams() -> None:
+    """Open /dev/null in place of each closed standard stream, so that no socket gets its number."""
+    while (stream := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(stream)
+
+
+def make_labels(title: str, names: Sequence[str], coloured: bool) -> dict[str, bytes]:
+    """Return the label of each name: the name, padded, and a bar, in a colour of its own."""
+    width = max(map(len, [title, *names]))
+    colours = {title: BOLD}
+    for number, name in enumerate(names):
+        colours[name] = COLOURS[number % len(COLOURS)]
+    labels = {}
+    for name, colour in colours.items():
+        label = f"{name:<{width}} | "
+        labels[name] = (f"\33[{colour}m{label}\33[0m" if coloured else label).encode()
+    return labels
