@@ -1,4 +1,4 @@
-"""The supervisor as a person meets it: a process that opens the shop, shows it, and leaves nothing behind."""
+"""The shop as a person runs it: one command opens it, shows it, and leaves nothing behind."""
 import contextlib
 import http.client
 import json
@@ -7,7 +7,9 @@ import pty
 import random
 import re
 import resource
+import secrets
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -24,24 +26,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from microshop import SERVICES
 from tests import LANES
 from tests.helpers import PATIENCE, TOP, Process, Wire, ask, process
 
-SEED = {case["path"]: case["body"] for case in json.loads((TOP / "tests" / "golden.json").read_text())["cases"]
+CASES = json.loads((TOP / "tests" / "golden.json").read_text())["cases"]
+SEED = {case["path"]: case["body"] for case in CASES
         if case["method"] == "GET" and case["port"] == 3000}
-MOMENT = 0.2  # seconds in which whoever was told to end has closed its port: two looks of an accept loop
-SOON = 2.0    # seconds: less than a child or the supervisor waits for what is in flight
+PORTS = 1 + len(SERVICES)  # that a shop needs, in a row
+NEVER = "1000"             # seconds for --grace or --timeout that no test waits for
+LONG = 100 * PATIENCE      # seconds that no test waits for
 
 
 def free_ports() -> int:
-    """Return the first of four free ports in a row, below those that systems give to who asks for any."""
+    """Return the first of PORTS free ports in a row, below those that systems choose from."""
     lane = int(os.environ.get("TEST_LANE", "0"))
     while True:
-        first = random.randrange(20000, 30000, 4 * LANES) + 4 * lane
+        first = random.randrange(20000, 30000, PORTS * LANES) + PORTS * lane
         with contextlib.suppress(OSError), contextlib.ExitStack() as held:
-            for port in range(first, first + 4):
+            for port in range(first, first + PORTS):
                 held.enter_context(socket.create_server(("127.0.0.1", port)))
             return first
+
+
+def port_of(name: str, first: int) -> int:
+    """Return the port of a service in a shop whose gateway has the port `first`."""
+    return first + 1 + list(SERVICES).index(name)
 
 
 def is_refused(port: int) -> bool:
@@ -52,20 +62,22 @@ def is_refused(port: int) -> bool:
     return False
 
 
-def children_of(parent: int) -> list[int]:
-    """Return the pids of a process's children, zombies among them."""
-    table = subprocess.check_output(["ps", "-A", "-o", "pid=", "-o", "ppid="], text=True)
-    return [int(pid) for pid, its_parent in map(str.split, table.splitlines()) if int(its_parent) == parent]
+def states_of(*pids: int) -> dict[int, tuple[str, str]]:
+    """Return the state and the command line of those of the processes that exist."""
+    table = subprocess.run(
+        ["ps", "-ww", "-o", "pid=", "-o", "state=", "-o", "args=", "-p", ",".join(map(str, pids))],
+        capture_output=True, text=True).stdout
+    rows = re.findall(r"(?m)^ *(\d+) +(\S+) +(.*)$", table)
+    return {int(pid): (state, command) for pid, state, command in rows}
 
 
 def is_running(pid: int) -> bool:
-    state = subprocess.run(["ps", "-o", "state=", "-p", str(pid)], capture_output=True, text=True).stdout
-    return state[:1] not in ("", "Z")
+    return any(not state.startswith("Z") for state, _ in states_of(pid).values())
 
 
-def comes_true(condition: Callable[[], bool], patience: float = PATIENCE) -> bool:
-    """Look again and again, for what nothing tells."""
-    deadline = time.monotonic() + patience
+def comes_true(condition: Callable[[], bool]) -> bool:
+    """Look again and again until a condition holds; False if it does not hold in PATIENCE."""
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         if time.monotonic() > deadline:
             return False
@@ -74,61 +86,106 @@ def comes_true(condition: Callable[[], bool], patience: float = PATIENCE) -> boo
 
 
 class Shop(Process):
-    """The supervisor on four free ports, from `first` on, with a `folder` for its temporary files."""
+    """The supervisor, with ports from `first` on and a `folder` for its temporary files."""
 
     module = ("microshop.run_all",)
 
     def __init__(self, *flags: str, first: int | None = None, **environment: str):
         self.first, self.folder = first or free_ports(), tempfile.mkdtemp()
-        super().__init__(*self.module, "--port", str(self.first), *flags, TMPDIR=self.folder, **environment)
+        port = ("--port", str(self.first))
+        super().__init__(*self.module, *port, *flags, TMPDIR=self.folder, **environment)
 
     def wait_until_ready(self) -> "Shop":
         self.wait_for(r"^run_all +\| ready in ")
         return self
 
-    def children(self, module: str = r"(?!run_all)\w+") -> list[int]:
-        """Return the pids that the system lists for this shop, all but the supervisor's; a zombie has no arguments."""
-        table = subprocess.check_output(["ps", "-A", "-ww", "-o", "pid=", "-o", "ppid=", "-o", "args="], text=True)
-        ports = "|".join(map(str, range(self.first, self.first + 4)))
-        ours = rf"{self.popen.pid} |.*{re.escape(self.folder)}|.* --port (?:{ports})\b"
-        return [int(pid) for pid in re.findall(rf"(?m)^ *(\d+) +(?={ours}).* -m microshop\.{module} ", table)]
+    def started(self, name: str = r"(?!run_all)\w+") -> list[int]:
+        """Return the pids of all children that the shop says it has started, or of some."""
+        said = re.compile(rf"^run_all .* started {name} \(pid (\d+)\)")
+        return [int(match[1]) for line in self.lines if (match := said.search(line))]
+
+    def children(self, name: str = r"(?!run_all)\w+") -> list[int]:
+        """Return the pids of those children that still run."""
+        states = states_of(*self.started(name), os.getpid())
+        return [pid for pid, (state, command) in states.items()
+                if not state.startswith("Z") and "--supervised" in command]
+
+    def child(self, name: str) -> int:
+        [pid] = self.children(name)
+        return pid
+
+    def has_said(self, pattern: str) -> bool:
+        return any(re.search(pattern, line) for line in self.lines)
 
     def kill(self) -> None:
-        known = self.children()  # on a port that was free for any, only their parent tells whose they are
         self.popen.kill()
         self.status()
         self.popen.stdout.close()
-        for pid in {*known, *self.children()}:
+        for pid in self.children():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         comes_true(lambda: not self.children())
         shutil.rmtree(self.folder)
 
 
+def after(code: str) -> tuple[str, str]:
+    """Return the module and the flag that run some code before a shop with one service."""
+    return "tests.after", f"""if True:
+        from microshop import run_all
+        from microshop.chassis import child, supervisor
+        {code}
+        run_all.main()"""
+
+
 class SmallShop(Shop):
-    """A shop with one service alone: it is as good as three where only the supervisor counts, and starts sooner."""
+    """A shop with one service, which starts sooner; for the supervisor it is as good as three."""
 
-    code = "from microshop import run_all; run_all.SERVICES = ('users',); run_all.main()"
-    module = ("tests.after", code)
+    module = after("run_all.SERVICES = {'users': 3001}")
 
 
-class HastyShop(SmallShop):
-    """A small shop whose supervisor is less patient than others are."""
+class QuickShop(SmallShop):
+    """A small shop that starts a child again sooner than others do."""
 
-    module = ("tests.after", "from microshop.chassis.supervisor import RestartPolicy\n"
-              "RestartPolicy.HANG_TIME, RestartPolicy.START_TIME, RestartPolicy.FIRST_PAUSE = 0.6, 1.0, 0.02\n" + SmallShop.code)
+    module = after("run_all.SERVICES, child.RestartPolicy.FIRST_PAUSE = {'users': 3001}, 0.02")
+
+
+class StubbornShop(SmallShop):
+    """A small shop that never gives up a child."""
+
+    module = after("run_all.SERVICES, child.RestartPolicy.FAILED_STARTS = {'users': 3001}, 10**9")
+
+
+class UnfairShop(SmallShop):
+    """A small shop whose gateway gets a hundredth of the grace period, and the service the rest."""
+
+    module = after("run_all.SERVICES, supervisor.KILL_SHARE = {'users': 3001}, 0.01")
+
+
+class PatientShop(Shop):
+    """A shop that never kills a child because it hangs."""
+
+    module = after(f"child.RestartPolicy.HANG_TIME = {LONG}")
+
+
+class MovedClockShop(SmallShop):
+    """A small shop, to which SIGUSR1 and SIGUSR2 say that 11 seconds have passed."""
+
+    module = ("tests.moved_clock",)
 
 
 class HeadShop(SmallShop):
-    """A shop that shows what it does to `head -n 1`: one line is read, then the pipe is closed."""
+    """A small shop that prints into `head`: that reads some lines, and then closes the pipe."""
+
+    LINES = 4  # the folder, and one for each process
 
     def _read(self) -> None:
-        self.lines.append(self.popen.stdout.readline().decode())
+        for _ in range(self.LINES):
+            self.lines.append(self.popen.stdout.readline().decode())
         self.popen.stdout.close()
 
 
-class DeafShop(SmallShop):
-    """A shop that nobody listens to any more when it is ready."""
+class UnreadShop(SmallShop):
+    """A small shop whose output is read until it is ready, and never again."""
 
     def _read(self) -> None:
         while not self.lines or "ready in" not in self.lines[-1]:
@@ -149,7 +206,7 @@ class ShopTestCase(unittest.TestCase):
     def afflict(self, service: str, affliction: str) -> dict[str, str]:
         """Return an environment in which each process of a service does something else first.
 
-        `affliction` is Python, for which `nth` is how many of them have begun before.
+        `affliction` is Python. There, `nth` is the number of its processes that began before.
         """
         folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
         (folder / "sitecustomize.py").write_text(
@@ -162,17 +219,23 @@ class ShopTestCase(unittest.TestCase):
         return {"PYTHONPATH": str(folder)}
 
     def hang_request(self, shop: Shop) -> Wire:
-        """Send all of a request but five bytes. The interim answer tells that the gateway has it in hand."""
+        """Send all of a request but five bytes, once the gateway has begun to handle it."""
         wire = Wire(shop.first)
         self.addCleanup(wire.__exit__)
-        wire.send(b"POST /users HTTP/1.1\r\nHost: shop\r\nExpect: 100-continue\r\nContent-Length: 10\r\n\r\n")
-        self.assertEqual(wire.read().status, 100)
+        wire.send(b"POST /users HTTP/1.1\r\nHost: shop\r\nExpect: 100-continue\r\n"
+                  b"Content-Length: 10\r\n\r\n")
+        self.assertEqual(wire.read().status, 100, "the interim answer to Expect: 100-continue")
         wire.send(b"12345")
         return wire
 
+    def assert_serves(self, shop: Shop, target: str = "/users") -> None:
+        answer = ask(shop.first, target=target)
+        self.assertEqual((answer.status, answer.body.decode()), (200, SEED[target]),
+                         f"the answer to GET {target} through the gateway")
+
     def assert_nothing_is_left(self, shop: Shop) -> None:
-        self.assertEqual(shop.children(), [])
-        self.assertEqual(os.listdir(shop.folder), [])
+        self.assertEqual(shop.children(), [], "processes that the shop has left behind")
+        self.assertEqual(os.listdir(shop.folder), [], "temporary files that it has left behind")
 
 
 class OpenShopTest(unittest.TestCase):
@@ -181,16 +244,24 @@ class OpenShopTest(unittest.TestCase):
         cls.shop = Shop("--fresh", "--port", "0")
         cls.addClassCleanup(cls.shop.kill)
         cls.shop.wait_until_ready()
-        cls.gateway = cls.shop.port(r"^gateway  \| API Gateway")
+        cls.gateway = cls.shop.port(r"^gateway +\| API Gateway")
 
-    def test_every_process_tells_where_it_listens(self):
+    def test_every_process_prints_where_it_listens(self):
         ports = {self.gateway}
-        for title in ("Users", "Products", "Orders"):
-            ports.add(port := self.shop.port(rf"^{title.lower():<8} \| {title} service"))
-            self.assertEqual(ask(port, target="/health").json["service"], title.lower())
-        self.assertEqual(len(ports), 4)
+        for name in SERVICES:
+            port = self.shop.port(rf"^{name} +\| {name.capitalize()} service")
+            ports.add(port)
+            self.assertEqual(ask(port, target="/health").json["service"], name)
+        self.assertEqual(len(ports), PORTS)
 
-    def test_one_line_tells_how_soon_the_shop_was_ready_and_where(self):
+    def test_the_pid_of_every_process_is_printed(self):
+        self.assertEqual(self.shop.started("run_all"), [self.shop.popen.pid])
+        for name in ("gateway", *SERVICES):
+            with self.subTest(name):
+                [pid] = self.shop.started(name)
+                self.assertIn(f"-m microshop.{name} ", states_of(pid)[pid][1])
+
+    def test_one_line_says_how_soon_the_shop_was_ready_and_where(self):
         ready = [line for line in self.shop.lines if "ready" in line]
         self.assertEqual(len(ready), 1)
         self.assertRegex(ready[0], rf"ready in [0-9.]+ s\b.* http://localhost:{self.gateway}\b")
@@ -202,23 +273,33 @@ class OpenShopTest(unittest.TestCase):
 
     def test_orders_finds_the_services_that_an_order_needs(self):
         answer = ask(self.gateway, "POST", "/orders", {"Content-Type": "application/json"},
-                     b'{"userId":1,"productId":102,"quantity":101}')  # rejected, so that no list changes
-        self.assertEqual((answer.status, answer.json["detail"]), (409, "product 102 has 100 of 101 units left"))
-        for name in ("gateway", "orders", "users", "products"):  # and all of it is logged under one id
-            self.shop.wait_for(rf"^{name:<8} \| .*\b{answer.headers['x-request-id']} ")
+                     b'{"userId":1,"productId":102,"quantity":101}')  # rejected: no list changes
+        self.assertEqual((answer.status, answer.json["detail"]),
+                         (409, "product 102 has 100 of 101 units left"))
+        request_id = answer.headers["x-request-id"]
+        for name in ("gateway", "orders", "users", "products"):
+            self.shop.wait_for(rf"^{name} +\| .*\b{request_id} ")
 
     def test_a_request_is_logged_under_one_id_by_the_gateway_and_the_service(self):
         request_id = ask(self.gateway, target="/users/1").headers["x-request-id"]
         for name in ("gateway", "users"):
-            self.shop.wait_for(rf"^{name:<8} \| .*\b{request_id} GET /users/1 200 ")
+            self.shop.wait_for(rf"^{name} +\| .*\b{request_id} GET /users/1 200 ")
 
-    def test_a_pipe_gets_names_without_colours(self):
+    def test_names_have_no_colours_in_a_pipe(self):
         for line in self.shop.lines:
             self.assertRegex(line, r"^[a-z_]+ +\| [^\33]+$")
 
-    def test_fresh_data_lie_in_a_temporary_folder(self):
+    def test_fresh_data_are_in_a_temporary_folder(self):
         files = [path.name for path in Path(self.shop.folder).glob("*/*.db")]
-        self.assertCountEqual(files, ["users.db", "products.db", "orders.db"])
+        self.assertCountEqual(files, [f"{name}.db" for name in SERVICES])
+
+    def test_the_folder_of_fresh_data_is_printed_with_a_command_that_audits_it(self):
+        line = self.shop.wait_for(r"^run_all .* the data is in (\S+) .* python -m (.+)$")
+        self.assertTrue((Path(line[1]) / "users.db").exists(), f"no users.db in {line[1]}")
+        audit = subprocess.run([sys.executable, "-m", *shlex.split(line[2])], cwd=TOP,
+                               capture_output=True, text=True, timeout=PATIENCE)
+        self.assertEqual((audit.returncode, audit.stderr), (0, ""))
+        self.assertIn(line[1], audit.stdout)
 
 
 class EndedShopTest(ShopTestCase):
@@ -227,33 +308,32 @@ class EndedShopTest(ShopTestCase):
     @classmethod
     def setUpClass(cls):
         cls.home = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
-        cls.shop = Shop("--data", str(cls.home / "kept"), "--quiet", "--workers", "1", MICROSHOP_PORT="abc",
-                        MICROSHOP_DATA=str(cls.home / "other"), MICROSHOP_QUIET="0", MICROSHOP_WORKERS="0")
+        cls.shop = Shop("--data", str(cls.home / "kept"), "--quiet", "--workers", "1",
+                        "--grace", NEVER, MICROSHOP_PORT="abc", MICROSHOP_QUIET="0",
+                        MICROSHOP_DATA=str(cls.home / "other"), MICROSHOP_WORKERS="0")
         cls.addClassCleanup(cls.shop.kill)
         cls.shop.wait_until_ready()
         cls.asked = ask(cls.shop.first, target="/users")
         cls.began_with = cls.shop.children()
-        began = time.monotonic()
         cls.status = cls.shop.stop(signal.SIGTERM)
-        cls.took = time.monotonic() - began
 
-    def test_it_ended_in_time_with_status_0(self):
+    def test_it_ended_with_status_0_long_before_its_grace_period(self):
         self.assertEqual(self.status, 0)
-        self.assertLess(self.took, 5)
 
-    def test_nothing_is_left_of_its_four_children(self):
-        self.assertEqual(len(self.began_with), 4)
+    def test_nothing_is_left_of_its_children(self):
+        self.assertEqual(len(self.began_with), PORTS)
         self.assert_nothing_is_left(self.shop)
 
     def test_a_quiet_shop_logs_no_request(self):
         self.assertEqual(self.asked.status, 200)
         self.assertNotIn("/users", "".join(self.shop.lines))
 
-    def test_a_flag_wins_over_its_environment_twin(self):
+    def test_a_flag_wins_over_its_environment_variable(self):
         self.assertEqual([path.name for path in self.home.iterdir()], ["kept"])
 
     def test_the_next_start_finds_the_data(self):
-        with contextlib.closing(sqlite3.connect(self.home / "kept" / "users.db")) as database, database:
+        path = self.home / "kept" / "users.db"
+        with contextlib.closing(sqlite3.connect(path)) as database, database:
             database.execute("UPDATE users SET name = 'Carol' WHERE id = 1")
         shop = self.open(MICROSHOP_DATA=str(self.home / "kept"))
         self.assertEqual(ask(shop.first, target="/users/1").json["name"], "Carol")
@@ -263,53 +343,63 @@ class EndTest(ShopTestCase):
     def test_ctrl_c_lets_a_request_in_flight_be_answered_by_its_service(self):
         shop = self.open("--fresh")
         wire = self.hang_request(shop)
-        os.killpg(shop.popen.pid, signal.SIGINT)  # as a terminal does: to all in the supervisor's group
+        os.killpg(shop.popen.pid, signal.SIGINT)  # as a terminal does: to the supervisor's group
         shop.wait_for(r"^run_all .*stopping")
-        self.assertTrue(comes_true(lambda: is_refused(shop.first)), "the gateway takes no more requests")
-        self.assertFalse(comes_true(lambda: is_refused(shop.first + 1), MOMENT), "users stays until the gateway ended")
+        self.assertTrue(comes_true(lambda: is_refused(shop.first)),
+                        "the gateway still accepts connections")
+        self.assertFalse(is_refused(port_of("users", shop.first)),
+                         "users stopped before the gateway had ended")
         wire.send(b"67890")
-        self.assertIn(wire.read().status, range(400, 500))
+        self.assertIn(wire.read().status, range(400, 500), "the answer of users")
         self.assertEqual(shop.status(), 0)
         self.assertRegex("\n".join(shop.lines), r"(?m)^users .* POST /users 4")
         self.assert_nothing_is_left(shop)
 
     def test_more_than_one_ctrl_c_ends_it_at_once(self):
-        shop = self.open("--fresh", kind=SmallShop)
-        self.hang_request(shop)
+        shop = self.open("--fresh", "--grace", NEVER, kind=SmallShop)
+        wire = self.hang_request(shop)
         os.killpg(shop.popen.pid, signal.SIGINT)
         shop.wait_for(r"^run_all .*stopping")
-        began = time.monotonic()
         for _ in range(5):
             os.killpg(shop.popen.pid, signal.SIGINT)
         self.assertEqual(shop.status(), 130)
-        self.assertLess(time.monotonic() - began, SOON)
+        self.assertTrue(wire.is_closed(), "the request in flight got an answer")
         self.assertNotIn("Traceback", "".join(shop.lines))
         self.assert_nothing_is_left(shop)
 
+    def test_two_signals_in_quick_succession_announce_no_restart(self):
+        shop = self.open("--fresh", "--grace", NEVER, kind=SmallShop)
+        self.hang_request(shop)
+        shop.popen.send_signal(signal.SIGINT)
+        shop.popen.send_signal(signal.SIGTERM)  # another one: two of a kind may arrive as one
+        self.assertIn(shop.status(), (128 + signal.SIGINT, 128 + signal.SIGTERM))
+        self.assertFalse(shop.has_said("again in"), shop.lines)
+        self.assert_nothing_is_left(shop)
+
     def test_a_terminal_that_is_closed_ends_it(self):
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("MICROSHOP_")}
+        clean = {name: value for name, value in os.environ.items()
+                 if not name.startswith("MICROSHOP_")}
         ours, theirs = pty.openpty()
+        code = ("import fcntl, termios, sys; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+                "sys.argv[1:] = ['--fresh', '--port', '0']; "
+                "from microshop.run_all import main; main()")
         child = subprocess.Popen(
-            [sys.executable, "-c", "import fcntl, termios, sys; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-             "sys.argv[1:] = ['--fresh', '--port', '0']; from microshop.run_all import main; main()"],
-            cwd=TOP, env=clean, stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, start_new_session=True)
+            [sys.executable, "-c", code], cwd=TOP, env=clean,
+            stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, start_new_session=True)
         self.addCleanup(child.stdout.close)
         self.addCleanup(child.kill)
         os.close(theirs)
         while b"ready in" not in (line := child.stdout.readline()):
-            self.assertTrue(line)
+            self.assertTrue(line, "the shop ended before it was ready")
         os.close(ours)
         self.assertEqual(child.wait(PATIENCE), 0)
 
     def test_a_gateway_that_hangs_does_not_cost_the_services_their_clean_end(self):
-        shop = self.open("--fresh", "--grace", "1.2", kind=SmallShop)
-        [gateway] = shop.children("gateway")
-        os.kill(gateway, signal.SIGSTOP)
-        began = time.monotonic()
+        shop = self.open("--fresh", "--grace", "30", kind=UnfairShop)
+        os.kill(shop.child("gateway"), signal.SIGSTOP)
         self.assertEqual(shop.stop(), 0)
-        self.assertLess(time.monotonic() - began, SOON)
         self.assertEqual([line for line in shop.lines if "killing" in line],
-                         ["run_all  | gateway did not end in time; killing it"])
+                         ["run_all | gateway did not end in time; killing it"])
         self.assert_nothing_is_left(shop)
 
     def test_the_children_of_a_killed_supervisor_end_by_themselves(self):
@@ -319,8 +409,8 @@ class EndTest(ShopTestCase):
         shop.status()
         self.assertTrue(comes_true(lambda: not shop.children()))
 
-    def test_it_ends_although_who_reads_what_it_shows_stands_still(self):
-        shop = self.begin("--fresh", "--grace", "2", kind=DeafShop)
+    def test_it_ends_although_its_output_is_not_read(self):
+        shop = self.begin("--fresh", "--grace", "0.5", kind=UnreadShop)
         shop.wait_for("ready in")
         for _ in range(100):
             ask(shop.first, target="/" + "x" * 4000)  # whose log lines fill each pipe on the way
@@ -328,20 +418,38 @@ class EndTest(ShopTestCase):
         self.assertEqual(shop.popen.wait(PATIENCE), 0)
         self.assertTrue(comes_true(lambda: not shop.children()))
 
-    def test_a_temporary_folder_is_made_only_to_be_used(self):
-        shop = self.open("--data", self.enterContext(tempfile.TemporaryDirectory()), kind=SmallShop)
-        self.assertEqual(os.listdir(shop.folder), [])
-
-    def test_it_ends_when_nobody_reads_what_it_shows(self):
-        shop = HeadShop("--fresh")
-        self.addCleanup(shop.kill)
+    def test_it_ends_when_its_output_is_closed(self):
+        shop = self.begin("--fresh", kind=HeadShop)
         self.assertEqual(shop.status(), 0)
-        self.assertEqual(len(shop.lines), 1)
+        self.assertEqual(len(shop.started()), 2)
         self.assert_nothing_is_left(shop)
 
+    def test_no_temporary_folder_is_made_without_fresh(self):
+        data = self.enterContext(tempfile.TemporaryDirectory())
+        shop = self.open("--data", data, kind=SmallShop)
+        self.assertEqual(os.listdir(shop.folder), [])
 
-@unittest.skipUnless(hasattr(socket, "SO_REUSEPORT"), "this system cannot share a port among processes")
-class MendedShopTest(ShopTestCase):
+
+class ClosedStreamsTest(unittest.TestCase):
+    def test_it_serves_without_standard_streams(self):
+        first = free_ports()
+        shop = subprocess.Popen(
+            ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-m", *SmallShop.module,
+             "--fresh", "--port", str(first)], cwd=TOP)
+        self.addCleanup(shop.wait)
+        self.addCleanup(shop.kill)
+
+        def serves() -> bool:
+            with contextlib.suppress(OSError):
+                return ask(first, target="/users").body.decode() == SEED["/users"]
+            return False
+
+        self.assertTrue(comes_true(serves), "users do not answer")
+        shop.terminate()
+        self.assertEqual(shop.wait(PATIENCE), 0)
+
+
+class KilledProcessesTest(ShopTestCase):
     """A shop with two gateway processes, where one of them and users are killed and come back."""
 
     @classmethod
@@ -349,332 +457,400 @@ class MendedShopTest(ShopTestCase):
         cls.shop = Shop("--fresh", "--workers", "2")
         cls.addClassCleanup(cls.shop.kill)
         cls.shop.wait_until_ready()
-        cls.gateways, [users] = cls.shop.children("gateway"), cls.shop.children("users")
-        for pid in (users, cls.gateways[0]):
+        cls.gateways = cls.shop.children("gateway") + cls.shop.children("gateway2")
+        for pid in (cls.shop.child("users"), cls.gateways[0]):
             os.kill(pid, signal.SIGKILL)
-        for name in ("users", "gateway2?"):
+        for name in ("users", "gateway"):
             cls.shop.wait_for(rf"^run_all .*\b{name}\b.*\b137\b")
         cls.meanwhile = ask(cls.shop.first, target="/products")
-        cls.users_again = cls.shop.wait_for(r"Users service listening at http://\S+:(\d+)$", times=2)
-        cls.gateway_again = cls.shop.wait_for(r"API Gateway listening at http://\S+:(\d+)$", times=3)
+        listening = r"listening at http://\S+:(\d+)$"
+        cls.users_again = cls.shop.wait_for(f"Users service {listening}", times=2)
+        cls.gateway_again = cls.shop.wait_for(f"API Gateway {listening}", times=3)
 
     def test_the_others_serve_meanwhile(self):
         self.assertEqual(self.meanwhile.body.decode(), SEED["/products"])
 
     def test_a_killed_service_serves_again_on_its_port(self):
-        self.assertEqual(int(self.users_again[1]), self.shop.first + 1)
-        self.assertEqual(ask(self.shop.first, target="/users").body.decode(), SEED["/users"])
+        self.assertEqual(int(self.users_again[1]), port_of("users", self.shop.first))
+        self.assert_serves(self.shop)
 
-    def test_they_share_a_port_that_the_system_chose_too(self):
-        shop = Shop("--fresh", "--workers", "2", "--port", "0")
-        self.addCleanup(shop.kill)
-        shop.wait_until_ready()
-        gateways = {int(shop.wait_for(r"API Gateway listening at http://\S+:(\d+)$", times)[1]) for times in (1, 2)}
-        self.assertEqual(len(gateways), 1)
+    def test_two_gateways_share_a_port_that_the_system_chose(self):
+        shop = self.open("--fresh", "--workers", "2", "--port", "0", kind=SmallShop)
+        pattern = r"API Gateway listening at http://\S+:(\d+)$"
+        ports = {int(shop.wait_for(pattern, times)[1]) for times in (1, 2)}
+        self.assertEqual(len(ports), 1)
 
     def test_each_of_two_gateways_on_one_port_answers_without_the_other(self):
         self.assertEqual(len(self.gateways), 2)
         self.assertEqual(int(self.gateway_again[1]), self.shop.first)
         os.kill(self.gateways[1], signal.SIGKILL)  # the one that answered meanwhile
         self.shop.wait_for(r"^run_all .*\bgateway2?\b.*\b137\b", times=2)
-        self.assertEqual(ask(self.shop.first).body.decode(), SEED["/"])
+        self.assert_serves(self.shop, "/")
 
 
-@unittest.skipUnless(hasattr(signal, "SIGSTOP"), "this system cannot stop a process")
 class HangingServiceTest(ShopTestCase):
-    """A shop whose products service hangs while two hundred clients want something of it.
+    """A shop whose products service hangs while two hundred clients ask for it."""
 
-    What else runs on the machine disturbs single rounds, but not every one.
-    """
-
-    CLIENTS, MOST, ROUNDS, REQUESTS = 200, 64, 5, 200
+    CLIENTS, MOST, ROUNDS, REQUESTS = 200, 64, 5, 50
+    ROOM = 3  # times as long as usual may a request take; other programs disturb single rounds
 
     def time_users(self, wire: Wire) -> float:
-        """Return the 99th percentile of the seconds that GET /users takes, on one connection."""
+        """Return the median of the seconds that GET /users takes on one connection."""
         times = []
         for _ in range(self.REQUESTS):
             began = time.perf_counter()
             wire.send(b"GET /users HTTP/1.1\r\nHost: shop\r\n\r\n")
             self.assertEqual(wire.read().body.decode(), SEED["/users"])
             times.append(time.perf_counter() - began)
-        return sorted(times)[self.REQUESTS * 99 // 100]
+        return statistics.median(times)
 
-    def test_it_takes_only_those_down_who_need_it(self):
-        shop = self.open("--fresh", "--quiet", "--timeout", "30")
-        [products] = shop.children("products")
+    def test_a_service_that_hangs_affects_only_requests_that_need_it(self):
+        shop = self.open("--fresh", "--quiet", "--timeout", NEVER, kind=PatientShop)
         wire = self.enterContext(Wire(shop.first))
-        quiet = statistics.median(self.time_users(wire) for _ in range(self.ROUNDS))
+        usual = statistics.median(self.time_users(wire) for _ in range(self.ROUNDS))
+        products = shop.child("products")
         os.kill(products, signal.SIGSTOP)
         try:
             clients = [self.enterContext(Wire(shop.first)) for _ in range(self.CLIENTS)]
             for client in clients:
                 client.send(b"GET /products HTTP/1.1\r\nHost: shop\r\n\r\n")
-            hung = {client.socket: client for client in clients}
-            while len(hung) > self.MOST:  # these wait for an answer, and the others are told that they need not
-                for told in select.select(hung, [], [], PATIENCE)[0]:
-                    self.assertEqual(hung.pop(told).read().status, 503)
-            self.assertTrue(comes_true(lambda: self.time_users(wire) < 2 * quiet), "users suffers")
-            self.assertEqual(select.select(hung, [], [], 0)[0], [])
+            waiting = {client.socket: client for client in clients}
+            while len(waiting) > self.MOST:  # the others are rejected
+                answered = select.select(waiting, [], [], PATIENCE)[0]
+                self.assertTrue(answered, f"{len(waiting)} requests wait for products")
+                for each in answered:
+                    self.assertEqual(waiting.pop(each).read().status, 503)
+            self.assertTrue(comes_true(lambda: self.time_users(wire) < self.ROOM * usual),
+                            f"GET /users takes more than {self.ROOM} times {usual:.4f} s")
+            self.assertEqual(select.select(waiting, [], [], 0)[0], [],
+                             "requests that should wait for products were answered")
         finally:
             os.kill(products, signal.SIGCONT)
-        self.assertEqual([client.read().status for client in hung.values()], [200] * self.MOST)
+        statuses = [client.read().status for client in waiting.values()]
+        self.assertEqual(statuses, [200] * self.MOST)
 
 
 class GuardedShopTest(ShopTestCase):
-    def test_what_guards_the_gateway_is_handed_on_by_run_all(self):
+    def test_the_settings_that_guard_the_gateway_are_passed_on(self):
+        token = secrets.token_hex()
         with tempfile.NamedTemporaryFile("w") as file:
-            file.write("s3cret\n")
+            file.write(f"{token}\n")
             file.flush()
             shop = self.open("--fresh", "--token-file", file.name, "--rate", "5/h", "--timeout=2.5",
-                             "--max-in-flight=7", "--max-connections=50", "--grace=3", MICROSHOP_TOKEN="other")
-        table = subprocess.check_output(["ps", "-A", "-ww", "-o", "args="], text=True)
-        self.assertRegex(table, rf"microshop\.gateway .*--port {shop.first} .*--timeout=2.5 .*--max-in-flight=7")
-        self.assertRegex(table, rf"microshop\.gateway .*--port {shop.first} .*--grace=2.1\d* --max-connections=50\b")
-        self.assertRegex(table, rf"microshop\.users .*--port {shop.first + 1} .*--max-connections=50\b")
-        shown = {"Authorization": "Bearer s3cret"}
-        self.assertEqual([ask(shop.first, "DELETE", "/users/2", headers).status for headers in ({}, shown)], [401, 204])
-        self.assertEqual([ask(shop.first).status for _ in range(4)], [200, 200, 200, 429])
-        self.assertNotIn("s3cret", "".join(shop.lines) + table)
+                             "--max-in-flight=7", "--max-connections=50", "--grace=3",
+                             MICROSHOP_TOKEN=secrets.token_hex())
+        states = states_of(*shop.children())
+        commands = "\n".join(command for _, command in states.values())
+        for command in (
+            rf"microshop\.gateway .*--port {shop.first} .*--timeout=2.5 .*--max-in-flight=7",
+            rf"microshop\.gateway .*--port {shop.first} .*--grace=2.1\d* --max-connections=50\b",
+            rf"microshop\.users .*--port {shop.first + 1} .*--max-connections=50\b",
+        ):
+            self.assertRegex(commands, command)
+        shown = {"Authorization": f"Bearer {token}"}
+        deleted = [ask(shop.first, "DELETE", "/users/2", headers).status for headers in ({}, shown)]
+        self.assertEqual(deleted, [401, 204], "DELETE without and with the token")
+        asked = [ask(shop.first).status for _ in range(4)]
+        self.assertEqual(asked, [200, 200, 200, 429], "the third to the sixth of five requests")
+        self.assertFalse(token in "".join(shop.lines) + commands, "the token was shown")
 
-    @unittest.skipUnless(Path("/proc/self/environ").exists(), "this system does not show a process's environment")
-    def test_no_process_but_the_gateway_gets_the_token(self):
-        shop = self.open("--fresh", MICROSHOP_TOKEN="s3cret")
-        for name in ("gateway", "users", "products", "orders"):
-            [pid] = shop.children(name)
-            self.assertEqual(b"s3cret" in Path(f"/proc/{pid}/environ").read_bytes(), name == "gateway")
+    @unittest.skipUnless(Path("/proc/self/environ").exists(), "no /proc on this system")
+    def test_only_the_gateway_gets_the_token(self):
+        token = secrets.token_hex()
+        shop = self.open("--fresh", MICROSHOP_TOKEN=token)
+        for name in ("gateway", *SERVICES):
+            environment = Path(f"/proc/{shop.child(name)}/environ").read_bytes()
+            self.assertEqual(token.encode() in environment, name == "gateway", name)
 
-    def test_a_bad_token_is_told_without_being_shown(self):
+    def test_a_bad_token_is_refused_without_being_shown(self):
         with process("microshop.run_all", "--token-file", "/nowhere") as file, \
                 process("microshop.gateway", MICROSHOP_TOKEN="to ken") as token:
-            for child, told in ((file, "--token-file: '/nowhere' cannot be read"), (token, "MICROSHOP_TOKEN: ")):
+            cases = ((file, "--token-file: '/nowhere' cannot be read"),
+                     (token, "MICROSHOP_TOKEN: "))
+            for child, named in cases:
                 self.assertEqual(child.status(), 2)
-                self.assertIn(told, child.lines[0])
+                self.assertIn(named, child.lines[0])
                 self.assertEqual(len(child.lines), 1)
                 self.assertNotIn("to ken", child.lines[0])
 
 
 class TerminalTest(unittest.TestCase):
-    """What a terminal shows of a shop one of whose settings is bad: so it ends by itself."""
+    """What a terminal shows of a shop that ends by itself, because one of its settings is bad."""
 
     @classmethod
     def setUpClass(cls):
-        spawn = "import pty, sys; pty.spawn(sys.argv[1:])"
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("MICROSHOP_", "NO_COLOR"))}
+        clean = {name: value for name, value in os.environ.items()
+                 if not name.startswith(("MICROSHOP_", "NO_COLOR"))}
         clean["TMPDIR"] = cls.enterClassContext(tempfile.TemporaryDirectory())
-        terminals = [subprocess.Popen(
-            [sys.executable, "-c", spawn, sys.executable, "-m", "microshop.run_all", "--port", "0", "--fresh"],
-            cwd=TOP, env={**clean, **wish, "MICROSHOP_ORDERS_URL": "nowhere"}, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, text=True)
-            for wish in ({}, {"NO_COLOR": "1"})]
-        for terminal in terminals:
-            cls.addClassCleanup(terminal.kill)
-        cls.coloured, cls.plain = [terminal.communicate(timeout=PATIENCE)[0] for terminal in terminals]
+        clean["MICROSHOP_ORDERS_URL"] = "nowhere"
+        terminals = []
+        for wish in ({"TERM": "xterm"}, {"TERM": "xterm", "NO_COLOR": "1"}, {"TERM": "dumb"}):
+            terminals.append(subprocess.Popen(
+                [sys.executable, "-c", "import pty, sys; pty.spawn(sys.argv[1:])",
+                 sys.executable, "-m", "microshop.run_all", "--port", "0", "--fresh"],
+                cwd=TOP, env={**clean, **wish}, stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, text=True))
+            cls.addClassCleanup(terminals[-1].kill)
+        shown = [terminal.communicate(timeout=PATIENCE)[0] for terminal in terminals]
+        cls.coloured, cls.no_color, cls.dumb = shown
 
-    def test_names_have_colours(self):
-        self.assertRegex(self.coloured, "\33\\[[0-9;]+mrun_all +\\| \33\\[0m")
+    def test_names_have_colours_and_those_of_run_all_and_the_gateway_differ(self):
+        labels = re.findall("\33\\[([0-9;]+)m([a-z_]+) +\\| \33\\[0m", self.coloured)
+        colours = {name: colour for colour, name in labels}
+        self.assertIn("run_all", colours)
+        self.assertIn("gateway", colours)
+        self.assertNotEqual(colours["run_all"], colours["gateway"])
 
-    def test_who_wants_no_colours_gets_none(self):
-        self.assertRegex(self.plain, r"(?m)^run_all +\| ")
-        self.assertNotIn("\33", self.plain)
+    def test_no_color_and_a_dumb_terminal_get_no_colours(self):
+        for shown in (self.no_color, self.dumb):
+            self.assertRegex(shown, r"(?m)^run_all +\| ")
+            self.assertNotIn("\33", shown)
 
 
-class CareTest(ShopTestCase):
+class FailingChildTest(ShopTestCase):
     """What the supervisor does about children that fail, each in its own way."""
 
-    def test_one_that_hangs_is_killed_and_started_again(self):
-        shop = self.open("--fresh", kind=HastyShop)
-        [users] = shop.children("users")
+    def test_a_process_that_hangs_is_killed_and_started_again(self):
+        shop = self.open("--fresh", kind=MovedClockShop)
+        users = shop.child("users")
         os.kill(users, signal.SIGSTOP)
-        shop.wait_for("^run_all .*users has shown no sign of life for 1 s; killing it")
-        shop.wait_for(r"^run_all .*users was killed by signal 9 \(exit status 137\); starting it again in 0\.\d s")
-        self.assertEqual(ask(shop.first, target="/users").body.decode(), SEED["/users"])
-        self.assertNotEqual(shop.children("users"), [users])
+        self.assertTrue(comes_true(lambda: states_of(users)[users][0].startswith("T")))
+        shop.popen.send_signal(signal.SIGUSR1)
+        shop.wait_for(r"^run_all .*\| users has sent no heartbeat for 10 s; killing it$")
+        shop.wait_for(r"^run_all .*\| users was killed by signal 9 \(exit status 137\); "
+                      r"starting it again in 0\.\d s$")
+        self.assert_serves(shop)
+        self.assertNotEqual(shop.child("users"), users)
 
-    def test_nobody_is_killed_for_a_time_in_which_all_stood_still(self):
-        shop = self.open("--fresh", kind=HastyShop)
-        before = shop.children()
-        for pid in (shop.popen.pid, *before):
-            os.kill(pid, signal.SIGSTOP)
-        threading.Event().wait(1.1)  # more than the supervisor takes for a delay
-        for pid in (shop.popen.pid, *before):
-            os.kill(pid, signal.SIGCONT)
-            threading.Event().wait(MOMENT)
-        self.assertEqual(ask(shop.first, target="/users").status, 200)
-        self.assertEqual(shop.children(), before)
+    def test_no_process_is_killed_for_a_time_in_which_the_supervisor_was_paused(self):
+        shop = self.open("--fresh", kind=MovedClockShop)
+        shop.popen.send_signal(signal.SIGUSR2)
+        shop.popen.send_signal(signal.SIGHUP)  # which is obeyed after the next look at the clock
+        shop.wait_for("^run_all .*every process has been replaced")
+        self.assertFalse(shop.has_said("killing it|again in"), shop.lines)
+        self.assert_serves(shop)
 
-    def test_who_asks_a_killed_service_waits_for_the_next_one(self):
+    def test_a_process_that_does_not_get_ready_is_killed(self):
+        shop = self.begin("--fresh", kind=MovedClockShop, **self.afflict(
+            "users", "if nth == 0: print('sleeps', flush=True); time.sleep(10_000)"))
+        shop.wait_for(r"^users +\| sleeps")
+        shop.popen.send_signal(signal.SIGUSR1)
+        shop.wait_until_ready()
+        self.assertIn("run_all | users was not ready within 10 s; killing it", shop.lines)
+
+    def test_a_request_for_a_killed_service_waits_for_the_next_process(self):
         shop = self.open("--fresh", kind=SmallShop)
         for name in ("users", "gateway"):
-            [pid] = shop.children(name)
-            os.kill(pid, signal.SIGKILL)
-            self.assertEqual(ask(shop.first, target="/users").body.decode(), SEED["/users"])
+            os.kill(shop.child(name), signal.SIGKILL)
+            self.assert_serves(shop)
 
-    def test_one_that_cannot_be_started_is_given_up_and_its_last_words_are_shown(self):
+    def test_a_child_that_always_fails_is_given_up_and_its_last_output_is_shown(self):
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "users.db").write_bytes(b"no database " * 1000)
-            shop = self.begin("--data", folder, kind=HastyShop)
+            shop = self.begin("--data", folder, kind=QuickShop)
             self.assertEqual(shop.status(), 1)
-        why = f"users: cannot use {folder}/users.db: file is not a database; mend or move it, or choose another --data"
         text = "\n".join(shop.lines)
-        self.assertEqual(text.count(f"users    | {why}"), 5 + 1)
-        self.assertEqual(text.count("run_all  | users ended with exit status 1 before it listened; starting it ag"), 4)
-        self.assertIn(f"run_all  | users failed to start 5 times in a row: stopping. It said last:\n"
-                      f"users    | {why}\n", text)
+        why = shop.wait_for(rf"^users +\| users: cannot use {folder}/users\.db: .*")[0]
+        self.assertEqual(text.count(why), 5 + 1, "once for each start, and once at the end")
+        again = "run_all | users ended with exit status 1 before it was ready; starting it again"
+        self.assertEqual(text.count(again), 4)
+        self.assertIn("run_all | users failed to start 5 times in a row; stopping. "
+                      f"Its last output was:\n{why}\n", text)
         self.assert_nothing_is_left(shop)
 
-    def test_one_that_starts_at_last_is_not_given_up(self):
-        shop = self.open("--fresh", kind=HastyShop, **self.afflict("users", "if nth < 4: os._exit(7)"))
-        self.assertEqual(sum("users ended with exit status 7" in line for line in shop.lines), 4)
+    def test_a_child_that_starts_at_last_is_not_given_up(self):
+        shop = self.open("--fresh", kind=QuickShop,
+                         **self.afflict("users", "if nth < 4: os._exit(7)"))
+        failed = [line for line in shop.lines if "users ended with exit status 7" in line]
+        self.assertEqual(len(failed), 4)
 
-    def test_one_that_does_not_get_ready_is_killed(self):
-        shop = self.open("--fresh", kind=HastyShop, **self.afflict("users", "if nth == 0: time.sleep(60)"))
-        self.assertIn("run_all  | users was not ready in 1 s; killing it", shop.lines)
+    def test_processes_that_a_child_has_started_end_with_it(self):
+        for more in ("", ", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL"):
+            with self.subTest(keeps_output_open=not more):
+                shop = self.open("--fresh", kind=QuickShop, **self.afflict(
+                    "users", f"sleep = subprocess.Popen(['sleep', '10000']{more})\n"
+                             "print('grandchild', sleep.pid, flush=True)"))
+                first = int(shop.wait_for(r"grandchild (\d+)")[1])
+                os.kill(shop.child("users"), signal.SIGKILL)
+                second = int(shop.wait_for(r"grandchild (\d+)", times=2)[1])
+                self.assertTrue(comes_true(lambda pid=first: not is_running(pid)))
+                shop.wait_for("Users service listening", times=2)
+                self.assertEqual(shop.stop(), 0)
+                self.assertTrue(comes_true(lambda pid=second: not is_running(pid)))
 
-    def test_what_a_child_has_started_ends_with_it(self):
-        for more in ("", ", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL"):  # one may keep the output open
-            shop = self.open("--fresh", kind=HastyShop, **self.afflict(
-                "users", f"print('grandchild', subprocess.Popen(['sleep', '60']{more}).pid, flush=True)"))
-            [users], grandchild = shop.children("users"), int(shop.wait_for(r"grandchild (\d+)")[1])
-            os.kill(users, signal.SIGKILL)
-            second = int(shop.wait_for(r"grandchild (\d+)", times=2)[1])
-            self.assertTrue(comes_true(lambda pid=grandchild: not is_running(pid)))
-            shop.wait_for("Users service listening", times=2)
-            self.assertEqual(shop.stop(), 0)
-            self.assertTrue(comes_true(lambda pid=second: not is_running(pid)))
-
-    def test_a_process_that_has_left_the_group_and_keeps_the_output_open_is_not_waited_for(self):
-        shop = self.open("--fresh", kind=HastyShop, **self.afflict(
-            "users", "print('daemon', subprocess.Popen(['sleep', '60'], start_new_session=True).pid, flush=True)"))
-        [users] = shop.children("users")
-        os.kill(users, signal.SIGKILL)
+    def test_a_daemon_that_keeps_the_output_of_a_child_open_does_not_delay_its_restart(self):
+        shop = self.open("--fresh", kind=QuickShop, **self.afflict(
+            "users", "sleep = subprocess.Popen(['sleep', '10000'], start_new_session=True)\n"
+                     "print('daemon', sleep.pid, flush=True)"))
+        os.kill(shop.child("users"), signal.SIGKILL)
         for times in (1, 2):
-            self.addCleanup(os.kill, int(shop.wait_for(r"daemon (\d+)", times)[1]), signal.SIGKILL)
+            daemon = int(shop.wait_for(r"daemon (\d+)", times)[1])
+            self.addCleanup(os.kill, daemon, signal.SIGKILL)
         shop.wait_for("Users service listening", times=2)
-        self.assertEqual(ask(shop.first, target="/users").status, 200)
+        self.assert_serves(shop)
 
-    def test_one_that_cannot_be_started_for_lack_of_something_is_tried_again(self):
-        shop = self.open("--fresh", kind=HastyShop)
-        [users] = shop.children("users")
+    @unittest.skipUnless(hasattr(resource, "prlimit"), "no prlimit on this system")
+    def test_a_child_that_the_system_has_no_room_for_is_started_later(self):
+        shop = self.open("--fresh", kind=StubbornShop)
         limits = resource.prlimit(shop.popen.pid, resource.RLIMIT_NOFILE)
         resource.prlimit(shop.popen.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
-        os.kill(users, signal.SIGKILL)
-        shop.wait_for("^run_all .*users cannot be started now: Too many open files")
+        os.kill(shop.child("users"), signal.SIGKILL)
+        shop.wait_for(r"^run_all .*\| users could not be started: Too many open files; trying again")
         resource.prlimit(shop.popen.pid, resource.RLIMIT_NOFILE, limits)
-        self.assertEqual(ask(shop.first, target="/users").status, 200)
+        self.assert_serves(shop)
 
-    def test_one_that_prints_a_lot_slows_only_itself_and_each_line_comes_whole(self):
-        lines = 30_000
+    def test_a_child_that_prints_a_lot_delays_no_other_and_each_of_its_lines_comes_whole(self):
+        enough = Path(self.enterContext(tempfile.TemporaryDirectory())) / "enough"
         shop = self.open("--fresh", kind=SmallShop, **self.afflict("users", f"""
             def shout():
-                for n in range({lines}): os.write(1, b"%06d%s\\n" % (n, b"x" * 1000))
+                n = 0
+                while n % 100 or not os.path.exists({str(enough)!r}):
+                    os.write(1, b"%06d%s\\n" % (n, b"x" * 1000))
+                    n += 1
+                os.write(1, b"that was all\\n")
             threading.Thread(target=shout).start()"""))
-        times = []
-        while f"users    | {lines - 1:06}" + "x" * 1000 not in shop.lines[-100:]:
-            began = time.monotonic()
-            self.assertEqual(ask(shop.first, target="/").status, 200)
-            times.append(time.monotonic() - began)
-        self.assertLess(statistics.median(times), 0.2)
+        self.assertTrue(comes_true(lambda: shop.has_said("xxx$")))
+        self.assertEqual(ask(shop.first, target="/").status, 200)
+        self.assertTrue(comes_true(lambda: shop.has_said(r"^gateway .* GET / 200 ")),
+                        "a line of the gateway is not shown while users prints")
+        enough.touch()
+        self.assertTrue(comes_true(lambda: shop.has_said("that was all")))
         shouted = [line for line in shop.lines if line.endswith("xxx")]
-        self.assertEqual(shouted, [f"users    | {n:06}{'x' * 1000}" for n in range(lines)])
-        shop.wait_for(" GET / 200 ", times=len(times))
+        self.assertEqual(shouted, [f"users   | {n:06}{'x' * 1000}" for n in range(len(shouted))])
+        self.assertEqual(len(shouted) % 100, 0, "the last lines are missing")
 
-    @unittest.skipUnless(shutil.which("unshare") and hasattr(os, "geteuid") and os.geteuid() == 0,
-                         "only root can make a process the first of a container, and only on Linux")
-    def test_as_the_first_process_of_a_container_it_collects_orphans_and_ends_as_ever(self):
-        environment = {**os.environ, **self.afflict("users", "subprocess.Popen(['sh', '-c', 'sleep 0.1 & sleep 0'])")}
-        first = free_ports()
+    @unittest.skipUnless(shutil.which("unshare") and os.geteuid() == 0,
+                         "only root can make a process the first of a container, on Linux")
+    def test_as_the_first_process_of_a_container_it_collects_orphans_and_ends_as_usual(self):
+        orphan = "subprocess.Popen(['sh', '-c', 'sleep 0.1 & sleep 0'])"
+        affliction = self.afflict("users", orphan)
         container = subprocess.Popen(
-            ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-m", *SmallShop.module, "--fresh",
-             "--port", str(first)], cwd=TOP, env=environment, stdout=subprocess.PIPE, text=True)
+            ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-m", *SmallShop.module,
+             "--fresh", "--port", str(free_ports())],
+            cwd=TOP, env={**os.environ, **affliction}, stdout=subprocess.PIPE, text=True)
         self.addCleanup(container.stdout.close)
         self.addCleanup(container.wait)
         self.addCleanup(container.kill)
         while "ready in" not in (line := container.stdout.readline()):
-            self.assertTrue(line)
+            self.assertTrue(line, "the shop ended before it was ready")
+
+        def children_of(parent: int) -> list[int]:
+            """Return the pids of a process's children, zombies among them."""
+            table = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)],
+                                   capture_output=True, text=True).stdout
+            return [int(pid) for pid in table.split()]
+
         [supervisor] = children_of(container.pid)
-        self.assertTrue(comes_true(lambda: len(children_of(supervisor)) == 2))  # a zombie counts
+        self.assertTrue(comes_true(lambda: len(children_of(supervisor)) == 2),
+                        "the supervisor has more children than users and the gateway")
         os.kill(supervisor, signal.SIGTERM)
         self.assertEqual(container.wait(PATIENCE), 0)
 
 
-@unittest.skipUnless(hasattr(signal, "SIGHUP"), "this system has no SIGHUP")
-class RenewedShopTest(ShopTestCase):
+class Client(threading.Thread):
+    """A client that asks for one target again and again, on one connection or on many."""
+
+    def __init__(self, port: int, target: str, keeps_connection: bool):
+        super().__init__()
+        self.port, self.target, self.keeps_connection = port, target, keeps_connection
+        self.is_over = threading.Event()
+        self.answered = 0
+        self.failures: list[Any] = []
+
+    def run(self) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        while not self.is_over.is_set():
+            try:
+                connection.request("GET", self.target)
+                response = connection.getresponse()
+                answer = (response.status, response.read().decode())
+                if answer != (200, SEED[self.target]):
+                    self.failures.append(answer)
+            except Exception as error:
+                self.failures.append(error)
+                connection.close()
+            self.answered += 1
+            if not self.keeps_connection:
+                connection.close()
+        connection.close()
+
+
+class RollingRestartTest(ShopTestCase):
     def test_every_process_is_replaced_and_no_request_fails_meanwhile(self):
         shop = self.open("--fresh", "--workers", "2")
-        before, over, failures, answered = set(shop.children()), threading.Event(), [], []
-
-        def keep_asking(target: str, keeps: bool) -> None:
-            connection = http.client.HTTPConnection("127.0.0.1", shop.first, timeout=PATIENCE)
-            while not over.is_set():
-                try:
-                    connection.request("GET", target)
-                    response = connection.getresponse()
-                    body = response.read().decode()
-                    answered.append(response.status)
-                    if (response.status, body) != (200, SEED[target]):
-                        failures.append((response.status, body))
-                except Exception as error:
-                    failures.append(error)
-                    connection.close()
-                if not keeps:
-                    connection.close()
-            connection.close()
-
-        threads = [threading.Thread(target=keep_asking, args=(target, keeps))
-                   for target in ("/users", "/products", "/orders") for keeps in (True, False)]
-        for thread in threads:
-            thread.start()
+        before = set(shop.children())
+        clients = [Client(shop.first, target, keeps_connection)
+                   for target in ("/users", "/products", "/orders")
+                   for keeps_connection in (True, False)]
+        for client in clients:
+            client.start()
+            self.addCleanup(client.join)
+            self.addCleanup(client.is_over.set)
+        self.assertTrue(comes_true(lambda: all(client.answered > 2 for client in clients)))
         shop.popen.send_signal(signal.SIGHUP)
-        shop.wait_for("^run_all .* every process is a new one")
-        over.set()
-        for thread in threads:
-            thread.join()
-        self.assertEqual(failures, [])
-        self.assertGreater(len(answered), 50)
-        self.assertTrue(comes_true(lambda: len(shop.children()) == 5))
-        self.assertFalse(before & set(shop.children()))
+        shop.wait_for("^run_all .* every process has been replaced")
+        answered = [client.answered for client in clients]
+        self.assertTrue(comes_true(lambda: all(
+            client.answered > first + 2 for client, first in zip(clients, answered, strict=True))))
+        for client in clients:
+            client.is_over.set()
+            client.join()
+        self.assertEqual([client.failures for client in clients], [[]] * len(clients))
+        self.assertTrue(comes_true(lambda: len(shop.children()) == PORTS + 1))
+        self.assertFalse(before & set(shop.children()), "processes that were not replaced")
         self.assertEqual(shop.stop(), 0)
         self.assert_nothing_is_left(shop)
 
-    def test_one_whose_successor_fails_goes_on(self):
-        shop = self.open("--fresh", kind=SmallShop, **self.afflict("users", "if nth > 0: sys.exit('no more')"))
+    def test_where_a_new_process_fails_the_old_one_goes_on_and_the_others_stay(self):
+        shop = self.open("--fresh", kind=SmallShop,
+                         **self.afflict("users", "if nth > 0: sys.exit('no more')"))
         before = shop.children()
-        shop.popen.send_signal(signal.SIGHUP)
-        shop.wait_for("^run_all .*users ended with exit status 1 before it listened; the one that it was to replace go")
-        self.assertEqual(ask(shop.first, target="/users").body.decode(), SEED["/users"])
-        self.assertFalse(comes_true(lambda: sum("the one that it was" in line for line in shop.lines) > 1, 2 * MOMENT))
+        for times in (1, 2):  # the second request shows that the first one has ended
+            shop.popen.send_signal(signal.SIGHUP)
+            shop.wait_for("^run_all .*users ended with exit status 1 before it was ready; "
+                          "the process that it should have replaced keeps running", times)
+            shop.wait_for("^run_all .*replacing every process", times)
+        self.assert_serves(shop)
+        self.assertEqual(len(shop.started("users")), 3, "one start, and one try for each request")
+        self.assertEqual(len(shop.started("gateway")), 1)
         self.assertEqual(shop.children(), before)
 
 
 class RefusalTest(ShopTestCase):
-    def test_a_taken_port_is_named_with_who_needs_it_and_nothing_is_started(self):
-        for n, name in ((0, "gateway"), (2, "products")):
+    def test_a_port_in_use_is_named_with_the_process_that_needs_it_and_nothing_is_started(self):
+        for name in ("gateway", "products"):
             with self.subTest(name):
                 first = free_ports()
-                with socket.create_server(("127.0.0.1", first + n)):
-                    shop = Shop("--fresh", first=first)
-                    self.addCleanup(shop.kill)
+                port = first if name == "gateway" else port_of(name, first)
+                with socket.create_server(("127.0.0.1", port)):
+                    shop = self.begin("--fresh", first=first)
                     self.assertEqual(shop.status(), 1)
                 self.assertEqual(len(shop.lines), 1)
-                self.assertRegex(shop.lines[0], rf"\b{first + n}\b.*\b{name}\b")
+                self.assertRegex(shop.lines[0], rf"\b{port}\b.*\b{name}\b")
                 self.assert_nothing_is_left(shop)
 
-    def test_a_bad_setting_of_a_child_is_the_shops(self):
-        shop = Shop("--fresh", MICROSHOP_ORDERS_URL="nowhere")
-        self.addCleanup(shop.kill)
+    def test_a_bad_setting_of_a_child_ends_the_shop(self):
+        shop = self.begin("--fresh", MICROSHOP_ORDERS_URL="nowhere")
         self.assertEqual(shop.status(), 2)
         self.assertRegex("\n".join(shop.lines), "(?m)^gateway .*MICROSHOP_ORDERS_URL: 'nowhere'")
         self.assert_nothing_is_left(shop)
 
     def test_a_bad_setting_is_named_in_one_line(self):
+        first = str(65535 - PORTS + 2)  # the last service would need port 65536
         with (process("microshop.run_all", "--prot", "3000") as flag,
               process("microshop.run_all", "--port", "abc") as value,
-              process("microshop.run_all", MICROSHOP_PORT="abc") as twin,
+              process("microshop", "--port", "abc") as short,
+              process("microshop.run_all", MICROSHOP_PORT="abc") as variable,
               process("microshop.run_all", "--data", __file__) as data,
-              process("microshop.run_all", "--port", "65533") as port):  # the services' would end at 65536
+              process("microshop.run_all", "--port", first) as port):
             for shop, named in [
-                    (flag, "--prot"), (value, "--port.*abc"), (twin, "MICROSHOP_PORT.*abc"), (port, "65533"),
-                    (data, "--data.*is not a folder")]:
+                (flag, "--prot"),
+                (value, "--port.*abc"),
+                (short, "--port.*abc"),
+                (variable, "MICROSHOP_PORT.*abc"),
+                (data, f"--data: '{__file__}' is not a folder"),
+                (port, f"--port: {first} .*{len(SERVICES)} ports"),
+            ]:
                 with self.subTest(named):
                     self.assertEqual(shop.status(), 2)
                     self.assertEqual(len(shop.lines), 1)

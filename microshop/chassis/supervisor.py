@@ -156,13 +156,14 @@ class Supervisor:
 
     def _look(self) -> None:
         """Do what is due, at most once in a TICK."""
-        now, before = time.monotonic(), self._looked_at
-        if now < before + TICK:
+        now = time.monotonic()
+        if now < self._looked_at + TICK:
             return
+        was_paused = now > self._looked_at + PAUSED_TIME
         self._looked_at = now
         if os.getpid() == 1:
             reap_orphans([process.popen.pid for process in self.processes()])
-        self._watch_processes(now, was_paused=now > before + PAUSED_TIME)
+        self._watch_processes(now, was_paused)
         self._obey_signals()
         if self.shutdown.has_begun:
             self.shutdown.end_next_tier()
@@ -201,7 +202,8 @@ class Supervisor:
         if action == "start":
             self.console.say(child.start(self.events.put))
         elif action == "kill":
-            self.console.say(child.kill())
+            if time.monotonic() < self._looked_at + PAUSED_TIME:  # we were not paused just now
+                self.console.say(child.kill())
         elif action == "give up":
             self._give_up(child)
 

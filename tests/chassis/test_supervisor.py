@@ -1,68 +1,162 @@
-"""When a child process is started, killed and given up."""
+"""In which order children are replaced and ended. Real processes are the subject of test_run_all."""
+import math
 import unittest
+from types import SimpleNamespace
+from unittest import mock
 
-from microshop.chassis.supervisor import RestartPolicy
+from microshop.chassis import supervisor as module
+from microshop.chassis.child import Child
+from microshop.chassis.supervisor import RollingRestart, Shutdown, assign_cores
 from tests.chassis.test_resilience import Clock
 
 
-class LifeTest(unittest.TestCase):
-    """Histories: a number is so many seconds, and a word what happens to the child. Jitter adds all it may."""
+def child_that_is_up(name: str) -> Child:
+    """Return a child with a stand-in for a process."""
+    child = Child(name, "stub", mock.Mock(), [], {})
+    child.policy.note_start()
+    child.policy.note_ready()
+    child.current = mock.Mock(is_ending=False)
+    return child
+
+
+class RollingRestartTest(unittest.TestCase):
+    def setUp(self):
+        self.users, self.orders = child_that_is_up("users"), child_that_is_up("orders")
+        self.restart = RollingRestart([self.users, self.orders])
+        self.restart.is_requested = True
+
+    def replace(self, child: Child) -> None:
+        """Start a new process beside the present one."""
+        child.former, child.current = child.current, mock.Mock(is_ending=False)
+        child.policy.note_start()
+
+    def make_ready(self, child: Child) -> bool:
+        """Let the new process become ready and the former one end."""
+        child.policy.note_ready()
+        is_last = self.restart.note_ready(child)
+        child.former = None
+        return is_last
+
+    def test_nothing_is_replaced_without_a_request(self):
+        self.restart.is_requested = False
+        self.assertFalse(self.restart.begin())
+        self.assertIsNone(self.restart.next_child())
+
+    def test_children_are_replaced_one_after_another(self):
+        self.assertTrue(self.restart.begin())
+        self.assertIs(self.restart.next_child(), self.users)
+        self.replace(self.users)
+        self.assertIsNone(self.restart.next_child(), "users is not ready yet")
+        self.assertFalse(self.make_ready(self.users))
+        self.assertIs(self.restart.next_child(), self.orders)
+        self.replace(self.orders)
+        self.assertTrue(self.make_ready(self.orders), "orders was the last one")
+        self.assertIsNone(self.restart.next_child())
+
+    def test_a_child_whose_former_process_still_ends_is_not_replaced_yet(self):
+        self.users.former = mock.Mock(is_ending=True)
+        self.restart.begin()
+        self.assertIsNone(self.restart.next_child())
+        self.users.former = None
+        self.assertIs(self.restart.next_child(), self.users)
+
+    def test_a_replacement_that_fails_ends_it_and_is_not_tried_again(self):
+        self.restart.begin()
+        self.assertIs(self.restart.next_child(), self.users)
+        self.replace(self.users)
+        self.users.note_end(self.users.current, 1)
+        self.assertEqual([self.restart.next_child() for _ in range(3)], [None, None, None])
+
+    def test_after_a_replacement_that_failed_another_request_tries_it_again(self):
+        self.test_a_replacement_that_fails_ends_it_and_is_not_tried_again()
+        self.restart.is_requested = True
+        self.assertTrue(self.restart.begin())
+        self.assertIs(self.restart.next_child(), self.users)
+
+    def test_a_child_that_crashed_and_was_started_again_counts_as_replaced(self):
+        self.restart.begin()
+        self.users.note_end(self.users.current, -9)
+        self.assertIsNone(self.restart.next_child(), "users is down")
+        self.users.policy.note_start()
+        self.assertFalse(self.make_ready(self.users))
+        self.assertIs(self.restart.next_child(), self.orders)
+
+    def test_a_request_during_a_rolling_restart_begins_another_one_after_it(self):
+        self.restart.begin()
+        self.restart.is_requested = True
+        self.assertFalse(self.restart.begin(), "the first one is not finished")
+        for child in (self.users, self.orders):
+            self.replace(child)
+            self.make_ready(child)
+        self.assertTrue(self.restart.begin())
+
+
+class ShutdownTest(unittest.TestCase):
+    """A gateway before two services, which has 10 seconds to end."""
 
     def setUp(self):
-        self.clock = Clock()
-        self.life = RestartPolicy(self.clock, jitter=lambda least, most: most)
+        clock = Clock()
+        self.enterContext(mock.patch.object(module, "time", SimpleNamespace(monotonic=clock)))
+        self.began_at = clock()
+        names = ("users", "orders", "gateway")
+        self.users, self.orders, self.gateway = map(child_that_is_up, names)
+        self.shutdown = Shutdown([[self.users, self.orders], [self.gateway]], grace=10.0)
+        self.shutdown.begin()
 
-    def live_through(self, history):
-        happen = {"start": self.life.note_start, "ready": self.life.note_ready, "sign": self.life.note_heartbeat,
-                  "kill": self.life.note_kill, "end": self.life.note_end, "refuse": lambda: self.life.note_end(True)}
-        for event in history:
-            if isinstance(event, float):
-                self.clock.now += event
-            else:
-                happen[event]()
+    def test_the_gateway_ends_first_and_leaves_time_for_the_services(self):
+        self.shutdown.end_next_tier()
+        self.gateway.current.end.assert_called_once_with(self.began_at + 7.5)
+        self.users.current.end.assert_not_called()
+        self.orders.current.end.assert_not_called()
 
-    def test_what_is_to_be_done_follows_from_its_history(self):
-        fail = ["start", "end", 10.0]
-        for history, order in [
-            ([], "start"), (["start"], ""), (["start", "ready"], ""),
-            # it starts in time, or is killed
-            (["start", 10.0], ""), (["start", 10.1], "kill"), (["start", 10.1, "kill"], ""),
-            (["start", 10.1, "kill", 99.0], ""), (["start", 9.0, "ready", 9.0], ""),
-            # it shows signs of life, or is killed
-            (["start", "ready", 10.0], ""), (["start", "ready", 10.1], "kill"), (["start", "ready", 10.1, "sign"], ""),
-            (["start", "ready", 9.0, "sign", 9.0, "sign", 10.1], "kill"), (["start", "ready", 10.1, "kill", 99.0], ""),
-            # it ends, and is started again after a pause that doubles
-            (["start", "ready", "end"], ""), (["start", "ready", "end", 0.19], ""),
-            (["start", "ready", "end", 0.2], "start"), (["start", "ready", "end", 0.2, "start", "ready", "end"], ""),
-            (["start", "ready", "end", 0.2, "start", "ready", 9.0, "sign", "end", 0.39], ""),
-            (["start", "ready", "end", 0.2, "start", "ready", 9.0, "sign", "end", 0.4], "start"),
-            ([*["start", "ready", "end"] * 20, 9.9], ""), ([*["start", "ready", "end"] * 20, 10.0], "start"),
-            # and which begins anew after ten seconds of health
-            ([*["start", "ready", "end"] * 20, "start", "ready", 10.0, "sign", "end", 0.2], "start"),
-            ([*["start", "ready", "end"] * 20, "start", "ready", 10.0, "sign", 11.0, "kill", "end", 0.2], "start"),
-            ([*["start", "ready", "end"] * 20, "start", "ready", 11.0, "kill", "end", 9.9], ""),  # not a sign of any
-            # five failed starts in a row are enough
-            (fail * 4, "start"), (fail * 5, "give up"), ([*fail * 4, "start", "ready", "end", 10.0, *fail], "start"),
-            (["start", 10.1, "kill", "end", 10.0] * 4, "start"), (["start", 10.1, "kill", "end", 10.0] * 5, "give up"),
-            # and one, where the child says that it can only fail
-            (["start", "refuse"], "give up"), (["start", "ready", "refuse", 0.2], "start"),
-            # one that replaces another, which goes on where that fails
-            (["start", "ready", 9.0, "start", 9.0], ""), (["start", "ready", "start", "ready", 10.1], "kill"),
-        ]:
-            with self.subTest(history=history):
-                self.setUp()
-                self.live_through(history)
-                self.assertEqual(self.life.order(), order)
+    def test_the_services_end_together_when_the_gateway_has_ended(self):
+        self.gateway.current = None
+        self.shutdown.end_next_tier()
+        self.users.current.end.assert_called_once_with(self.began_at + 10.0)
+        self.orders.current.end.assert_called_once_with(self.began_at + 10.0)
 
-    def test_pauses_have_jitter_within_their_bounds(self):
-        life = RestartPolicy(self.clock)
-        for _ in range(20):
-            life.note_end()
-            self.assertTrue(0.1 <= life.pause <= 10)
-        self.assertTrue(5 <= life.pause)
-        firsts = {(life := RestartPolicy(self.clock), life.note_end(), life.pause)[2] for _ in range(20)}
-        self.assertGreater(len(firsts), 1)
-        self.assertTrue(max(firsts) <= 0.2)
+    def test_the_former_process_of_a_child_ends_too(self):
+        self.gateway.former = mock.Mock()
+        self.shutdown.end_next_tier()
+        self.gateway.former.end.assert_called_once()
+
+    def test_a_port_is_closed_when_its_tier_ends(self):
+        self.shutdown.end_next_tier()
+        self.gateway.listener.close.assert_called()
+        self.users.listener.close.assert_not_called()
+
+    def test_the_second_signal_makes_it_urgent(self):
+        self.shutdown.signals.append(2)
+        self.assertTrue(self.shutdown.is_requested)
+        self.assertFalse(self.shutdown.is_urgent)
+        self.shutdown.signals.append(2)
+        self.assertTrue(self.shutdown.is_urgent)
+
+    def test_it_has_not_begun_before_it_begins(self):
+        self.assertTrue(self.shutdown.has_begun)
+        self.assertFalse(Shutdown([], grace=math.inf).has_begun)
+
+
+class CoreTest(unittest.TestCase):
+    """Which core each of three services and one or more gateways gets."""
+
+    def cores(self, available: set[int], gateways: int = 1) -> list[int | None]:
+        services = [Child(name, "stub", mock.Mock(), [], {}) for name in ("a", "b", "c")]
+        front = [Child(f"gateway{n}", "stub", mock.Mock(), [], {}) for n in range(gateways)]
+        with mock.patch.object(module.os, "sched_getaffinity", create=True,
+                               return_value=available):
+            assign_cores([services, front])
+        return [child.core for child in services + front]
+
+    def test_the_gateway_has_a_core_for_itself_and_the_services_share_the_others(self):
+        self.assertEqual(self.cores({0, 1}), [1, 1, 1, 0])
+        self.assertEqual(self.cores({4, 5, 6}), [5, 6, 5, 4])
+
+    def test_on_a_single_core_only_the_gateway_is_kept_there(self):
+        self.assertEqual(self.cores({3}), [None, None, None, 3])
+
+    def test_gateways_have_different_cores(self):
+        self.assertEqual(self.cores({0, 1, 2}, gateways=2), [2, 2, 2, 0, 1])
 
 
 if __name__ == "__main__":
