@@ -229,7 +229,7 @@ class Shop(Process):
 
     def count(self, pattern: str) -> Counter[str]:
         """Count what the supervisor said, by whom it was about."""
-        found = (re.match(rf"run_all  \| (\w+) {pattern}", line) for line in self.lines)
+        found = (re.match(rf"run_all +\| (\w+) {pattern}", line) for line in self.lines)
         return Counter(match[1] for match in found if match)
 
     def close(self) -> None:

@@ -366,11 +366,11 @@ class Soak:
         """Every process is replaced by a new one, again and again, and no client notices."""
         end, times, before = time.monotonic() + seconds, 0, self.shop.children()
         async with self.loaded() as clients:
-            while time.monotonic() < end and self.said("every process is a new one") == times:
+            while time.monotonic() < end and self.said("every process has been replaced") == times:
                 self.shop.popen.send_signal(signal.SIGHUP)
                 times += 1
-                await until(lambda times=times: self.said("every process is a new one") == times)
-        return [Figure(f"{{}} of {times} renewals done", self.said("every process is a new one"), least=times),
+                await until(lambda times=times: self.said("every process has been replaced") == times)
+        return [Figure(f"{{}} of {times} renewals done", self.said("every process has been replaced"), least=times),
                 Figure.none("old processes", [pid for pid in self.shop.children().values() if pid in before.values()]),
                 Figure.none(f"of {clients.count} requests failed", clients.failed),
                 Figure("{} sent again", clients.retries)]

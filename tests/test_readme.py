@@ -22,8 +22,9 @@ CURL.add_argument("-d")
 
 
 def pattern_of(printed: str) -> str:
-    """Return a pattern for a text in which `...`, ports and times may differ."""
+    """Return a pattern for a text in which `...`, ports, pids and times may differ."""
     pattern = re.escape(printed).replace(r"\.\.\.", ".+")
+    pattern = re.sub(r"pid\\ \d+", r"pid \\d+", pattern)
     return re.sub(r"\d\\\.\d\d\\ s", r"\\d+\\.\\d\\d\\ s", re.sub(r"localhost:\d+", r"localhost:\\d+", pattern))
 
 

@@ -695,7 +695,8 @@ class FailingChildTest(ShopTestCase):
         limits = resource.prlimit(shop.popen.pid, resource.RLIMIT_NOFILE)
         resource.prlimit(shop.popen.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
         os.kill(shop.child("users"), signal.SIGKILL)
-        shop.wait_for(r"^run_all .*\| users could not be started: Too many open files; trying again")
+        shop.wait_for(r"^run_all .*\| users could not be started: Too many open files; "
+                      r"trying again in \d+\.\d s$")
         resource.prlimit(shop.popen.pid, resource.RLIMIT_NOFILE, limits)
         self.assert_serves(shop)
 
