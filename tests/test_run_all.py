@@ -632,7 +632,7 @@ class FailingChildTest(ShopTestCase):
 
     def test_a_process_that_does_not_get_ready_is_killed(self):
         shop = self.begin("--fresh", kind=MovedClockShop, **self.afflict(
-            "users", "if nth == 0: print('sleeps', flush=True); time.sleep(10_000)"))
+            "users", "if nth == 0: print('sleeps', flush=True); time.sleep(300)"))
         shop.wait_for(r"^users +\| sleeps")
         shop.popen.send_signal(signal.SIGUSR1)
         shop.wait_until_ready()
@@ -668,7 +668,7 @@ class FailingChildTest(ShopTestCase):
         for more in ("", ", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL"):
             with self.subTest(keeps_output_open=not more):
                 shop = self.open("--fresh", kind=QuickShop, **self.afflict(
-                    "users", f"sleep = subprocess.Popen(['sleep', '10000']{more})\n"
+                    "users", f"sleep = subprocess.Popen(['sleep', '300']{more})\n"
                              "print('grandchild', sleep.pid, flush=True)"))
                 first = int(shop.wait_for(r"grandchild (\d+)")[1])
                 os.kill(shop.child("users"), signal.SIGKILL)
@@ -680,7 +680,7 @@ class FailingChildTest(ShopTestCase):
 
     def test_a_daemon_that_keeps_the_output_of_a_child_open_does_not_delay_its_restart(self):
         shop = self.open("--fresh", kind=QuickShop, **self.afflict(
-            "users", "sleep = subprocess.Popen(['sleep', '10000'], start_new_session=True)\n"
+            "users", "sleep = subprocess.Popen(['sleep', '300'], start_new_session=True)\n"
                      "print('daemon', sleep.pid, flush=True)"))
         os.kill(shop.child("users"), signal.SIGKILL)
         for times in (1, 2):

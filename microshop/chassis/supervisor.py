@@ -79,10 +79,10 @@ class Shutdown:
     """
 
     def __init__(self, tiers: Sequence[Sequence[Child]], grace: float):
-        self.grace = grace           # seconds
+        self.grace = grace            # seconds
         self.signals: list[int] = []  # that have asked for it
         self._tiers = tiers
-        self._end_by = math.inf      # when every process must have ended (time.monotonic)
+        self._end_by = math.inf       # when every process must have ended (time.monotonic)
 
     @property
     def has_begun(self) -> bool:
@@ -94,7 +94,7 @@ class Shutdown:
 
     @property
     def is_urgent(self) -> bool:
-        """A second signal means: stop immediately."""
+        """Tell whether there was a second signal, which means: stop immediately."""
         return len(self.signals) > 1
 
     def begin(self) -> None:
