@@ -200,10 +200,12 @@ class ProcessTest(unittest.TestCase):
         self.assertEqual(int(self.next_event().output), child.current.popen.pid)
 
     def test_it_gets_the_flags_and_environment_of_its_child(self):
-        child = self.start("import os, sys; print(sys.argv[-1], os.environ['A'], 'HOME' in os.environ)", A="1")
+        child = self.start("import os, sys\n"
+                           "print(sys.argv[-1], os.environ['A'], 'HOME' in os.environ)", A="1")
         host, port = child.listener.getsockname()
         self.assertEqual(self.next_event().output, b"--flag 1 False")
-        self.assertEqual(child.current.popen.args[-5:], ["--host", host, "--port", str(port), "--flag"])
+        self.assertEqual(child.current.popen.args[-5:],
+                         ["--host", host, "--port", str(port), "--flag"])
 
 
 class ChildTest(unittest.TestCase):

@@ -1,4 +1,4 @@
-"""In which order children are replaced and ended. Real processes are the subject of test_run_all."""
+"""The order in which children are replaced and ended. test_run_all has real processes."""
 import math
 import unittest
 from types import SimpleNamespace
