@@ -432,10 +432,11 @@ class EndTest(ShopTestCase):
 
 class ClosedStreamsTest(unittest.TestCase):
     def test_it_serves_without_standard_streams(self):
-        first = free_ports()
+        first, folder = free_ports(), self.enterContext(tempfile.TemporaryDirectory())
         shop = subprocess.Popen(
             ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-m", *SmallShop.module,
-             "--fresh", "--port", str(first)], cwd=TOP)
+             "--fresh", "--port", str(first)],
+            cwd=TOP, env={**os.environ, "TMPDIR": folder})
         self.addCleanup(shop.wait)
         self.addCleanup(shop.kill)
 
