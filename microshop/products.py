@@ -1,46 +1,53 @@
-"""The products service: what is sold, how much of it is free, and what is reserved. Owns products.db.
+"""The products service: what is for sale, how much is in stock, and what is reserved for orders.
 
-Read from top to bottom: what is stored, how it is found and changed, what is answered, the process.
-Law: SQL stands in the queries alone; nothing here knows of users, or why somebody orders.
+Database per service: this process alone opens products.db; the other services ask it over HTTP.
+Read from top to bottom: the schema, the queries, the routes, the process.
+
+Law: SQL appears only in the schema and the queries. Nothing here knows about users, or what an
+order is: reservations are made and released under an id that the orders service chooses.
 """
 from functools import partial
 
 from microshop import SERVICES
 from microshop.chassis.content import MAX_INTEGER, FieldTable, Integer, Page, Text
-from microshop.chassis.database import Database
+from microshop.chassis.database import Database, Transaction
 from microshop.chassis.errors import Conflict, NotFound, UnprocessableContent
 from microshop.chassis.handler import Answer, Handler
 from microshop.chassis.server import Service
+
+# --- the schema
 
 SCHEMA = [[  # the statements of version 1
     """CREATE TABLE products (
            id INTEGER PRIMARY KEY AUTOINCREMENT,
            name TEXT NOT NULL,
            stock INTEGER NOT NULL CHECK (stock >= 0),               -- units free to reserve
-           supplied INTEGER NOT NULL CHECK (supplied >= stock))     -- free and reserved; people alone change it""",
+           supplied INTEGER NOT NULL CHECK (supplied >= stock))     -- units free or reserved""",
     """CREATE TABLE reservations (
            orderId INTEGER PRIMARY KEY,
-           productId INTEGER REFERENCES products (id),              -- NULL is a tombstone: it was released
+           productId INTEGER REFERENCES products (id),              -- NULL: it was released
            quantity INTEGER)""",
     "CREATE INDEX reservations_by_product ON reservations (productId)",
     "INSERT INTO products VALUES (101, 'Laptop', 100, 101), (102, 'Mouse', 100, 101)",
     "INSERT INTO reservations VALUES (201, 101, 1), (202, 102, 1)",
 ]]
 
-FIELDS: FieldTable = {"name": Text(), "stock": Integer(least=0, default=0)}  # what a client says of a product
-RESERVATION_FIELDS = {"productId": Integer(), "quantity": Integer()}         # and of a reservation
+# What clients send: to create or replace a product, and to reserve one.
+FIELDS: FieldTable = {"name": Text(), "stock": Integer(least=0, default=0)}
+RESERVATION_FIELDS = {"productId": Integer(), "quantity": Integer()}
 
 
-# --- queries
+# --- the queries
 
 def find_products(database: Database, page: Page) -> list[dict]:
-    """Return the summaries of a page, and one more where more follow."""
+    """Return the summaries of a page, and one more if more follow."""
     chosen = "id IN (SELECT value FROM json_each(:ids)) AND" if page.ids else ""
-    return database.rows(f"SELECT id, name FROM products WHERE {chosen} id > :after ORDER BY id LIMIT :limit + 1",
-                         page._asdict())
+    return database.rows(
+        f"SELECT id, name FROM products WHERE {chosen} id > :after ORDER BY id LIMIT :limit + 1",
+        page._asdict())
 
 
-def find_product(database: Database, product_id: int) -> dict:
+def find_product(database: Database | Transaction, product_id: int) -> dict:
     """Return a product. Raises NotFound."""
     rows = database.rows("SELECT id, name, stock FROM products WHERE id = ?", [product_id])
     if not rows:
@@ -48,60 +55,87 @@ def find_product(database: Database, product_id: int) -> dict:
     return rows[0]
 
 
-def count_reserved(database: Database, product_id: int) -> int:
-    return database.rows("SELECT supplied - stock AS reserved FROM products WHERE id = ?", [product_id])[0]["reserved"]
-
-
 def add_product(database: Database, fields: dict) -> dict:
-    added = database.write("INSERT INTO products (name, stock, supplied) VALUES (:name, :stock, :stock)", fields)
+    added = database.write(
+        "INSERT INTO products (name, stock, supplied) VALUES (:name, :stock, :stock)", fields)
     return {"id": added.lastrowid, **fields}
 
 
-def change_product(database: Database, product_id: int, fields: dict) -> dict:
-    """Change a product that is there, within a transaction. Raises UnprocessableContent."""
-    room = MAX_INTEGER - count_reserved(database, product_id)  # so that what is released always fits
-    if fields["stock"] > room:
-        raise UnprocessableContent({"stock": f"must be {room} at most while {MAX_INTEGER - room} units are reserved"})
-    database.connection().execute("UPDATE products SET name = :name, stock = :stock, "
-                                  "supplied = supplied - stock + :stock WHERE id = :id", {"id": product_id, **fields})
-    return {"id": product_id, **fields}
+def change_product(transaction: Transaction, product_id: int, fields: dict) -> dict:
+    """Change a product, which must exist; return it. Raises UnprocessableContent."""
+    reserved = count_reserved(transaction, product_id)
+    most = MAX_INTEGER - reserved  # so that a release never makes the stock too large
+    if fields["stock"] > most:
+        raise UnprocessableContent(
+            {"stock": f"must be at most {most} while {reserved} units are reserved"})
+    product = {"id": product_id, **fields}
+    transaction.write("UPDATE products SET name = :name, stock = :stock, "
+                      "supplied = supplied - stock + :stock WHERE id = :id", product)
+    return product
 
 
-def delete_product(database: Database, product_id: int) -> None:
-    """Delete a product, within a transaction. Raises Conflict."""
-    if reserved := count_reserved(database, product_id):
+def delete_product(transaction: Transaction, product_id: int) -> None:
+    """Delete a product, which must exist. Raises Conflict if units of it are reserved."""
+    if reserved := count_reserved(transaction, product_id):
         raise Conflict(f"product {product_id} has reservations (units: {reserved})")
-    database.connection().execute("DELETE FROM products WHERE id = ?", [product_id])
+    transaction.write("DELETE FROM products WHERE id = ?", [product_id])
+
+
+def count_reserved(transaction: Transaction, product_id: int) -> int:
+    rows = transaction.rows(
+        "SELECT supplied - stock AS reserved FROM products WHERE id = ?", [product_id])
+    return rows[0]["reserved"]
 
 
 def reserve(database: Database, order_id: int, product_id: int, quantity: int) -> bool:
-    """Take units out of the free stock; False where this was done before. Raises Conflict, UnprocessableContent."""
-    with database.transaction() as connection:
-        before = database.rows("SELECT productId, quantity FROM reservations WHERE orderId = ?", [order_id])
-        if before == [{"productId": product_id, "quantity": quantity}]:
+    """Take units out of the stock for an order; return False if that was done before.
+
+    Since it knows the order's id, a repeated request changes nothing (idempotent receiver). Raises
+    Conflict if the stock is short or the order has another or a released reservation, and
+    UnprocessableContent if there is no such product.
+    """
+    wanted = {"productId": product_id, "quantity": quantity}
+    with database.transaction() as transaction:
+        found = transaction.rows(
+            "SELECT productId, quantity FROM reservations WHERE orderId = ?", [order_id])
+        if found == [wanted]:
             return False
-        if before:
-            raise Conflict(f"reservation {order_id} " + ("was made of something else" if before[0]["productId"] else
-                                                         "was released before"))
-        taken = connection.execute("UPDATE products SET stock = stock - :quantity "
-                                   "WHERE id = :id AND stock >= :quantity", {"id": product_id, "quantity": quantity})
-        if not taken.rowcount:
-            for product in database.rows("SELECT stock FROM products WHERE id = ?", [product_id]):
-                raise Conflict(f"product {product_id} has {product['stock']} of {quantity} units left")
-            raise UnprocessableContent({"productId": f"there is no product {product_id}"})
-        connection.execute("INSERT INTO reservations VALUES (?, ?, ?)", [order_id, product_id, quantity])
+        if found and found[0]["productId"]:
+            raise Conflict(f"reservation {order_id} was already made for something else")
+        if found:
+            raise Conflict(f"reservation {order_id} was released before and cannot be made again")
+        take_units(transaction, product_id, quantity)
+        transaction.write(
+            "INSERT INTO reservations VALUES (?, ?, ?)", [order_id, product_id, quantity])
         return True
 
 
+def take_units(transaction: Transaction, product_id: int, quantity: int) -> None:
+    """Take units out of the stock. Raises Conflict, UnprocessableContent."""
+    taken = transaction.write(
+        "UPDATE products SET stock = stock - :quantity WHERE id = :id AND stock >= :quantity",
+        {"id": product_id, "quantity": quantity})
+    if taken.rowcount:
+        return
+    found = transaction.rows("SELECT stock FROM products WHERE id = ?", [product_id])
+    if not found:
+        raise UnprocessableContent({"productId": f"there is no product {product_id}"})
+    raise Conflict(f"product {product_id} has {found[0]['stock']} of {quantity} units left")
+
+
 def release(database: Database, order_id: int) -> None:
-    """Give back what is reserved, if anything, and leave a tombstone: a reserve that comes late then fails."""
-    with database.transaction() as connection:
-        connection.execute("UPDATE products SET stock = stock + quantity FROM reservations "
-                           "WHERE orderId = ? AND productId = id", [order_id])
-        connection.execute("INSERT OR REPLACE INTO reservations VALUES (?, NULL, NULL)", [order_id])
+    """Give back what is reserved for an order, if anything, and leave a marker (a tombstone).
+
+    If a delayed reserve arrives after the release, the marker makes us refuse it.
+    """
+    with database.transaction() as transaction:
+        transaction.write(
+            "UPDATE products SET stock = stock + quantity FROM reservations "
+            "WHERE orderId = ? AND productId = id", [order_id])
+        transaction.write("INSERT OR REPLACE INTO reservations VALUES (?, NULL, NULL)", [order_id])
 
 
-# --- routes
+# --- the routes
 
 class ProductsHandler(Handler):
     def list_products(self) -> Answer:
@@ -110,33 +144,37 @@ class ProductsHandler(Handler):
     def get_product(self, product_id: int) -> Answer:
         return Answer(find_product(self.server.database, product_id))
 
-    def post_product(self) -> Answer:
+    def create_product(self) -> Answer:
         product = add_product(self.server.database, self.read_fields(FIELDS))
         return Answer(product, 201, [("Location", f"/products/{product['id']}")])
 
-    def put_product(self, product_id: int) -> Answer:
+    def replace_product(self, product_id: int) -> Answer:
         fields = self.read_fields(FIELDS)
-        with self.changing(find_product, product_id):
-            return Answer(change_product(self.server.database, product_id, fields))
+        with self.changing(find_product, product_id) as transaction:
+            product = change_product(transaction, product_id, fields)
+        return Answer(product)
 
-    def delete_product(self, product_id: int) -> Answer:
-        with self.changing(find_product, product_id):
-            delete_product(self.server.database, product_id)
+    def remove_product(self, product_id: int) -> Answer:
+        with self.changing(find_product, product_id) as transaction:
+            delete_product(transaction, product_id)
         return Answer(status=204)
 
-    def put_reservation(self, order_id: int) -> Answer:
+    def create_reservation(self, order_id: int) -> Answer:
         fields = self.read_fields(RESERVATION_FIELDS)
-        is_new = reserve(self.server.database, order_id, fields["productId"], fields["quantity"])
+        is_new = reserve(
+            self.server.database, order_id, fields["productId"], fields["quantity"])
         return Answer({"orderId": order_id, **fields}, 201 if is_new else 200)
 
-    def delete_reservation(self, order_id: int) -> Answer:
+    def remove_reservation(self, order_id: int) -> Answer:
         release(self.server.database, order_id)
         return Answer(status=204)
 
     routes = {
-        "/products": {"GET": list_products, "POST": post_product},
-        "/products/{id}": {"GET": get_product, "PUT": put_product, "DELETE": delete_product},
-        "/reservations/{order_id}": {"PUT": put_reservation, "DELETE": delete_reservation},  # not for the gateway
+        "/products": {"GET": list_products, "POST": create_product},
+        "/products/{id}": {
+            "GET": get_product, "PUT": replace_product, "DELETE": remove_product},
+        "/reservations/{order_id}": {  # for the orders service; the gateway does not forward it
+            "PUT": create_reservation, "DELETE": remove_reservation},
     }
 
 

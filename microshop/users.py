@@ -1,36 +1,40 @@
-"""The users service: who may order. Owns users.db.
+"""The users service: the people who may order.
 
-Read from top to bottom: what is stored, how it is found and changed, what is answered, the process.
-Law: SQL stands in the queries alone; nothing here knows of products or orders.
+Database per service: this process alone opens users.db; the other services ask it over HTTP.
+Read from top to bottom: the schema, the queries, the routes, the process.
+
+Law: SQL appears only in the schema and the queries. Nothing here knows about products or orders.
 """
 from functools import partial
 
 from microshop import SERVICES
 from microshop.chassis.content import Page, Text
-from microshop.chassis.database import Database
+from microshop.chassis.database import Database, Transaction
 from microshop.chassis.errors import NotFound
 from microshop.chassis.handler import Answer, Handler
 from microshop.chassis.server import Service
+
+# --- the schema
 
 SCHEMA = [[  # the statements of version 1
     "CREATE TABLE users (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL)",
     "INSERT INTO users VALUES (1, 'Alice'), (2, 'Bob')",
 ]]
 
+FIELDS = {"name": Text()}  # what a client sends to create or replace a user
 
-FIELDS = {"name": Text()}  # what a client says of a user
 
-
-# --- queries
+# --- the queries
 
 def find_users(database: Database, page: Page) -> list[dict]:
-    """Return the summaries of a page, and one more where more follow."""
+    """Return the summaries of a page, and one more if more follow."""
     chosen = "id IN (SELECT value FROM json_each(:ids)) AND" if page.ids else ""
-    return database.rows(f"SELECT id, name FROM users WHERE {chosen} id > :after ORDER BY id LIMIT :limit + 1",
-                         page._asdict())
+    return database.rows(
+        f"SELECT id, name FROM users WHERE {chosen} id > :after ORDER BY id LIMIT :limit + 1",
+        page._asdict())
 
 
-def find_user(database: Database, user_id: int) -> dict:
+def find_user(database: Database | Transaction, user_id: int) -> dict:
     """Return a user. Raises NotFound."""
     rows = database.rows("SELECT id, name FROM users WHERE id = ?", [user_id])
     if not rows:
@@ -39,20 +43,22 @@ def find_user(database: Database, user_id: int) -> dict:
 
 
 def add_user(database: Database, fields: dict) -> dict:
-    return {"id": database.write("INSERT INTO users (name) VALUES (:name)", fields).lastrowid, **fields}
+    added = database.write("INSERT INTO users (name) VALUES (:name)", fields)
+    return {"id": added.lastrowid, **fields}
 
 
-def change_user(database: Database, user_id: int, fields: dict) -> dict:
-    """Change a user that is there, within a transaction."""
-    database.connection().execute("UPDATE users SET name = :name WHERE id = :id", {"id": user_id, **fields})
-    return {"id": user_id, **fields}
+def change_user(transaction: Transaction, user_id: int, fields: dict) -> dict:
+    """Change a user, which must exist; return it."""
+    user = {"id": user_id, **fields}
+    transaction.write("UPDATE users SET name = :name WHERE id = :id", user)
+    return user
 
 
-def delete_user(database: Database, user_id: int) -> None:
-    database.connection().execute("DELETE FROM users WHERE id = ?", [user_id])
+def delete_user(transaction: Transaction, user_id: int) -> None:
+    transaction.write("DELETE FROM users WHERE id = ?", [user_id])
 
 
-# --- routes
+# --- the routes
 
 class UsersHandler(Handler):
     def list_users(self) -> Answer:
@@ -61,23 +67,24 @@ class UsersHandler(Handler):
     def get_user(self, user_id: int) -> Answer:
         return Answer(find_user(self.server.database, user_id))
 
-    def post_user(self) -> Answer:
+    def create_user(self) -> Answer:
         user = add_user(self.server.database, self.read_fields(FIELDS))
         return Answer(user, 201, [("Location", f"/users/{user['id']}")])
 
-    def put_user(self, user_id: int) -> Answer:
+    def replace_user(self, user_id: int) -> Answer:
         fields = self.read_fields(FIELDS)
-        with self.changing(find_user, user_id):
-            return Answer(change_user(self.server.database, user_id, fields))
+        with self.changing(find_user, user_id) as transaction:
+            user = change_user(transaction, user_id, fields)
+        return Answer(user)
 
-    def delete_user(self, user_id: int) -> Answer:
-        with self.changing(find_user, user_id):
-            delete_user(self.server.database, user_id)
+    def remove_user(self, user_id: int) -> Answer:
+        with self.changing(find_user, user_id) as transaction:
+            delete_user(transaction, user_id)
         return Answer(status=204)
 
     routes = {
-        "/users": {"GET": list_users, "POST": post_user},
-        "/users/{id}": {"GET": get_user, "PUT": put_user, "DELETE": delete_user},
+        "/users": {"GET": list_users, "POST": create_user},
+        "/users/{id}": {"GET": get_user, "PUT": replace_user, "DELETE": remove_user},
     }
 
 

@@ -189,8 +189,9 @@ def compare_tables(seconds: float) -> None:
 def fill(service: type[Service], folder: str, insert: str, ids: range) -> None:
     """Make a service's database with rows of these ids."""
     database = Database(Path(folder) / f"{service.name}.db", service.schema)
-    with database.transaction() as connection:
-        connection.executemany(insert, ((n,) for n in ids))
+    with database.transaction() as transaction:
+        for number in ids:
+            transaction.write(insert, [number])
     database.close()
 
 

@@ -1,11 +1,12 @@
-"""A service that names its steps and kills itself at a chosen one: no product code, but what tests/test_crash.py runs.
+"""A service that kills itself at a chosen step; tests/test_crash.py runs it.
 
-A step is a durable write (Database.write), a statement of a transaction (Database.transaction) or a call to another
-service (Client.call): between two of them nothing happens that outlives the process. So whoever dies before and
-after each of them has died everywhere.
+A step is a durable write (Database.write), a statement of a transaction (Database.transaction) or a
+call to another service (Client.call). Between two steps nothing happens that outlives the process.
+So a process that was killed before and after each of its steps was killed at every point there is.
 
-`python -m tests.crash` reads runs from standard input, a line of JSON each, and prints what becomes of them. Each run
-is a fork of this one process, which has imported all there is to import: that is what makes hundreds of them quick.
+`python -m tests.crash` reads runs from standard input, one JSON object a line, and prints what
+happens in each. A run is a fork of this process, which has imported everything already: this makes
+hundreds of runs quick.
 """
 import contextlib
 import json
@@ -20,100 +21,113 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from microshop import orders
+from microshop.chassis import database
 from microshop.chassis.client import Client
-from microshop.chassis.database import Database
+from microshop.chassis.database import Database, Transaction
 from microshop.chassis.server import Service
 from microshop.orders import Orders
 from microshop.products import Products
+from tests.helpers import PATIENCE, patient_services
 
-Service.allow_reuse_port = True  # the tests hold the port meanwhile
-SERVICES = {"orders": Orders, "products": Products}
-PATIENCE = 10  # seconds after which a run that hangs is ended
-STATEMENT = re.compile(r"(UPDATE) (\w+) (SET \w+)|(INSERT|SELECT|DELETE)\b.*?(?:INTO|FROM) (\w+)|(\w+)", re.S)
+Service.allow_reuse_port = True  # the tests keep the port between two runs
+CLASSES = {"orders": Orders, "products": Products}
+STATEMENT = re.compile(
+    r"(UPDATE) (\w+) (SET \w+)|(INSERT|SELECT|DELETE)\b.*?(?:INTO|FROM) (\w+)|(\w+)", re.S)
 
 
 class Steps:
-    """The steps of a process. `death` is where it dies: the number of a step, and "before" or "after" it."""
+    """Counts the steps of a process, prints them, and kills the process at one of them.
+
+    `death` is that one: its number, and "before" or "after".
+    """
 
     def __init__(self, death: list | None):
         self.death = death
         self.count = 0
-        self._within = threading.local()  # a write is one step, the transaction in it too
+        self._thread = threading.local()
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
         number, self.count = self.count, self.count + 1
         say(f"step {name}")
-        self._pass(number, "before")
+        self._die_if_chosen(number, "before")
         try:
             yield
         finally:  # a call that fails has an end, too
-            self._pass(number, "after")
+            self._die_if_chosen(number, "after")
 
-    def _pass(self, number: int, side: str) -> None:
+    def _die_if_chosen(self, number: int, side: str) -> None:
         if [number, side] == self.death:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def watch(self) -> None:
-        """Make a step of all that outlives this process, from here on."""
-        write, transaction, call = Database.write, Database.transaction, Client.call
+        """From now on, make a step of everything that outlives this process."""
+        write, begin, call = Database.write, database.begin, Client.call
 
-        def write_stepwise(database, statement, values=()):
+        def watched_write(self_: Database, statement: str, values: dict | list = ()):
             with self.step(f"write: {name_of(statement, values)}"):
-                self._within.a_write = True
+                self._thread.is_writing = True  # a write is one step, with the transaction in it
                 try:
-                    return write(database, statement, values)
+                    return write(self_, statement, values)
                 finally:
-                    del self._within.a_write
+                    self._thread.is_writing = False
 
-        @contextlib.contextmanager
-        def transaction_stepwise(database):
-            connection = database.connection()
-            if hasattr(self._within, "a_write"):
-                with transaction(database):
-                    yield connection
-                return
-            with contextlib.ExitStack() as current:  # the step that is being taken: each ends where the next begins
+        def watched_begin(connection):
+            is_writing = getattr(self._thread, "is_writing", False)
+            return begin(connection) if is_writing else self.watch_statements(connection, begin)
 
-                def go_on(statement):
-                    current.close()
-                    current.enter_context(self.step(name_of(statement)))
-
-                connection.set_trace_callback(go_on)  # called before each statement, BEGIN and COMMIT among them
-                try:
-                    with transaction(database):
-                        yield connection
-                finally:
-                    connection.set_trace_callback(None)
-
-        def call_stepwise(client, upstream, method, *rest):
+        def watched_call(client, upstream, method, *rest):
             with self.step(f"call: {method} {upstream.name}"):
                 return call(client, upstream, method, *rest)
 
-        Database.write, Database.transaction, Client.call = write_stepwise, transaction_stepwise, call_stepwise
+        Database.write, database.begin, Client.call = watched_write, watched_begin, watched_call
+
+    @contextlib.contextmanager
+    def watch_statements(self, connection, begin) -> Iterator[Transaction]:
+        """Make a step of each statement of a transaction, BEGIN and COMMIT among them."""
+        with contextlib.ExitStack() as current:  # the step of now; it ends where the next begins
+
+            def go_on(statement: str) -> None:
+                current.close()
+                current.enter_context(self.step(name_of(statement)))
+
+            connection.set_trace_callback(go_on)  # is called before each statement
+            try:
+                with begin(connection) as transaction:
+                    yield transaction
+            finally:
+                connection.set_trace_callback(None)
 
 
 def say(line: str) -> None:
-    """Print a line in one piece: threads print here at the same time."""
+    """Print a line in one piece, since several threads print."""
     os.write(1, f"{line}\n".encode())
 
 
-def name_of(statement: str, values: dict | tuple = ()) -> str:
-    """Name a statement by its verb, its table, the first column it sets and, where that is the status, by that."""
+def name_of(statement: str, values: dict | list | tuple = ()) -> str:
+    """Name a statement by its verb, its table and the first column that it sets.
+
+    If that column is the status, its new value is named, too.
+    """
     name = " ".join(filter(None, STATEMENT.match(statement).groups()))
     return f"{name} = {values['status']}" if name.endswith("SET status") else name
 
 
 def serve(service: str, data: str, death: list | None, resumes: bool, **settings) -> None:
-    """Run a service. One that `resumes` goes on with what it finds; else it only answers, and its start is no step."""
+    """Run a service.
+
+    If it `resumes`, its steps are those it takes at its start, by itself. Otherwise they are those
+    of the requests it gets; its start is not watched, and nothing happens in the background.
+    """
     say(f"runs as {os.getpid()}")
-    signal.alarm(PATIENCE)
-    orders.LOOK = 0.01 if resumes else 3600.0  # seconds: nobody in the background may blur the steps of a request
+    signal.alarm(int(PATIENCE))  # a run that hangs ends
+    orders.POLL = 0.01 if resumes else 24 * 3600.0
     steps = Steps(death)
     if resumes:
         steps.watch()
-    running = SERVICES[service](Namespace(host="127.0.0.1", data=Path(data), timeout=5.0, quiet=True, supervised=None,
-                                          grace=4.0, max_connections=100, **settings))
+    running = CLASSES[service](Namespace(
+        host="127.0.0.1", data=Path(data), quiet=True, supervised=None, grace=4.0,
+        max_connections=100, **settings))
     if not resumes:
         steps.watch()
     running.run()
@@ -125,7 +139,8 @@ def main() -> None:
             say(f"ended {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}")
             continue
         try:
-            serve(**json.loads(line))
+            with patient_services():
+                serve(**json.loads(line))
             os._exit(0)
         except BaseException:
             traceback.print_exc()

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -16,8 +17,12 @@ from collections.abc import Callable, Iterator
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
+from microshop import SERVICES
+from microshop import orders as orders_module
 from microshop.audit import find_breaches
+from microshop.chassis import database
 from microshop.orders import Orders
 from microshop.products import Products
 from microshop.users import Users
@@ -82,12 +87,15 @@ class Wire:
         return True
 
 
-def wait_until(condition: Callable[[], Any]) -> None:
-    """Look again and again, for what nothing tells; fail when it does not come true."""
+def wait_until(condition: Callable[[], Any], what: str = "a condition") -> None:
+    """Poll a condition that no event announces. Raises AssertionError if it does not come true.
+
+    `what` says what is waited for, like "order 203 to be confirmed".
+    """
     deadline = time.monotonic() + PATIENCE
     while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError("what was waited for did not come true")
+            raise AssertionError(f"waited {PATIENCE:g} s in vain for {what}")
         threading.Event().wait(0.005)
 
 
@@ -177,6 +185,7 @@ def running_shop(**settings: Any) -> Iterator[Shop]:
     """
     with (tempfile.TemporaryDirectory() as name, running(Users, data=Path(name)) as users,
           running(Products, data=Path(name)) as products):
+        make_databases(Path(name))
         urls = {"users_url": [users.url], "products_url": [products.url]}
         with running(Orders, **{**urls, "data": Path(name), **settings}) as orders:
             yield Shop(users, products, orders)
@@ -331,7 +340,8 @@ class Moody:
                 connection.sendall(self.pass_on(request))
                 continue
             if self.mood == "silent":
-                connection.recv(1)  # until the other end gives up
+                while self.mood == "silent" and not select.select([connection], [], [], 0.01)[0]:
+                    pass  # until the mood changes, or the other end gives up
             elif self.mood == "lossy":
                 self.pass_on(request)
             else:
@@ -358,3 +368,20 @@ def running_moody_shop() -> Iterator[tuple[Shop, Moody, Moody]]:
         yield shop, users, products
     if re.search(r"(?m)^\S+Z \w+ .* failed\b", log.getvalue()):
         raise AssertionError(log.getvalue())
+
+
+@contextlib.contextmanager
+def patient_services() -> Iterator[None]:
+    """Let services wait as long as tests do: on a slow machine no answer may become a 503 or 202.
+
+    This holds for services that are started within; the time for a request is their `timeout`.
+    """
+    with (mock.patch.object(orders_module, "CALL_TIME", PATIENCE),
+          mock.patch.multiple(database, QUEUE_TIMEOUT=PATIENCE, BUSY_TIMEOUT=PATIENCE)):
+        yield
+
+
+def make_databases(folder: Path) -> None:
+    """Make the database of each service that has none yet, empty: the audit reads them all."""
+    for name in SERVICES:
+        (folder / f"{name}.db").touch()

@@ -1,7 +1,7 @@
-"""The saga of an order, when not all it needs is there, and when it is not alone.
+"""The saga of an order when a service it needs fails, and when several workers process one order.
 
-The services are real. Between orders and the others stands a Moody one, or a moment of a call is chosen for something
-else to happen. Each shop must pass the audit at its end.
+The services are real. A Moody proxy in front of users or products makes them fail, or something
+happens at a chosen moment of a call. Each shop must pass the audit when a test ends.
 """
 import contextlib
 import io
@@ -26,27 +26,39 @@ from microshop.orders import Orders, Saga
 from microshop.products import Products
 from microshop.users import Users
 from tests.helpers import (
-    PATIENCE, Wire, ask, read_request, running, running_moody_shop, running_shop, together, upstream, wait_until)
+    PATIENCE, Wire, ask, patient_services, read_request, running, running_moody_shop,
+    running_shop, together, upstream, wait_until)
 
 LAPTOPS = {"userId": 1, "productId": 101, "quantity": 3}
-NEVER = 3600.0
+NO_SUCH_USER = {**LAPTOPS, "userId": 9}
+NEVER = 24 * 3600.0  # seconds; no test takes so long
 
 
 def status(number):
     return f"HTTP/1.1 {number} Whatever\r\nContent-Length: 0\r\n\r\n".encode()
 
 
-UNCERTAIN = {  # what a service may do that tells nothing for certain
-    "closes": b"", "silent": "silent", "done, but the answer is lost": "lossy", "fails": status(500),
-    "drains": status(503), "misunderstands": status(400), "is moved": status(301), "is overrun": status(429),
-    "speaks no HTTP": b"SSH-2.0-OpenSSH_9.6\r\n\r\n",
-    "stops in the middle": b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nHalf"}
+INDEFINITE = {  # answers, and other moods of a Moody proxy, that leave open what has happened
+    "closes the connection": b"",
+    "never answers": "silent",
+    "does it, but the answer is lost": "lossy",
+    "answers 500": status(500),
+    "answers 503": status(503),
+    "answers 400": status(400),
+    "answers 301": status(301),
+    "answers 429": status(429),
+    "does not speak HTTP": b"SSH-2.0-OpenSSH_9.6\r\n\r\n",
+    "closes in the middle of the answer": b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nHalf"}
 
 
 class SagaTest(unittest.TestCase):
+    """What the tests share: short waits between retries, and requests to the shop."""
+
     def setUp(self):
-        self.set_times(TAKE_OVER=NEVER, RETRY_FIRST=0.01, RETRY_LAST=0.03, LOOK=0.005)
-        self.enterContext(mock.patch.multiple(CircuitBreaker, FIRST_PAUSE=0.01, LAST_PAUSE=0.01))
+        self.enterContext(patient_services())
+        self.set_times(TAKE_OVER=NEVER, RETRY_FIRST=0.01, RETRY_LAST=0.03, POLL=0.005)
+        self.enterContext(
+            mock.patch.multiple(CircuitBreaker, FIRST_PAUSE=0.01, LAST_PAUSE=0.01))
         self.enterContext(mock.patch.object(client, "BACKOFF", 0.002))
 
     def set_times(self, **times):
@@ -59,149 +71,202 @@ class SagaTest(unittest.TestCase):
         return self.shop.ask("POST", f"/orders/{order}/cancel")
 
     def wait_for(self, status, order=203):
-        wait_until(lambda: self.shop.status(order) == status)
+        wait_until(lambda: self.shop.status(order) == status, f"order {order} to be {status}")
 
-    def read_row(self, order, column):
-        return self.shop.orders.database.rows(f"SELECT {column} AS it FROM orders WHERE id = ?", [order])[0]["it"]
+    def wait_until_finished(self, order):
+        wait_until(lambda: self.due(order) is None, f"order {order} to need no more steps")
 
-    def advance(self, order):
-        """What another worker does: it goes on with an order, as far as that goes."""
-        Saga(self.shop.orders, order, {"x-request-id": "another-worker"}).advance()
+    def due(self, order):
+        rows = self.shop.orders.database.rows("SELECT due FROM orders WHERE id = ?", [order])
+        return rows[0]["due"]
 
-    def assert_is_to_come(self, answer, status):
-        """It is accepted, and its client is told where and when to look again."""
+    def add(self, fields=LAPTOPS, key=None):
+        """Store a pending order, as if its request had been cut off then; return its id."""
+        order, _ = orders.add_order(self.shop.orders.database, fields, key)
+        return order
+
+    def advance(self, order, deadline=float("inf")):
+        """Do what another worker does: take an order as far as it gets."""
+        trace = {"x-request-id": "another-worker"}
+        Saga(self.shop.orders, order, trace, deadline).advance()
+
+    def assert_accepted(self, answer, status):
+        """Check that an answer is 202 and says where and when to look again."""
         self.assertEqual((answer.status, answer.json["status"]), (202, status), answer.body)
         self.assertEqual(answer.headers["location"], f"/orders/{answer.json['id']}")
         self.assertRegex(answer.headers["retry-after"], "^[1-9][0-9]*$")
 
 
-class Deadlines(SagaTest):
-    """A request has so much time, and its saga too; what that leaves undone is done in the background."""
+class DeadlineTest(SagaTest):
+    """Nothing happens in the background here."""
 
     def setUp(self):
         super().setUp()
-        self.set_times(LOOK=NEVER)
+        self.set_times(POLL=NEVER)
 
-    def test_a_client_is_told_before_its_patience_ends(self):
-        with running_moody_shop() as (self.shop, _, products):
+    def test_a_saga_has_nine_tenths_of_the_time_that_its_client_gives(self):
+        deadlines = []
+
+        def note(service, order_id, trace, deadline):
+            deadlines.append(deadline)
+            return Saga(service, order_id, trace, deadline)
+
+        with (running_moody_shop() as (self.shop, _, products),
+              mock.patch.object(orders, "Saga", note)):
             products.mood = "silent"
-            started = time.monotonic()
-            self.assert_is_to_come(self.post(X_Request_Timeout="0.5"), "pending")
-            self.assertLess(time.monotonic() - started, 0.5)
+            began = time.monotonic()
+            answer = self.post(X_Request_Timeout="0.5")
+            ended = time.monotonic()
+        self.assert_accepted(answer, "pending")
+        self.assertEqual(len(deadlines), 1)
+        received = deadlines[0] - 0.9 * 0.5
+        self.assertTrue(began <= received <= ended, (began, received, ended))
+
+    def test_an_order_whose_client_gives_no_time_is_503_and_not_stored(self):
+        with running_moody_shop() as (self.shop, _, _):
             self.assertEqual(self.post(X_Request_Timeout="0").status, 503)
-            self.assertEqual(self.shop.ask("GET", "/orders/204").status, 404)
+            self.assertEqual(self.shop.ask("GET", "/orders/203").status, 404)
 
-    def test_nobody_is_asked_when_the_time_is_spent(self):
+    def test_after_the_deadline_no_service_is_called(self):
         with running_moody_shop() as (self.shop, users, products):
-            order, _ = orders.add_order(self.shop.orders.database, LAPTOPS, None)
-            Saga(self.shop.orders, order, {"x-request-id": "late"}, deadline=time.monotonic()).advance()
-            self.assertEqual((users.calls, products.calls, self.shop.status(order)), ([], [], "pending"))
+            order = self.add()
+            self.advance(order, deadline=time.monotonic())
+            self.assertEqual((users.calls, products.calls), ([], []))
+            self.assertEqual(self.shop.status(order), "pending")
 
-    def test_when_the_service_ends_only_what_a_client_waits_for_goes_on(self):
+    def test_a_service_that_shuts_down_finishes_only_what_a_client_waits_for(self):
         with running_moody_shop() as (self.shop, users, products):
-            order, _ = orders.add_order(self.shop.orders.database, LAPTOPS, None)
+            order = self.add()
             self.shop.orders.ending.set()
             self.advance(order)
-            self.assertEqual((users.calls, products.calls, self.shop.status(order)), ([], [], "pending"))
-            Saga(self.shop.orders, order, {"x-request-id": "a-client"}, deadline=time.monotonic() + PATIENCE).advance()
+            self.assertEqual((users.calls, products.calls), ([], []))
+            self.assertEqual(self.shop.status(order), "pending")
+            self.advance(order, deadline=time.monotonic() + PATIENCE)
             self.assertEqual(self.shop.status(order), "confirmed")
 
-    def test_a_book_that_cannot_be_read_is_not_asked_for_again_and_again(self):
-        self.set_times(LOOK=0.001, RETRY_LAST=NEVER)
-        fault = sqlite3.OperationalError("disk I/O error")
-        fault.sqlite_errorcode = sqlite3.SQLITE_IOERR_WRITE
-        with (mock.patch.object(orders, "find_due", side_effect=fault) as asked,
-              contextlib.redirect_stderr(io.StringIO()) as log, running(Orders) as service):
-            wait_until(lambda: asked.called)
-            threading.Event().wait(0.05)
-            service.log.flush()
-        self.assertEqual(log.getvalue().count("disk I/O error"), 1)
-        self.assertNotIn("Traceback", log.getvalue())
-
-    def test_what_is_left_of_the_time_is_passed_on(self):
+    def test_the_time_that_is_left_is_passed_on_to_each_service(self):
         left = []
 
         def note_time(connection):
             while request := read_request(connection):
-                left.append(float(re.search(rb"(?i)\nx-request-timeout: ([0-9.]+)\r", request)[1]))
+                found = re.search(rb"(?i)\nx-request-timeout: ([0-9.]+)\r", request)
+                left.append(float(found[1]))
                 connection.sendall(status(200))
-        with upstream(note_time) as url, running(Orders, users_url=[url], products_url=[url]) as service:
-            ask(service.server_port, "POST", "/orders", {"Content-Type": "application/json", "X-Request-Timeout": "1"},
-                json.dumps(LAPTOPS).encode())
-        self.assertEqual(len(left), 2)
-        self.assertTrue(0.9 >= left[0] >= left[1] > 0.5, left)
+
+        self.set_times(CALL_TIME=NEVER)
+        with (upstream(note_time) as url,
+              running(Orders, users_url=[url], products_url=[url], timeout=NEVER) as service):
+            headers = {"Content-Type": "application/json", "X-Request-Timeout": "1000"}
+            began = time.monotonic()
+            ask(service.server_port, "POST", "/orders", headers, json.dumps(LAPTOPS).encode())
+            passed = time.monotonic() - began
+        self.assertEqual(len(left), 2, "calls, of users and of products")
+        for_users, for_products = left
+        rounded = 0.001  # it is sent in milliseconds
+        self.assertTrue(
+            900 + rounded >= for_users >= for_products >= 900 - passed - rounded, (left, passed))
 
 
-class Uncertain(SagaTest):
-    """Silence and failures decide nothing; the saga goes on by itself when they end."""
+class DatabaseFaultTest(SagaTest):
+    def test_after_a_fault_of_the_database_the_background_waits_before_it_tries_again(self):
+        waits, has_waited_long = [], threading.Event()
+
+        class RecordingEvent(threading.Event):
+            def wait(self, timeout=None):
+                waits.append(timeout)
+                if timeout == NEVER:
+                    has_waited_long.set()
+                return super().wait(timeout)
+
+        self.set_times(POLL=0.001, RETRY_LAST=NEVER)
+        fault = sqlite3.OperationalError("disk I/O error")
+        fault.sqlite_errorcode = sqlite3.SQLITE_IOERR_WRITE
+        patched = mock.Mock(wraps=threading, Event=RecordingEvent)
+        with (mock.patch.object(orders, "threading", patched),
+              mock.patch.object(orders, "find_due", side_effect=fault) as find_due,
+              contextlib.redirect_stderr(io.StringIO()) as log, running(Orders) as service):
+            self.assertTrue(has_waited_long.wait(PATIENCE), waits)
+            self.assertEqual((waits, find_due.call_count), ([0.001, NEVER], 1))
+            service.log.flush()
+        self.assertIn(f"cannot resume orders; next attempt in {NEVER} s\n", log.getvalue())
+        self.assertEqual(log.getvalue().count("disk I/O error"), 1, log.getvalue())
+        self.assertNotIn("Traceback", log.getvalue())
+
+
+class IndefiniteAnswerTest(SagaTest):
+    """No answer, or a failure, decides nothing; the order is finished when the service recovers."""
 
     def setUp(self):
         super().setUp()
         self.shop, self.users, self.products = self.enterContext(running_moody_shop())
+        self.shop.orders.settings.timeout = PATIENCE
 
     @contextlib.contextmanager
     def mood(self, service, mood):
-        """Let a service be in a mood for a while, until it has been asked again in the background."""
+        """Put a service in a mood until the background has called it twice; then it is well."""
         service.mood = mood
         yield
         enough = len(service.calls) + 2
-        wait_until(lambda: len(service.calls) >= enough)
+        wait_until(lambda: len(service.calls) >= enough, "calls in the background")
         service.mood = "well"
 
     @contextlib.contextmanager
     def trying(self, service, what, mood):
-        """Put a service in a mood; in the background it meets what was left undone in all the moods before."""
+        """Put a service in a mood. Orders left unfinished by earlier moods meet it as well."""
         service.mood = mood
-        with self.subTest(what), mock.patch.object(
-                self.shop.orders.client, "timeout", 0.05 if mood == "silent" else 2.0):
+        seconds = 0.05 if mood == "silent" else PATIENCE
+        with self.subTest(what), mock.patch.object(self.shop.orders.client, "timeout", seconds):
             yield
 
-    def test_an_order_stays_pending_until_both_services_have_said_yes(self):
-        for service, strange in ((self.users, 422), (self.products, 404)):
+    def test_an_order_stays_pending_until_both_services_have_accepted_it(self):
+        for service, odd in ((self.users, 422), (self.products, 404)):
             before, pending = self.shop.stock(), []
-            for what, mood in {**UNCERTAIN, "answers strangely": status(strange), "is dumb": status(204)}.items():
+            moods = {**INDEFINITE, f"answers {odd}": status(odd), "answers 204": status(204)}
+            for what, mood in moods.items():
                 with self.trying(service, what, mood):
                     answer = self.post()
-                    self.assert_is_to_come(answer, "pending")
+                    self.assert_accepted(answer, "pending")
                     pending.append(answer.json["id"])
             service.mood = "well"
             for order in pending:
                 self.wait_for("confirmed", order)
             self.assertEqual(self.shop.stock(), before - 3 * len(pending))
 
-    def test_an_order_stays_in_cancelling_until_products_has_said_yes(self):
+    def test_an_order_stays_in_cancelling_until_products_has_released_its_units(self):
         cancelling = []
-        for what, mood in {**UNCERTAIN, "knows no reservations": status(404), "refuses": status(409)}.items():
+        moods = {**INDEFINITE, "answers 404": status(404), "answers 409": status(409)}
+        for what, mood in moods.items():
             self.products.mood = "well"
-            cancelling.append(order := self.post().json["id"])
+            order = self.post().json["id"]
+            cancelling.append(order)
             self.wait_for("confirmed", order)
             with self.trying(self.products, what, mood):
-                self.assert_is_to_come(self.cancel(order), "cancelling")
-                self.assert_is_to_come(self.cancel(order), "cancelling")
+                self.assert_accepted(self.cancel(order), "cancelling")
+                self.assert_accepted(self.cancel(order), "cancelling")
         self.products.mood = "well"
         for order in cancelling:
             self.wait_for("cancelled", order)
             self.assertEqual(self.cancel(order).status, 200)
         self.assertEqual(self.shop.stock(), 100)
 
-    def test_a_pending_order_cannot_be_cancelled_but_soon(self):
+    def test_an_order_that_must_stay_pending_cannot_be_cancelled_until_it_is_confirmed(self):
         with self.mood(self.users, b""):
             self.post()
             answer = self.cancel()
             self.assertEqual((answer.status, answer.headers["retry-after"]), (409, "1"))
-            self.assertIn("pending", answer.json["detail"])
+            self.assertIn("is pending", answer.json["detail"])
             self.assertNotIn("PUT /reservations/203", self.products.calls)
         self.wait_for("confirmed")
         self.assertEqual((self.cancel().status, self.shop.stock()), (200, 100))
 
-    def test_who_cancels_a_pending_order_need_not_wait_for_the_background(self):
+    def test_cancelling_a_pending_order_decides_it_first_without_the_background(self):
         self.set_times(RETRY_FIRST=NEVER, RETRY_LAST=NEVER)
         self.users.mood = b""
-        self.assert_is_to_come(self.post(), "pending")
+        self.assert_accepted(self.post(), "pending")
         self.users.mood = "well"
         self.assertEqual((self.cancel().status, self.shop.stock()), (200, 100))
 
-    def test_who_cancels_an_order_just_when_it_is_confirmed_is_never_told_never(self):
+    def test_cancelling_an_order_that_is_just_being_confirmed_works_now_or_on_a_retry(self):
         self.set_times(RETRY_FIRST=NEVER, RETRY_LAST=NEVER)
         database = self.shop.orders.database
         for moment in range(6):
@@ -214,78 +279,96 @@ class Uncertain(SagaTest):
                     self.advance(order)
                 return access(*arguments)
 
-            with (self.subTest(f"before access {moment} to the book"),
+            with (self.subTest(f"confirmed before access {moment} to the database"),
                   mock.patch.object(database, "rows", partial(overtaken, database.rows)),
                   mock.patch.object(database, "write", partial(overtaken, database.write))):
                 answer = self.cancel(order)
-                self.assertTrue(answer.status in (200, 202) or "retry-after" in answer.headers, answer)
+                is_retried = "retry-after" in answer.headers
+                self.assertTrue(answer.status in (200, 202) or is_retried, answer)
 
-    def test_who_comes_with_the_key_of_an_order_that_nobody_answered_for_helps_it_on(self):
-        order, _ = orders.add_order(self.shop.orders.database, LAPTOPS, "k")
+    def test_a_repeated_key_resumes_an_order_that_has_no_stored_response(self):
+        order = self.add(key="k")
         answer = self.post(Idempotency_Key="k")
         self.assertEqual((answer.status, answer.json["status"]), (201, "confirmed"))
-        self.assertEqual((answer.json["id"], answer.headers["idempotency-replayed"]), (order, "true"))
+        self.assertEqual(answer.json["id"], order)
+        self.assertEqual(answer.headers["idempotency-replayed"], "true")
 
-    def test_a_client_is_told_no_at_once_although_the_release_must_wait(self):
+    def test_a_client_gets_its_rejection_although_the_release_must_wait(self):
         with self.mood(self.products, b""):
-            self.assertEqual(self.post({**LAPTOPS, "userId": 9}).status, 422)
-            self.assertIsNotNone(self.read_row(203, "due"))
-        wait_until(lambda: self.read_row(203, "due") is None)
+            self.assertEqual(self.post(NO_SUCH_USER).status, 422)
+            self.assertIsNotNone(self.due(203))
+        self.wait_until_finished(203)
         late = self.shop.ask("PUT", "/reservations/203", {"productId": 101, "quantity": 3})
         self.assertEqual((late.status, self.shop.stock()), (409, 100))
 
-    def test_an_order_is_decided_by_what_holds_when_it_is(self):
+    def test_an_order_is_decided_by_the_user_and_the_stock_of_that_moment(self):
         with self.mood(self.users, b""):
-            self.assert_is_to_come(self.post({**LAPTOPS, "userId": 2}), "pending")
-            self.assert_is_to_come(self.post({**LAPTOPS, "productId": 102}), "pending")
+            self.assert_accepted(self.post({**LAPTOPS, "userId": 2}), "pending")
+            self.assert_accepted(self.post({**LAPTOPS, "productId": 102}), "pending")
             self.shop.ask("DELETE", "/users/2")
             self.shop.ask("PUT", "/products/102", {"name": "Mouse", "stock": 2})
         self.wait_for("rejected", 203)
         self.wait_for("rejected", 204)
         reasons = [self.shop.ask("GET", f"/orders/{order}").json["reason"] for order in (203, 204)]
-        self.assertEqual(reasons, ["userId: there is no user 2", "product 102 has 2 of 3 units left"])
+        self.assertEqual(
+            reasons, ["userId: there is no user 2", "product 102 has 2 of 3 units left"])
 
-    def test_what_the_saga_left_undone_it_goes_on_with_after_a_restart_at_once(self):
+    def test_a_restart_resumes_every_unfinished_order_at_once(self):
         self.set_times(RETRY_FIRST=NEVER, RETRY_LAST=NEVER)
         self.post()
         self.products.mood = b""
-        self.assert_is_to_come(self.cancel(), "cancelling")
-        self.assert_is_to_come(self.post(), "pending")
-        self.assertEqual(self.post({**LAPTOPS, "userId": 9}).status, 422)
+        self.assert_accepted(self.cancel(), "cancelling")
+        self.assert_accepted(self.post(), "pending")
+        self.assertEqual(self.post(NO_SUCH_USER).status, 422)
         self.products.mood = "well"
         with self.shop.with_orders_restarted() as self.shop:
             self.wait_for("cancelled", 203)
             self.wait_for("confirmed", 204)
-            wait_until(lambda: self.read_row(205, "due") is None)
+            self.wait_until_finished(205)
         self.assertIn("DELETE /reservations/205", self.products.calls)
         self.assertEqual(self.shop.stock(), 97)
 
-    def test_what_a_request_left_undone_the_background_takes_over(self):
+    def test_the_background_takes_over_orders_that_no_request_has_finished(self):
         self.set_times(TAKE_OVER=0.05)
-        orders.add_order(self.shop.orders.database, LAPTOPS, None)
+        self.add()
         self.wait_for("confirmed")
         orders.move_order(self.shop.orders.database, 203, "cancelling")
         self.wait_for("cancelled")
         self.assertEqual(self.shop.stock(), 100)
 
+    def test_the_background_logs_the_moves_that_it_makes_and_requests_log_why_they_stop(self):
+        with mock.patch.object(self.shop.orders.log, "event") as event:
+            self.users.mood = status(500)
+            self.post(X_Request_Id="place")
+            self.users.mood = "well"
+            self.wait_for("confirmed")
+        logged = [call.args[0] for call in event.call_args_list]
+        self.assertIn(
+            "place order 203 stays pending: the users service answered 500", logged)
+        moves = [line for line in logged if "order 203 pending ->" in line]
+        self.assertEqual(moves, ["order-203 order 203 pending -> confirmed"])
 
-class Away(SagaTest):
-    def test_an_order_finishes_by_itself_when_the_service_it_waits_for_is_started(self):
+
+class ServiceAwayTest(SagaTest):
+    def test_an_order_is_confirmed_once_the_service_that_it_waits_for_is_started(self):
         for service, name in ((Users, "users"), (Products, "products")):
-            with self.subTest(name), socket.socket() as deaf, contextlib.redirect_stderr(io.StringIO()):
-                deaf.bind(("127.0.0.1", 0))
-                port = deaf.getsockname()[1]
-                with running_shop(**{f"{name}_url": [f"http://127.0.0.1:{port}"]}) as self.shop:
-                    self.assert_is_to_come(self.post(), "pending")
+            with (self.subTest(name), socket.socket() as reserved,
+                  contextlib.redirect_stderr(io.StringIO())):
+                reserved.bind(("127.0.0.1", 0))
+                port = reserved.getsockname()[1]
+                url = f"http://127.0.0.1:{port}"
+                with running_shop(**{f"{name}_url": [url]}) as self.shop:
+                    self.assert_accepted(self.post(), "pending")
                     self.assertEqual((self.shop.status(203), self.shop.stock()), ("pending", 100))
-                    deaf.close()
-                    with running(service, port=port, data=self.shop.orders.settings.data):
+                    reserved.close()
+                    data = self.shop.orders.settings.data
+                    with running(service, port=port, data=data):
                         self.wait_for("confirmed")
                     self.assertEqual(self.shop.stock(), 97)
 
 
-class BookTest(unittest.TestCase):
-    """The book of orders alone, without any service."""
+class QueriesTest(unittest.TestCase):
+    """What the tests share: the orders database alone, without any service."""
 
     def setUp(self):
         folder = self.enterContext(tempfile.TemporaryDirectory())
@@ -297,8 +380,8 @@ class BookTest(unittest.TestCase):
         return orders.find_order(self.database, order)
 
 
-class Waits(BookTest):
-    """How long an order that must wait is left alone, told by a clock that is set by hand."""
+class BackoffTest(QueriesTest):
+    """How long an order waits until it is resumed, on a clock that the tests set."""
 
     def setUp(self):
         super().setUp()
@@ -306,42 +389,45 @@ class Waits(BookTest):
         self.enterContext(mock.patch.object(orders, "time", mock.Mock(time=lambda: self.now)))
 
     def postpone(self, order):
-        """Return how long an order has to wait."""
+        """Return the seconds that an order has to wait."""
         orders.postpone_order(self.database, order)
         return round(self.due(order) - self.now, 6)
 
     def due(self, order):
         return self.database.rows("SELECT due FROM orders WHERE id = ?", [order["id"]])[0]["due"]
 
-    def test_they_grow_from_the_first_to_the_last(self):
+    def test_waits_grow_from_the_first_to_the_last(self):
+        first, last = orders.RETRY_FIRST, orders.RETRY_LAST
         for jitter in (min, max):
-            with self.subTest(jitter), mock.patch.object(orders, "random", mock.Mock(uniform=jitter)):
+            with (self.subTest(jitter),
+                  mock.patch.object(orders, "random", mock.Mock(uniform=jitter))):
                 order, waits = self.add(), []
                 for _ in range(30):
                     waits.append(self.postpone(order))
                     self.now += waits[-1]
                 for wait in waits:
-                    self.assertTrue(orders.RETRY_FIRST / 2 <= wait <= orders.RETRY_LAST, waits)
-                self.assertLessEqual(waits[0], 2 * orders.RETRY_FIRST)
-                self.assertGreaterEqual(waits[-1], orders.RETRY_LAST / 2)
+                    self.assertTrue(first / 2 <= wait <= last, waits)
+                self.assertLessEqual(waits[0], 2 * first)
+                self.assertGreaterEqual(waits[-1], last / 2)
                 for wait, following in itertools.pairwise(waits):
                     self.assertGreaterEqual(following, wait)
                 self.assertLess(sum(waits[:10]), 60, "they grow too fast")
                 self.assertGreater(sum(waits[:20]), 30, "they grow too slowly")
 
-    def test_they_differ_from_order_to_order(self):
+    def test_waits_differ_from_order_to_order(self):
         self.assertEqual(len({self.postpone(self.add()) for _ in range(10)}), 10)
 
-    def test_they_begin_anew_in_each_state(self):
+    def test_waits_start_again_with_the_first_after_each_move(self):
         order = self.add()
         orders.move_order(self.database, order["id"], "confirmed")
         self.now += 500
         orders.move_order(self.database, order["id"], "cancelling")
-        self.assertLessEqual(self.postpone({**order, "status": "cancelling"}), 2 * orders.RETRY_FIRST)
+        wait = self.postpone({**order, "status": "cancelling"})
+        self.assertLessEqual(wait, 2 * orders.RETRY_FIRST)
 
-    def test_an_order_is_due_when_its_time_has_come(self):
+    def test_an_order_is_due_when_its_wait_is_over(self):
         order = self.add()
-        self.assertEqual(orders.find_due(self.database), [])  # the request is at work on it
+        self.assertEqual(orders.find_due(self.database), [], "its request may still finish it")
         self.now += orders.TAKE_OVER
         self.assertEqual(orders.find_due(self.database), [order["id"]])
         self.postpone(order)
@@ -349,7 +435,7 @@ class Waits(BookTest):
         self.now = self.due(order)
         self.assertEqual(orders.find_due(self.database), [order["id"]])
 
-    def test_a_worker_that_comes_late_does_not_change_what_another_has_done(self):
+    def test_a_slow_worker_does_not_postpone_an_order_that_another_has_moved(self):
         order = self.add()
         orders.move_order(self.database, order["id"], "confirmed")
         orders.postpone_order(self.database, order)
@@ -360,14 +446,14 @@ class Waits(BookTest):
         orders.finish_rejected(self.database, order["id"])
         self.assertEqual(self.due(order), due)
 
-    def test_an_order_that_came_to_its_end_is_never_due_again(self):
+    def test_a_finished_order_is_never_due_again(self):
         order = self.add()
         orders.move_order(self.database, order["id"], "rejected")
         orders.finish_rejected(self.database, order["id"])
         orders.postpone_order(self.database, {**order, "status": "rejected"})
         self.assertIsNone(self.due(order))
 
-    def test_the_order_that_is_due_longest_comes_first(self):
+    def test_the_order_that_has_been_due_longest_is_resumed_first(self):
         first, second = self.add(), self.add()
         self.now += orders.TAKE_OVER
         orders.postpone_order(self.database, first)
@@ -375,183 +461,210 @@ class Waits(BookTest):
         self.assertEqual(orders.find_due(self.database), [second["id"], first["id"]])
 
 
-class States(BookTest):
-    def test_an_order_moves_only_along_the_arrows(self):
-        arrows = {("pending", "confirmed"), ("pending", "rejected"), ("confirmed", "cancelling"),
-                  ("cancelling", "cancelled")}
+class StatusTest(QueriesTest):
+    def test_an_order_moves_only_along_the_arrows_of_the_diagram(self):
+        arrows = {("pending", "confirmed"), ("pending", "rejected"),
+                  ("confirmed", "cancelling"), ("cancelling", "cancelled")}
         for before, after in itertools.product(orders.STATES, orders.STATES):
             with self.subTest(f"{before} -> {after}"):
                 order = self.add()["id"]
                 self.database.write("UPDATE orders SET status = ? WHERE id = ?", [before, order])
-                as_it_was = self.database.rows("SELECT * FROM orders WHERE id = ?", [order])
+                stored = self.database.rows("SELECT * FROM orders WHERE id = ?", [order])
                 moved = False
-                with contextlib.suppress(KeyError):  # nothing leads back to pending
-                    moved = orders.move_order(self.database, order, after, (201, {}), "because")
+                with contextlib.suppress(KeyError):  # no arrow leads to pending
+                    moved = orders.move_order(
+                        self.database, order, after, (201, {}), "because")
                 self.assertEqual(moved, (before, after) in arrows)
                 if moved:
                     self.assertEqual(orders.find_order(self.database, order)["status"], after)
                 else:
-                    self.assertEqual(self.database.rows("SELECT * FROM orders WHERE id = ?", [order]), as_it_was)
+                    rows = self.database.rows("SELECT * FROM orders WHERE id = ?", [order])
+                    self.assertEqual(rows, stored)
 
-    def test_what_a_client_is_told_first_stands(self):
+    def test_the_response_that_is_stored_first_stays(self):
         quick, slow = self.add()["id"], self.add()["id"]
-        orders.move_order(self.database, quick, "confirmed", (201, "confirmed"))
-        self.assertEqual([*orders.store_response(self.database, quick, (202, "pending"))], [201, "confirmed"])
-        self.assertEqual([*orders.store_response(self.database, slow, (202, "pending"))], [202, "pending"])
-        orders.move_order(self.database, slow, "confirmed", (201, "confirmed"))
-        self.assertEqual([*orders.find_response(self.database, slow)], [202, "pending"])
+        accepted, confirmed = (202, "pending"), (201, "confirmed")
+        orders.move_order(self.database, quick, "confirmed", confirmed)
+        stored = orders.store_response(self.database, quick, accepted)
+        self.assertEqual(tuple(stored), confirmed)
+        stored = orders.store_response(self.database, slow, accepted)
+        self.assertEqual(tuple(stored), accepted)
+        orders.move_order(self.database, slow, "confirmed", confirmed)
+        self.assertEqual(tuple(orders.find_response(self.database, slow)), accepted)
 
 
-class Interleavings(SagaTest):
-    """What may happen between any two steps of a saga. Nothing is away: so the background has nothing to do."""
+class InterleavingTest(SagaTest):
+    """What may happen between two steps of a saga. All services run: the background is idle."""
 
     def setUp(self):
         super().setUp()
-        self.shop = self.enterContext(running_shop())
+        self.shop = self.enterContext(running_shop(timeout=PATIENCE))
 
     @contextlib.contextmanager
-    def interrupted(self, moment, method, happens):
-        """Let something happen "before" or "after" the next call with a method that the orders service makes."""
-        client, to_come = self.shop.orders.client, [happens]
+    def interrupted(self, moment, method, action):
+        """Call an action "before" or "after" the next call of a method that orders makes."""
+        client, actions = self.shop.orders.client, [action]
         call = client.call
 
-        def look(this):
-            if to_come and this == (moment, method):
-                to_come.pop()()
+        def act(now):
+            if actions and now == (moment, method):
+                actions.pop()()
 
-        def call_and_look(upstream, asked, *rest):
-            look(("before", asked))
-            reply = call(upstream, asked, *rest)
-            look(("after", asked))
+        def call_interrupted(upstream, called, *rest):
+            act(("before", called))
+            reply = call(upstream, called, *rest)
+            act(("after", called))
             return reply
 
-        with mock.patch.object(client, "call", call_and_look):
+        with mock.patch.object(client, "call", call_interrupted):
             yield
-        self.assertEqual(to_come, [], f"no {method} was asked")
+        self.assertEqual(actions, [], f"orders made no {method} call")
 
     def newest(self):
         return self.shop.orders.database.rows("SELECT max(id) AS id FROM orders")[0]["id"]
 
-    def another_worker_is_quicker(self, order):
+    # Each of these may happen to an order between two steps.
+
+    def another_worker_is_faster(self, order):
         self.advance(self.newest())
 
-    def the_user_goes_and_another_worker_says_no(self, order):
-        self.assertEqual(self.shop.ask("DELETE", f"/users/{order['userId']}").status, 204)
+    def the_user_is_deleted(self, order):
+        answer = self.shop.ask("DELETE", f"/users/{order['userId']}")
+        self.assertEqual(answer.status, 204)
+
+    def the_user_is_deleted_and_another_worker_rejects(self, order):
+        self.the_user_is_deleted(order)
         self.advance(self.newest())
 
-    def the_user_goes(self, order):
-        self.assertEqual(self.shop.ask("DELETE", f"/users/{order['userId']}").status, 204)
-
-    def all_is_sold_and_another_worker_sees_it(self, order):
+    def the_stock_is_emptied_and_another_worker_is_faster(self, order):
         self.shop.ask("PUT", f"/products/{order['productId']}", {"name": "Lamp", "stock": 0})
         self.advance(self.newest())
 
-    def another_worker_says_yes_and_the_client_cancels(self, order):
+    def another_worker_confirms_and_the_client_cancels(self, order):
         self.assertEqual(self.cancel(self.newest()).status, 200)
 
-    def another_worker_says_no_and_dies(self, order):
-        orders.move_order(self.shop.orders.database, self.newest(), "rejected", (409, {"detail": "no"}), "no")
+    def another_worker_rejects_and_is_killed(self, order):
+        problem = (409, {"detail": "no"})
+        orders.move_order(self.shop.orders.database, self.newest(), "rejected", problem, "no")
 
-    def test_whatever_comes_between_the_steps_of_an_order_it_ends_well(self):
+    def test_whatever_happens_between_two_steps_of_an_order_it_is_finished_correctly(self):
         moments = ("before", "GET"), ("after", "GET"), ("after", "PUT")
-        confirmed, absent, short = (201, "confirmed"), (422, "rejected"), (409, "rejected")
-        for happens, *ends in (
-                (self.another_worker_is_quicker, confirmed, confirmed, confirmed),
-                (self.the_user_goes_and_another_worker_says_no, absent, absent, absent),
-                (self.the_user_goes, absent, confirmed, confirmed),
-                (self.all_is_sold_and_another_worker_sees_it, short, short, confirmed),
-                (self.another_worker_says_yes_and_the_client_cancels, *[(201, "cancelled")] * 3),
-                (self.another_worker_says_no_and_dies, short, short, short)):
-            for moment, (told, end) in zip(moments, ends, strict=True):
-                with self.subTest(f"{happens.__name__} {' '.join(moment)}"):
-                    user = self.shop.ask("POST", "/users", {"name": "Carol"}).json["id"]
-                    lamp = self.shop.ask("POST", "/products", {"name": "Lamp", "stock": 5}).json["id"]
-                    order = {"userId": user, "productId": lamp, "quantity": 2}
-                    with self.interrupted(*moment, partial(happens, order)):
-                        answer = self.post(order)
-                    self.assertEqual((answer.status, self.shop.status(self.newest())), (told, end))
-                    reserved, = self.shop.products.database.rows(
-                        "SELECT supplied - stock AS units FROM products WHERE id = ?", [lamp])
-                    self.assertEqual(reserved["units"], 2 if end == "confirmed" else 0)
-                    self.assertIsNone(self.read_row(self.newest(), "due"))
+        confirmed, no_user, no_stock = (201, "confirmed"), (422, "rejected"), (409, "rejected")
+        cancelled = (201, "cancelled")
+        for action, *outcomes in (  # with what it leads to at each of the moments
+                (self.another_worker_is_faster, confirmed, confirmed, confirmed),
+                (self.the_user_is_deleted, no_user, confirmed, confirmed),
+                (self.the_user_is_deleted_and_another_worker_rejects, no_user, no_user, no_user),
+                (self.the_stock_is_emptied_and_another_worker_is_faster,
+                 no_stock, no_stock, confirmed),
+                (self.another_worker_confirms_and_the_client_cancels,
+                 cancelled, cancelled, cancelled),
+                (self.another_worker_rejects_and_is_killed, no_stock, no_stock, no_stock)):
+            for moment, outcome in zip(moments, outcomes, strict=True):
+                with self.subTest(f"{action.__name__} {' '.join(moment)}"):
+                    self.check_interruption(action, moment, outcome)
 
-    def test_whatever_comes_between_the_steps_of_a_cancellation_the_units_come_back_once(self):
-        for happens in (self.another_worker_is_quicker, self.another_worker_says_yes_and_the_client_cancels):
+    def check_interruption(self, action, moment, outcome):
+        user = self.shop.ask("POST", "/users", {"name": "Carol"}).json["id"]
+        lamp = self.shop.ask("POST", "/products", {"name": "Lamp", "stock": 5}).json["id"]
+        order = {"userId": user, "productId": lamp, "quantity": 2}
+        with self.interrupted(*moment, partial(action, order)):
+            answer = self.post(order)
+        status = self.shop.status(self.newest())
+        self.assertEqual((answer.status, status), outcome)
+        reserved = self.shop.products.database.rows(
+            "SELECT supplied - stock AS units FROM products WHERE id = ?", [lamp])[0]["units"]
+        self.assertEqual(reserved, 2 if status == "confirmed" else 0, "units reserved")
+        self.assertIsNone(self.due(self.newest()), "it needs no more steps")
+
+    def test_whatever_happens_between_two_steps_of_a_cancellation_units_come_back_once(self):
+        for action in (self.another_worker_is_faster,
+                       self.another_worker_confirms_and_the_client_cancels):
             for moment in ("before", "after"):
-                with self.subTest(f"{happens.__name__} {moment} DELETE"):
+                with self.subTest(f"{action.__name__} {moment} DELETE"):
                     order = self.post().json["id"]
-                    with self.interrupted(moment, "DELETE", partial(happens, LAPTOPS)):
+                    with self.interrupted(moment, "DELETE", partial(action, LAPTOPS)):
                         answer = self.cancel(order)
                     self.assertEqual((answer.status, answer.json["status"]), (200, "cancelled"))
                     self.assertEqual(self.shop.stock(), 100)
 
-    def test_the_order_is_written_down_before_anybody_is_asked(self):
+    def test_an_order_is_in_the_file_before_any_service_is_called(self):
         def look():
-            file = self.shop.orders.database.path.absolute().as_uri()
-            with contextlib.closing(sqlite3.connect(f"{file}?mode=ro", uri=True)) as connection:
-                seen.extend(connection.execute("SELECT id, status, key FROM orders WHERE id > 202"))
+            uri = self.shop.orders.database.path.absolute().as_uri() + "?mode=ro"
+            with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
+                query = "SELECT id, status, key FROM orders WHERE id > 202"
+                seen.extend(connection.execute(query))
 
         seen = []
         with self.interrupted("before", "GET", look):
             self.post(Idempotency_Key="k")
         self.assertEqual(seen, [(203, "pending", "k")])
 
-    def test_a_client_that_hangs_up_does_not_stop_it(self):
-        body = b'{"userId":1,"productId":101,"quantity":3}'
-        head = "POST /orders HTTP/1.1\r\nHost: shop\r\nContent-Type: application/json\r\nContent-Length:"
-        with Wire(self.shop.orders.server_port) as wire, self.interrupted("before", "GET", lambda: (
-                wire.file.close(), wire.socket.close())):
-            wire.send(f"{head} {len(body)}\r\n\r\n".encode() + body)
-            wait_until(lambda: self.newest() == 203 and self.shop.status(203) == "confirmed")
+    def test_an_order_is_confirmed_although_its_client_hangs_up(self):
+        body = json.dumps(LAPTOPS).encode()
+        head = ("POST /orders HTTP/1.1\r\nHost: shop\r\nContent-Type: application/json\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n")
+        with Wire(self.shop.orders.server_port) as wire:
+            def hang_up():
+                wire.file.close()
+                wire.socket.close()
+
+            with self.interrupted("before", "GET", hang_up):
+                wire.send(head.encode() + body)
+                wait_until(lambda: self.newest() == 203, "order 203 to be stored")
+                self.wait_for("confirmed")
         self.assertEqual(self.shop.stock(), 97)
 
-    def test_of_eight_buyers_of_the_last_unit_one_gets_it(self):
+    def test_of_eight_simultaneous_buyers_of_the_last_unit_one_gets_it(self):
         self.shop.ask("PUT", "/products/102", {"name": "Mouse", "stock": 1})
         answers = together(*[partial(self.post, {"userId": 2, "productId": 102})] * 8)
         self.assertEqual(sorted(answer.status for answer in answers), [201] + [409] * 7)
         self.assertEqual(self.shop.stock(102), 0)
 
-    def test_two_workers_at_once_on_each_order_do_no_harm(self):
-        database = self.shop.orders.database
-
-        for fields, end in ((LAPTOPS, "confirmed"), ({**LAPTOPS, "userId": 9}, "rejected"),
+    def test_two_simultaneous_workers_on_one_order_do_no_harm(self):
+        for fields, end in ((LAPTOPS, "confirmed"), (NO_SUCH_USER, "rejected"),
                             ({**LAPTOPS, "quantity": 200}, "rejected")):
             for _ in range(5):
-                order, _ = orders.add_order(database, fields, None)
+                order = self.add(fields)
                 self.assertEqual(together(*[partial(self.advance, order)] * 2), [None, None])
                 self.assertEqual(self.shop.status(order), end)
         self.assertEqual(self.shop.stock(), 85)
         for order in range(203, 208):
-            orders.move_order(database, order, "cancelling")
+            orders.move_order(self.shop.orders.database, order, "cancelling")
             self.assertEqual(together(*[partial(self.advance, order)] * 2), [None, None])
             self.assertEqual(self.shop.status(order), "cancelled")
         self.assertEqual(self.shop.stock(), 100)
 
 
-class TwoOrdersServices(SagaTest):
+class TwoInstancesTest(SagaTest):
+    """Two instances of the orders service that share one database."""
+
     def setUp(self):
         super().setUp()
         self.shop, self.users, _ = self.enterContext(running_moody_shop())
-        self.other = self.enterContext(running(Orders, **{**vars(self.shop.orders.settings), "port": 0}))
+        self.shop.orders.settings.timeout = PATIENCE
+        settings = {**vars(self.shop.orders.settings), "port": 0}
+        self.other = self.enterContext(running(Orders, **settings))
 
-    def test_they_keep_one_book(self):
+    def test_two_instances_place_each_order_once_and_cancel_it_once(self):
         there = self.shop._replace(orders=self.other)
         for key in "abcde":
-            answers = together(*[partial(shop.ask, "POST", "/orders", LAPTOPS, Idempotency_Key=key)
-                                 for shop in (self.shop, there)] * 2)
+            answers = together(*[
+                partial(shop.ask, "POST", "/orders", LAPTOPS, Idempotency_Key=key)
+                for shop in (self.shop, there)] * 2)
             self.assertEqual([answer.status for answer in answers], [201] * 4)
             self.assertEqual(len({answer.body for answer in answers}), 1)
         self.assertEqual(self.shop.stock(), 85)
-        answers = together(*[partial(ask, orders.server_port, "POST", "/orders/203/cancel")
-                             for orders in (self.shop.orders, self.other)] * 2)
+        answers = together(*[
+            partial(shop.ask, "POST", "/orders/203/cancel") for shop in (self.shop, there)] * 2)
         self.assertLessEqual({answer.status for answer in answers}, {200, 202})
         self.wait_for("cancelled")
         self.assertEqual(self.shop.stock(), 88)
 
-    def test_both_go_on_with_what_is_pending_and_do_it_once(self):
+    def test_two_instances_resume_each_pending_order_once(self):
         self.users.mood = b""
         for _ in range(5):
-            self.assert_is_to_come(self.post(), "pending")
+            self.assert_accepted(self.post(), "pending")
         self.users.mood = "well"
         for order in range(203, 208):
             self.wait_for("confirmed", order)

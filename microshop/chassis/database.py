@@ -1,7 +1,14 @@
-"""One SQLite file per service; who reads or writes is lent one of a few connections for it.
+"""Database per service: each service owns one SQLite file, and no other service opens it.
 
-Law: how to open, read and write a database, never what is in it; SQL about rows stands in the
-service that owns them.
+    ConnectionPool   a few connections to the file, each lent to one thread at a time
+    Transaction      statements that are committed together or not at all
+    Database         what a service works with: opens, checks, reads and writes the file
+
+The file is in WAL mode: SQLite appends commits to a second file, the write-ahead log, so that
+readers and the writer do not wait for each other.
+
+Law: this module opens, reads and writes databases and knows nothing of what is in them. SQL about
+rows appears only in the service that owns them.
 """
 import contextlib
 import sqlite3
@@ -9,198 +16,266 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
 from microshop.chassis.errors import InsufficientStorage, ServiceError, ServiceUnavailable
 
-TURN_TIME = 1.5      # seconds that a thread waits for others here
-BUSY_TIMEOUT = 1.5   # seconds that it then waits for other processes: both together are less than callers wait
-MAX_CHECKED = 2**26  # bytes of a file that is looked through for damage at the start: a second or less
-CONNECTIONS = 16     # to a file: each holds two descriptors and 100 KiB, and a read takes microseconds
-LOOK = 0.001         # seconds until the next look for one, when all are lent
+QUEUE_TIMEOUT = 1.5  # seconds that a thread waits for other threads of this process, and
+BUSY_TIMEOUT = 1.5   # then for other processes; the two together are less than callers wait
+MAX_CHECKED = 2**26  # bytes; larger files are not checked for damage: it would take over a second
+CONNECTIONS = 16     # in a pool: each holds two file descriptors and about 100 KiB of memory
+POLL = 0.001         # seconds between looks for a free connection when all are lent
 
-# SQLite's primary result codes that blame the file, and not what was asked of it.
+# SQLite's primary result codes that blame the file and not the statement.
 FAULTS: dict[int, type[ServiceError]] = {
     sqlite3.SQLITE_FULL: InsufficientStorage,
-    **dict.fromkeys((sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR,
-                     sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOTADB), ServiceUnavailable)}
+    sqlite3.SQLITE_BUSY: ServiceUnavailable,
+    sqlite3.SQLITE_LOCKED: ServiceUnavailable,
+    sqlite3.SQLITE_READONLY: ServiceUnavailable,
+    sqlite3.SQLITE_IOERR: ServiceUnavailable,
+    sqlite3.SQLITE_CORRUPT: ServiceUnavailable,
+    sqlite3.SQLITE_CANTOPEN: ServiceUnavailable,
+    sqlite3.SQLITE_NOTADB: ServiceUnavailable,
+}
+
+Values = Sequence | dict  # for a statement's placeholders, by position or by name
 
 
 class DatabaseUnusable(Exception):
-    """The file cannot serve; says which, why and what to do, in one line."""
+    """The file cannot be used; the message says why and what to do, in one line."""
 
 
 class Written(NamedTuple):
-    """What a statement did: how many rows it changed or added, and the id of the last added if it was any."""
+    """What a statement did: how many rows it changed, and the id of the last row it inserted."""
 
     rowcount: int
     lastrowid: int
 
 
-class Database:
-    """The database at `path`, brought to the newest version of its schema.
+class ConnectionPool:
+    """A few connections to one file: `with pool.lend() as connection:` borrows one.
 
-    `versions` holds the statements of each version of the schema, oldest first; a file's
-    `user_version` counts those that it has had. Raises DatabaseUnusable.
+    Last in, first out: the page cache of the connection that was used last is warm.
     """
 
-    def __init__(self, path: Path, versions: Sequence[Sequence[str]]):
+    def __init__(self, path: Path):
         self.path = path
-        self._local = threading.local()
-        # The one given back last is lent first: its pages are at hand. A None stands for one that is not open yet.
-        self._idle: list[sqlite3.Connection | None] = [None] * CONNECTIONS
-        self._writer = threading.RLock()  # of this process; others are kept out by the file's lock
-        self._waiting: deque[tuple[str, Sequence | dict, list]] = deque()  # statements, and where their outcome goes
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.connection().execute("PRAGMA journal_mode = WAL")
-            if path.stat().st_size <= MAX_CHECKED:
-                self._check()
-            self._upgrade(versions)
-        except (OSError, sqlite3.Error, DatabaseUnusable) as error:
-            self.close()
-            reason = f"{path.parent} is not a folder" if isinstance(error, FileExistsError) else error
-            raise DatabaseUnusable(f"cannot use {path}: {reason}; mend or move it, or choose another --data") from error
+        self.idle = [PooledConnection(self) for _ in range(CONNECTIONS)]
 
-    def connection(self) -> sqlite3.Connection:
-        """Return the connection that this thread has, or is lent until release(). Raises ServiceUnavailable."""
-        if connection := getattr(self._local, "connection", None):
-            return connection
-        lent = self._take()
-        try:
-            self._local.connection = connection = lent or self._open()
-        except sqlite3.Error:
-            self._idle.append(None)
-            raise
-        return connection
-
-    def release(self) -> None:
-        """Give this thread's connection back, if it has one."""
-        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if connection:
-            self._local.connection = None
-            if connection.in_transaction:  # which could not even be rolled back, but by this
-                connection.close()
-                connection = None
-            self._idle.append(connection)
-
-    def close(self) -> None:
-        """Write what the WAL holds into the file, and close every connection that nobody is using."""
-        self.release()
-        idle, self._idle = self._idle, [None] * CONNECTIONS
-        for connection in filter(None, idle):
-            with contextlib.closing(connection), contextlib.suppress(sqlite3.Error):
-                connection.execute("PRAGMA wal_checkpoint")  # closing does so too, unless a thread hangs
-
-    def rows(self, statement: str, values: Sequence | dict = ()) -> list[dict]:
-        """Return what a query finds, each row as a dict by column."""
-        connection = self.connection()
-        try:
-            return [dict(row) for row in connection.execute(statement, values)]
-        finally:
-            if not connection.in_transaction:
-                self.release()
-
-    def write(self, statement: str, values: Sequence | dict = ()) -> Written:
-        """Carry out one statement, durably.
-
-        A commit costs more than most statements, so those that wait for their turn at the same time share one
-        (group commit): whoever is first in line does it for all. One that breaks a constraint fails alone.
-        """
-        outcome: list[Written | Exception] = []
-        self._waiting.append((statement, values, outcome))
-        with self._writer:
-            if not outcome:  # else who had the lock before has done it
-                self._write_waiting()
-        if isinstance(outcome[0], Exception):
-            raise outcome[0]
-        return outcome[0]
-
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Commit what is done within, durably; undo it all where it raises.
-
-        Threads queue at a lock of our own: SQLite would let them sleep between one try and the next.
-        IMMEDIATE takes the file's write lock at once: a transaction that reads first and then writes would
-        fail with SQLITE_BUSY_SNAPSHOT when another has written meanwhile, busy_timeout or not.
-        """
-        if not self._writer.acquire(timeout=TURN_TIME):
-            raise self._busy()
-        try:
-            connection = self.connection()
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield connection
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
-        finally:
-            self.release()
-            self._writer.release()
-
-    def explain(self, error: Exception) -> ServiceError | None:
-        """Return what to tell a client where the file is at fault; None where something else is."""
-        if isinstance(error, ServiceError):
-            return error
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if isinstance(error, sqlite3.OperationalError) and "decode" in str(error):  # damaged text comes without a code
-            code = sqlite3.SQLITE_CORRUPT
-        kind = FAULTS.get(code)
-        return kind(f"{self.path.name}: {error}", [("Retry-After", "1")]) if kind else None
-
-    def _take(self) -> sqlite3.Connection | None:
-        deadline = time.monotonic() + TURN_TIME
+    def lend(self) -> "PooledConnection":
+        """Return a connection that is free. Raises ServiceUnavailable on a timeout."""
+        deadline = time.monotonic() + QUEUE_TIMEOUT
         while True:
             try:
-                return self._idle.pop()
-            except IndexError:
+                return self.idle.pop()
+            except IndexError:  # rare, so we poll: a lock would make every read slower
                 if time.monotonic() > deadline:
-                    raise self._busy() from None
-            time.sleep(LOOK)
+                    raise timed_out(self.path, "a free connection") from None
+            time.sleep(POLL)
 
-    def _busy(self) -> ServiceError:
-        return ServiceUnavailable(f"{self.path.name}: it is busy for too long", [("Retry-After", "1")])
-
-    def _open(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+    def open(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
         try:
             connection.row_factory = sqlite3.Row
-            connection.execute("PRAGMA synchronous = FULL")  # WAL with less may lose a commit at power loss
+            connection.execute("PRAGMA synchronous = FULL")  # less loses commits at a power failure
             connection.execute("PRAGMA foreign_keys = ON")
         except sqlite3.Error:
             connection.close()
             raise
         return connection
 
+    def close(self) -> None:
+        """Write the WAL back into the file, and close every connection that is not in use."""
+        idle, self.idle = self.idle, []
+        for pooled in idle:
+            pooled.close()
+        self.idle.extend(idle)
+
+
+class PooledConnection:
+    """A place in the pool: `with` lends its connection, opened at first use, and takes it back.
+
+    It is a class because contextlib.contextmanager would make every read a fifth slower.
+    """
+
+    __slots__ = ("connection", "pool")
+
+    def __init__(self, pool: ConnectionPool):
+        self.pool = pool
+        self.connection: sqlite3.Connection | None = None
+
+    def __enter__(self) -> sqlite3.Connection:
+        if not self.connection:
+            try:
+                self.connection = self.pool.open()
+            except sqlite3.Error:
+                self.pool.idle.append(self)
+                raise
+        return self.connection
+
+    def __exit__(self, *_: object) -> None:
+        if self.connection and self.connection.in_transaction:  # even its rollback has failed
+            self.connection.close()
+            self.connection = None
+        self.pool.idle.append(self)
+
+    def close(self) -> None:
+        if self.connection:
+            with contextlib.closing(self.connection), contextlib.suppress(sqlite3.Error):
+                # SQLite does so when the last connection closes, but a hung thread may hold one.
+                self.connection.execute("PRAGMA wal_checkpoint")
+            self.connection = None
+
+
+class Transaction:
+    """A transaction that has begun; its reads see its own writes. See Database.transaction()."""
+
+    def __init__(self, connection: sqlite3.Connection):
+        self._connection = connection
+
+    def rows(self, statement: str, values: Values = ()) -> list[dict]:
+        """Return the rows that a query finds, each as a dict by column."""
+        return [dict(row) for row in self._connection.execute(statement, values)]
+
+    def write(self, statement: str, values: Values = ()) -> Written:
+        """Execute one statement; return what it did."""
+        cursor = self._connection.execute(statement, values)
+        return Written(cursor.rowcount, cursor.lastrowid or 0)
+
+
+@contextlib.contextmanager
+def begin(connection: sqlite3.Connection) -> Iterator[Transaction]:
+    """Commit what is written in the `with` block, durably; roll it back if the block raises.
+
+    IMMEDIATE takes the file's write lock at once. Without it, a transaction that reads first and
+    then writes fails at once with SQLITE_BUSY_SNAPSHOT if another one has written in between.
+    """
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield Transaction(connection)
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+class Database:
+    """The database file at `path`, upgraded to the newest version of its schema.
+
+    `versions` holds the statements of each version of the schema, oldest first; `user_version` in
+    the file counts those that were executed. Raises DatabaseUnusable.
+    """
+
+    def __init__(self, path: Path, versions: Sequence[Sequence[str]]):
+        self.path = path
+        self._pool = ConnectionPool(path)
+        self._write_lock = threading.RLock()  # between threads; SQLite has one between processes
+        self._queue: deque[tuple[str, Values, Future[Written]]] = deque()  # waits for the lock
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.rows("PRAGMA journal_mode = WAL")
+            if path.stat().st_size <= MAX_CHECKED:
+                self._check()
+            self._upgrade(versions)
+        except (OSError, sqlite3.Error, DatabaseUnusable) as error:
+            self.close()
+            is_file = isinstance(error, FileExistsError)
+            reason = f"{path.parent} is not a folder" if is_file else error
+            advice = "repair or move it, or choose another --data"
+            raise DatabaseUnusable(f"cannot use {path}: {reason}; {advice}") from error
+
+    def rows(self, statement: str, values: Values = ()) -> list[dict]:
+        """Return the rows that a query finds, each as a dict by column."""
+        with self._pool.lend() as connection:
+            return [dict(row) for row in connection.execute(statement, values)]
+
+    def write(self, statement: str, values: Values = ()) -> Written:
+        """Execute one statement, durably; return what it did.
+
+        Writes that wait for the lock at the same time share one commit (group commit), since a
+        commit costs more than most statements: the first thread that gets the lock executes them
+        all. A statement that breaks a constraint fails alone.
+        """
+        outcome: Future[Written] = Future()
+        self._queue.append((statement, values, outcome))
+        with self._write_lock:
+            if not outcome.done():  # else a thread that had the lock before us has executed it
+                self._write_queued()
+        return outcome.result()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """Commit what is written in the `with` block, durably; roll it back if the block raises.
+
+        Raises ServiceUnavailable on a timeout. Threads wait for each other at a lock of our own,
+        which wakes the next one at once; in SQLite they would sleep and try again.
+        """
+        if not self._write_lock.acquire(timeout=QUEUE_TIMEOUT):
+            raise timed_out(self.path, "the database lock")
+        try:
+            with self._pool.lend() as connection, begin(connection) as transaction:
+                yield transaction
+        finally:
+            self._write_lock.release()
+
+    def close(self) -> None:
+        """Write the WAL back into the file, and close every connection that is not in use."""
+        self._pool.close()
+
+    def explain(self, error: Exception) -> ServiceError | None:
+        """Return the error that clients get if the file is at fault; None if something else is."""
+        if isinstance(error, ServiceError):
+            return error
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        if isinstance(error, sqlite3.OperationalError) and "decode" in str(error):
+            code = sqlite3.SQLITE_CORRUPT  # damaged text: sqlite3 gives that error no code
+        fault = FAULTS.get(code)
+        return fault(f"{self.path.name}: {error}", [("Retry-After", "1")]) if fault else None
+
+    def _write_queued(self) -> None:
+        """Execute every queued write in one transaction; then tell the waiting threads."""
+        writes = [self._queue.popleft() for _ in range(len(self._queue))]
+        results: list[Written | Exception]
+        try:
+            with self._pool.lend() as connection, begin(connection) as transaction:
+                results = [attempt(transaction, statement, values)
+                           for statement, values, _ in writes]
+        except Exception as error:
+            results = [error] * len(writes)
+        for (_, _, outcome), result in zip(writes, results, strict=True):
+            if isinstance(result, Exception):
+                outcome.set_exception(result)
+            else:
+                outcome.set_result(result)
+
     def _check(self) -> None:
-        found = self.connection().execute("PRAGMA quick_check(1)").fetchone()[0]
+        found = self.rows("PRAGMA quick_check(1)")[0]["quick_check"]
         if found != "ok":
             raise DatabaseUnusable(f"it is damaged ({found.splitlines()[-1]})")
 
-    def _write_waiting(self) -> None:
-        waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
-        results: list[Written | Exception] = []
-        try:
-            with self.transaction() as connection:
-                for statement, values, _ in waiting:
-                    try:
-                        cursor = connection.execute(statement, values)
-                        results.append(Written(cursor.rowcount, cursor.lastrowid or 0))
-                    except sqlite3.IntegrityError as error:  # which has undone this statement alone
-                        results.append(error)
-        except Exception as error:
-            results = [error] * len(waiting)
-        for (_, _, outcome), result in zip(waiting, results, strict=True):
-            outcome.append(result)
-
     def _upgrade(self, versions: Sequence[Sequence[str]]) -> None:
-        with self.transaction() as connection:
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
+        with self.transaction() as transaction:
+            version = transaction.rows("PRAGMA user_version")[0]["user_version"]
             if version > len(versions):
-                raise DatabaseUnusable(f"a newer microshop wrote it (schema {version}, this one knows {len(versions)})")
-            for statement in (statement for statements in versions[version:] for statement in statements):
-                connection.execute(statement)
-            connection.execute(f"PRAGMA user_version = {len(versions)}")
+                raise DatabaseUnusable(f"it was written by a newer microshop (its schema version "
+                                       f"is {version}, this one knows {len(versions)})")
+            for statements in versions[version:]:
+                for statement in statements:
+                    transaction.write(statement)
+            transaction.write(f"PRAGMA user_version = {len(versions)}")
+
+
+def attempt(transaction: Transaction, statement: str, values: Values) -> Written | Exception:
+    """Execute a statement; return its result or its IntegrityError, which has undone it alone."""
+    try:
+        return transaction.write(statement, values)
+    except sqlite3.IntegrityError as error:
+        return error
+
+
+def timed_out(path: Path, what: str) -> ServiceUnavailable:
+    return ServiceUnavailable(f"{path.name}: timed out waiting for {what}", [("Retry-After", "1")])

@@ -21,7 +21,7 @@ from microshop.chassis.answer import (
     IDLE_TIME, Answer, Asked, describe, entity_tag, format_answer, represent)
 from microshop.chassis.content import (
     MAX_INTEGER, FieldTable, Page, encode, parse_json, parse_page, parse_query, validate)
-from microshop.chassis.database import Database
+from microshop.chassis.database import Transaction
 from microshop.chassis.errors import (
     BadRequest, ExpectationFailed, LengthRequired, MethodNotAllowed, NotFound, PreconditionFailed,
     RequestTimeout, ServiceError, ServiceUnavailable, UnsupportedMediaType)
@@ -258,18 +258,20 @@ class Handler(ConnectionHandler):
         return validate(self.read_json(), fields)
 
     @contextlib.contextmanager
-    def changing(self, find: Callable[[Database, int], dict], item_id: int) -> Iterator[None]:
-        """Let an item be changed within, in a transaction, so that it stays as it was found.
+    def changing(self, find: Callable[[Transaction, int], dict],
+                 item_id: int) -> Iterator[Transaction]:
+        """Yield a transaction in which an item may be changed, if it is as the client expects it.
 
-        Raises what `find` does where it is not there, and PreconditionFailed where If-Match names only other
-        states of it (RFC 9110 section 13.1.1).
+        Raises what `find` raises if there is no such item, and PreconditionFailed if If-Match does
+        not name its present state (RFC 9110 section 13.1.1).
         """
         wanted = [tag.strip() for tag in self.headers.get("if-match", "*").split(",")]
-        with self.server.database.transaction():
-            item = find(self.server.database, item_id)
+        with self.server.database.transaction() as transaction:
+            item = find(transaction, item_id)
             if wanted != ["*"] and entity_tag(encode(item).encode()) not in wanted:
-                raise PreconditionFailed("it is not as it was when you got it; get it again, then decide")
-            yield
+                raise PreconditionFailed(
+                    "the resource has changed since you fetched it; fetch it again and retry")
+            yield transaction
 
     def answer_page(self, find: Callable[[Page], list[dict]]) -> Answer:
         """Answer with the page of a collection that the query asks for.

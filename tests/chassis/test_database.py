@@ -1,4 +1,4 @@
-"""Database on real files: versions, durability settings, transactions, and files that cannot serve."""
+"""Database: schema versions, durability, transactions, group commit, and unusable files."""
 import contextlib
 import os
 import shutil
@@ -11,109 +11,71 @@ from pathlib import Path
 from unittest import mock
 
 from microshop.chassis import database
-from microshop.chassis.database import Database, DatabaseUnusable, Written
+from microshop.chassis.database import ConnectionPool, Database, DatabaseUnusable, Written
 from microshop.chassis.errors import ServiceUnavailable
 from tests.helpers import PATIENCE, together
 
-VERSION_1 = ("CREATE TABLE cats (id INTEGER PRIMARY KEY, name TEXT NOT NULL)", "INSERT INTO cats VALUES (1, 'Mia')")
+VERSION_1 = (
+    "CREATE TABLE cats (id INTEGER PRIMARY KEY, name TEXT NOT NULL)",
+    "INSERT INTO cats VALUES (1, 'Mia')")
 VERSION_2 = ("ALTER TABLE cats ADD lives INTEGER NOT NULL DEFAULT 9",)
 
 
-class DatabaseTest(unittest.TestCase):
+class CatsTest(unittest.TestCase):
+    """What the tests share: a path in a temporary folder, and a database of cats."""
+
     def setUp(self):
-        self.path = Path(self.enterContext(tempfile.TemporaryDirectory())) / "deep" / "cats.db"
+        folder = self.enterContext(tempfile.TemporaryDirectory())
+        self.path = Path(folder) / "deep" / "cats.db"
 
     def open(self, *versions):
         opened = Database(self.path, versions or [VERSION_1])
         self.addCleanup(opened.close)
         return opened
 
-    def test_the_first_start_fills_the_tables_and_the_second_keeps_them(self):
-        with self.open().transaction() as connection:
-            connection.execute("INSERT INTO cats VALUES (2, 'Tom')")
-        self.assertEqual(self.open().rows("SELECT name FROM cats"), [{"name": "Mia"}, {"name": "Tom"}])
+    def count_cats(self, cats):
+        return cats.rows("SELECT count(*) AS cats FROM cats")[0]["cats"]
 
-    def test_an_older_file_is_brought_up_to_date(self):
+    def names(self, cats):
+        return [row["name"] for row in cats.rows("SELECT name FROM cats ORDER BY id")]
+
+
+class SchemaTest(CatsTest):
+    def test_the_first_start_fills_the_tables_and_the_second_keeps_them(self):
+        self.open().write("INSERT INTO cats VALUES (2, 'Tom')")
+        self.assertEqual(self.names(self.open()), ["Mia", "Tom"])
+
+    def test_an_older_file_is_upgraded(self):
         self.open(VERSION_1).close()
         newer = self.open(VERSION_1, VERSION_2)
         self.assertEqual(newer.rows("SELECT * FROM cats"), [{"id": 1, "name": "Mia", "lives": 9}])
         self.assertEqual(newer.rows("PRAGMA user_version"), [{"user_version": 2}])
 
-    def test_an_upgrade_that_fails_leaves_the_file_as_it_was(self):
+    def test_a_failed_upgrade_leaves_the_file_as_it_was(self):
         self.open(VERSION_1).close()
         with self.assertRaises(DatabaseUnusable):
             Database(self.path, [VERSION_1, ("INSERT INTO cats VALUES (7, 'x')", "nonsense")])
-        self.assertEqual(self.open(VERSION_1).rows("SELECT id FROM cats"), [{"id": 1}])
+        self.assertEqual(self.names(self.open(VERSION_1)), ["Mia"])
 
-    def test_two_first_starts_at_once_fill_the_tables_once(self):
-        threads = [threading.Thread(target=lambda: Database(self.path, [VERSION_1]).close()) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self.assertEqual(self.open().rows("SELECT count(*) AS cats FROM cats"), [{"cats": 1}])
+    def test_eight_first_starts_at_once_fill_the_tables_once(self):
+        def start():
+            Database(self.path, [VERSION_1]).close()
 
-    def test_commits_are_durable_and_foreign_keys_hold(self):
+        with mock.patch.object(database, "BUSY_TIMEOUT", PATIENCE):
+            self.assertEqual(together(*[start] * 8), [None] * 8, "a start failed")
+        self.assertEqual(self.count_cats(self.open()), 1)
+
+
+class SettingsTest(CatsTest):
+    def test_commits_are_durable_and_foreign_keys_are_enforced(self):
         cats = self.open()
-        for pragma, value in (("journal_mode", "wal"), ("synchronous", 2), ("foreign_keys", 1), ("busy_timeout", 1500)):
+        for pragma, column, value in (
+                ("journal_mode", "journal_mode", "wal"), ("synchronous", "synchronous", 2),
+                ("foreign_keys", "foreign_keys", 1), ("busy_timeout", "timeout", 1500)):
             with self.subTest(pragma):
-                self.assertEqual([*cats.connection().execute(f"PRAGMA {pragma}").fetchone()], [value])
+                self.assertEqual(cats.rows(f"PRAGMA {pragma}"), [{column: value}])
 
-    def test_each_thread_at_work_has_a_connection_of_its_own_with_the_same_settings(self):
-        cats = self.open()
-
-        def look():
-            connection = cats.connection()
-            return connection, *(connection.execute(f"PRAGMA {name}").fetchone()[0]
-                                 for name in ("foreign_keys", "synchronous"))
-
-        [(one, *settings), (other, *_)] = together(look, look)
-        self.assertEqual(settings, [1, 2])
-        self.assertIsNot(one, other)
-
-    def test_only_so_many_connections_are_opened_however_many_want_one(self):
-        cats, seen = self.open(), set()
-
-        def look():
-            for _ in range(20):
-                seen.add(cats.connection())
-                self.assertEqual(len(cats.rows("SELECT * FROM cats")), 1)  # which gives it back
-
-        self.assertEqual(together(*[look] * 30), [None] * 30)
-        self.assertTrue(1 <= len(seen) <= database.CONNECTIONS)
-
-    def test_one_that_is_left_within_a_transaction_is_not_lent_again(self):
-        cats = self.open()
-        spoilt = cats.connection()
-        spoilt.execute("BEGIN IMMEDIATE")
-        cats.release()
-        self.assertIsNot(cats.connection(), spoilt)
-        cats.write("INSERT INTO cats VALUES (2, 'Tom')")
-        self.assertEqual(len(cats.rows("SELECT * FROM cats")), 2)
-
-    def test_who_gets_none_in_time_is_told_to_come_back(self):
-        cats, held = self.open(), threading.Barrier(database.CONNECTIONS + 1)
-
-        def hold():
-            cats.connection()
-            held.wait(PATIENCE)
-            held.wait(PATIENCE)
-            cats.release()
-
-        def want():
-            held.wait(PATIENCE)
-            try:
-                with mock.patch.object(database, "TURN_TIME", 0.01):
-                    cats.rows("SELECT * FROM cats")
-            finally:
-                held.wait(PATIENCE)
-
-        *holders, refused = together(*[hold] * database.CONNECTIONS, want)
-        self.assertEqual(holders, [None] * database.CONNECTIONS)
-        self.assertIsInstance(refused, ServiceUnavailable)
-        self.assertEqual(len(cats.rows("SELECT * FROM cats")), 1)
-
-    def test_closing_writes_the_wal_into_the_file_although_a_thread_hangs(self):
+    def test_closing_writes_the_wal_into_the_file_although_another_connection_is_open(self):
         cats = self.open()
         reading = sqlite3.connect(self.path)
         self.addCleanup(reading.close)
@@ -125,37 +87,141 @@ class DatabaseTest(unittest.TestCase):
             with contextlib.closing(sqlite3.connect(f"{folder}/cats.db")) as alone:
                 self.assertEqual(alone.execute("SELECT count(*) FROM cats").fetchall(), [(2,)])
 
-    def test_a_transaction_is_undone_when_it_raises(self):
-        cats = self.open()
-        with self.assertRaises(ZeroDivisionError), cats.transaction() as connection:
-            connection.execute("DELETE FROM cats")
-            1 / 0  # noqa: B018
-        self.assertEqual(len(cats.rows("SELECT * FROM cats")), 1)
+    def test_closing_leaves_no_other_file_than_the_database(self):
+        self.open().close()
+        self.assertEqual([path.name for path in self.path.parent.iterdir()], ["cats.db"])
 
-    def test_writers_that_read_first_wait_for_each_other(self):
+    def test_a_closed_database_opens_its_file_again_when_it_is_used(self):
+        cats = self.open()
+        cats.close()
+        self.assertEqual(self.names(cats), ["Mia"])
+
+
+class ConnectionPoolTest(CatsTest):
+    def setUp(self):
+        super().setUp()
+        self.cats = self.open()
+        self.pool = ConnectionPool(self.path)
+        self.addCleanup(self.pool.close)
+
+    def lend_all(self):
+        """Lend every connection until the stack that is returned is closed."""
+        stack = self.enterContext(contextlib.ExitStack())
+        for _ in range(database.CONNECTIONS):
+            stack.enter_context(self.pool.lend())
+        return stack
+
+    def test_two_borrowers_get_two_connections_with_the_same_settings(self):
+        with self.pool.lend() as one, self.pool.lend() as other:
+            self.assertIsNot(one, other)
+            for connection in (one, other):
+                for pragma, value in (("foreign_keys", 1), ("synchronous", 2)):
+                    found = connection.execute(f"PRAGMA {pragma}").fetchone()[0]
+                    self.assertEqual(found, value, pragma)
+
+    def test_the_connection_that_was_returned_last_is_lent_first(self):
+        with self.pool.lend():
+            with self.pool.lend() as returned_first:
+                pass
+            with self.pool.lend() as again:
+                self.assertIs(again, returned_first)
+        with self.pool.lend() as returned_last:
+            self.assertIsNot(returned_last, returned_first)
+
+    def test_thirty_threads_share_the_few_connections_of_a_pool(self):
+        opened, open_connection = [], ConnectionPool.open
+
+        def count(pool):
+            opened.append(pool)
+            return open_connection(pool)
+
+        def read():
+            for _ in range(20):
+                self.assertEqual(self.count_cats(self.cats), 1)
+
+        self.cats.close()
+        with (mock.patch.object(database, "QUEUE_TIMEOUT", PATIENCE),
+              mock.patch.object(ConnectionPool, "open", count)):
+            self.assertEqual(together(*[read] * 30), [None] * 30)
+        self.assertTrue(1 <= len(opened) <= database.CONNECTIONS,
+                        f"{len(opened)} connections were opened")
+
+    def test_a_connection_that_is_left_within_a_transaction_is_not_lent_again(self):
+        with self.pool.lend() as spoilt:
+            spoilt.execute("BEGIN IMMEDIATE")
+        with self.pool.lend() as other:
+            self.assertIsNot(other, spoilt)
+        self.cats.write("INSERT INTO cats VALUES (2, 'Tom')")  # its lock is released
+        self.assertEqual(self.count_cats(self.cats), 2)
+
+    def test_a_borrower_waits_until_a_connection_is_returned(self):
+        stack, waits = self.lend_all(), threading.Event()
+
+        def read():
+            with self.pool.lend() as connection:
+                return connection.execute("SELECT name FROM cats").fetchone()["name"]
+
+        def give_back():
+            waits.wait(PATIENCE)
+            stack.close()
+
+        clock = mock.Mock(monotonic=lambda: 0.0, sleep=lambda _: waits.set())
+        with mock.patch.object(database, "time", clock):
+            self.assertEqual(together(read, give_back), ["Mia", None])
+
+    def test_a_borrower_who_waits_too_long_gets_a_503_and_may_come_back(self):
+        stack = self.lend_all()
+        with mock.patch.object(database, "QUEUE_TIMEOUT", 0):
+            with self.assertRaisesRegex(ServiceUnavailable, "waiting for a free connection"):
+                self.pool.lend()
+        stack.close()
+        with self.pool.lend() as connection:
+            self.assertEqual(len(connection.execute("SELECT * FROM cats").fetchall()), 1)
+
+
+class TransactionTest(CatsTest):
+    def test_a_transaction_reads_what_it_has_written_and_others_do_not_yet(self):
+        cats = self.open()
+        with cats.transaction() as transaction:
+            transaction.write("INSERT INTO cats VALUES (2, 'Tom')")
+            self.assertEqual(self.names(transaction), ["Mia", "Tom"])
+            self.assertEqual(self.names(cats), ["Mia"])
+        self.assertEqual(self.names(cats), ["Mia", "Tom"])
+
+    def test_a_transaction_that_raises_is_rolled_back(self):
+        cats = self.open()
+        with self.assertRaises(ZeroDivisionError), cats.transaction() as transaction:
+            transaction.write("DELETE FROM cats")
+            1 / 0  # noqa: B018
+        self.assertEqual(self.names(cats), ["Mia"])
+
+    def test_transactions_that_read_first_and_then_write_lose_no_update(self):
         cats = self.open(VERSION_1, VERSION_2)
 
         def lose_lives():
             for _ in range(20):
-                with cats.transaction() as connection:
-                    lives, = connection.execute("SELECT lives FROM cats").fetchone()
-                    connection.execute("UPDATE cats SET lives = ?", [lives - 1])
-            cats.close()
+                with cats.transaction() as transaction:
+                    lives = transaction.rows("SELECT lives FROM cats")[0]["lives"]
+                    transaction.write("UPDATE cats SET lives = ?", [lives - 1])
 
-        threads = [threading.Thread(target=lose_lives) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with mock.patch.object(database, "QUEUE_TIMEOUT", PATIENCE):
+            self.assertEqual(together(*[lose_lives] * 4), [None] * 4)
         self.assertEqual(cats.rows("SELECT lives FROM cats"), [{"lives": 9 - 80}])
 
-    def test_closing_tidies_up(self):
-        self.open().close()
-        self.assertEqual([path.name for path in self.path.parent.iterdir()], ["cats.db"])
+    def test_a_single_write_within_a_transaction_fails_and_does_not_hang(self):
+        def write_within():
+            with cats.transaction():
+                cats.write("INSERT INTO cats VALUES (2, 'Tom')")
+
+        with mock.patch.object(database, "BUSY_TIMEOUT", 0):
+            cats = self.open()
+            error, = together(write_within)
+        self.assertRegex(str(error), "locked")
+        self.assertEqual(self.names(cats), ["Mia"])
 
 
-class Door:
-    """A lock that tells of each thread that comes to it."""
+class WatchedLock:
+    """A lock that counts the threads which have come to it."""
 
     def __init__(self):
         self.lock, self.arrived = threading.RLock(), threading.Semaphore(0)
@@ -174,153 +240,157 @@ class Door:
         self.release()
 
 
-class WriteTest(unittest.TestCase):
-    open = DatabaseTest.open
-
+class WriteTest(CatsTest):
     def setUp(self):
-        # Threads wait for each other here, each on a connection of its own; SQLite would refuse at once.
-        self.enterContext(mock.patch.multiple(database, BUSY_TIMEOUT=0, CONNECTIONS=20))
-        DatabaseTest.setUp(self)
+        # With no busy timeout, a write fails if SQLite's lock, and not ours, keeps threads apart.
+        self.enterContext(mock.patch.multiple(
+            database, BUSY_TIMEOUT=0, CONNECTIONS=20, QUEUE_TIMEOUT=PATIENCE))
+        super().setUp()
         self.cats = self.open()
 
-    def names(self):
-        return [row["name"] for row in self.cats.rows("SELECT name FROM cats ORDER BY id")]
+    def write_in_line(self, *writes):
+        """Let writes wait for a transaction; return their outcomes, and how many commits they took.
 
-    def as_visitor(self, function):
-        """Call a function in a thread that is served by the database, and leave as a handler does."""
-        try:
-            return function()
-        finally:
-            self.cats.release()
-
-    def queue(self, *writes, prepare="PRAGMA user_version"):
-        """Let writers come while a transaction goes on; return what became of them, and how many commits it took."""
-        door, begun, commits = Door(), threading.Event(), []
+        An outcome is what write() returned or raised.
+        """
+        lock, began, statements = WatchedLock(), threading.Event(), []
 
         def hold():
-            with self.cats.transaction() as connection:
-                begun.set()
-                for _ in range(len(writes) + 1):  # the transaction itself came to the door too
-                    self.assertTrue(door.arrived.acquire(timeout=PATIENCE))
-                connection.execute("INSERT INTO cats (name) VALUES ('Last')")
+            with self.cats.transaction() as transaction:
+                began.set()
+                for _ in range(1 + len(writes)):  # this transaction has come to the lock as well
+                    self.assertTrue(lock.arrived.acquire(timeout=PATIENCE), "a write did not come")
+                transaction.write("INSERT INTO cats (name) VALUES ('Last')")
 
-        def write(*statement):
-            begun.wait(PATIENCE)
-            connection = self.cats.connection()
-            connection.execute(prepare)
-            connection.set_trace_callback(lambda line: commits.append(line) if line == "COMMIT" else None)
-            return self.cats.write(*statement)
+        def write(*write):
+            began.wait(PATIENCE)
+            return self.cats.write(*write)
 
-        calls = (hold, *(partial(write, *statement) for statement in writes))
-        with mock.patch.object(self.cats, "_writer", door):
-            held, *outcomes = together(*(partial(self.as_visitor, call) for call in calls))
+        with self.cats._pool.lend() as connection:  # the only one that is open; all use it
+            connection.set_trace_callback(statements.append)
+        with mock.patch.object(self.cats, "_write_lock", lock):
+            held, *outcomes = together(hold, *[partial(write, *each) for each in writes])
         self.assertIsNone(held)
-        return outcomes, len(commits)
+        return outcomes, statements.count("COMMIT") - 1
 
-    def test_a_write_tells_what_it_did(self):
-        for statement, values, written in (
-                ("INSERT INTO cats VALUES (7, ?)", ["Tom"], Written(1, 7)),
-                ("INSERT INTO cats (name) VALUES (:name), ('Kim')", {"name": "Ben"}, Written(2, 9))):
-            self.assertEqual(self.cats.write(statement, values), written)
-        for statement, values, count in (("UPDATE cats SET name = 'Leo' WHERE id > ?", [6], 3),
-                                         ("DELETE FROM cats WHERE id = ?", [5], 0)):
-            self.assertEqual(self.cats.write(statement, values).rowcount, count)
-        self.assertEqual(self.names(), ["Mia", "Leo", "Leo", "Leo"])
+    def test_a_write_returns_how_many_rows_it_changed_and_the_last_id(self):
+        self.assertEqual(
+            self.cats.write("INSERT INTO cats VALUES (7, ?)", ["Tom"]), Written(1, 7))
+        self.assertEqual(
+            self.cats.write("INSERT INTO cats (name) VALUES (:name), ('Kim')", {"name": "Ben"}),
+            Written(2, 9))
+        for statement, values, count in (
+                ("UPDATE cats SET name = 'Leo' WHERE id > ?", [6], 3),
+                ("DELETE FROM cats WHERE id = ?", [5], 0)):
+            self.assertEqual(self.cats.write(statement, values).rowcount, count, statement)
+        self.assertEqual(self.names(self.cats), ["Mia", "Leo", "Leo", "Leo"])
 
-    def test_a_write_that_fails_raises_and_the_next_one_goes_through(self):
-        for statement, error in (("INSERT INTO cats VALUES (1, 'Twin')", sqlite3.IntegrityError),
-                                 ("INSERT INTO dogs VALUES (1, 'Rex')", sqlite3.OperationalError)):
+    def test_a_write_that_fails_raises_and_the_next_one_succeeds(self):
+        for statement, error in (
+                ("INSERT INTO cats VALUES (1, 'Mia again')", sqlite3.IntegrityError),
+                ("INSERT INTO dogs VALUES (1, 'Rex')", sqlite3.OperationalError)):
             with self.subTest(statement), self.assertRaises(error):
                 self.cats.write(statement)
         self.cats.write("INSERT INTO cats VALUES (2, 'Tom')")
-        self.assertEqual(self.names(), ["Mia", "Tom"])
+        self.assertEqual(self.names(self.cats), ["Mia", "Tom"])
 
-    def test_what_is_written_is_in_the_file_at_once(self):
+    def test_other_connections_see_a_write_as_soon_as_it_returns(self):
         self.cats.write("INSERT INTO cats VALUES (2, 'Tom')")
         with contextlib.closing(sqlite3.connect(self.path)) as other:
             self.assertEqual(other.execute("SELECT count(*) FROM cats").fetchall(), [(2,)])
 
-    def test_writers_and_transactions_that_come_at_once_lose_nothing(self):
+    def test_concurrent_writes_and_transactions_lose_nothing(self):
+        insert = "INSERT INTO cats (name) VALUES (?)"
+
         def write(name):
-            return [(self.cats.write("INSERT INTO cats (name) VALUES (?)", [name]).lastrowid, name) for _ in range(20)]
+            return [(self.cats.write(insert, [name]).lastrowid, name) for _ in range(20)]
 
         def transact(name):
-            ids = []
+            added = []
             for _ in range(20):
-                with self.cats.transaction() as connection:
-                    ids.append((connection.execute("INSERT INTO cats (name) VALUES (?)", [name]).lastrowid, name))
-            return ids
+                with self.cats.transaction() as transaction:
+                    added.append((transaction.write(insert, [name]).lastrowid, name))
+            return added
 
-        outcomes = together(*(partial(self.as_visitor, partial(way, name)) for way, name in (
-            (write, "Tom"), (write, "Kim"), (write, "Ben"), (write, "Leo"), (transact, "Ida"), (transact, "Eva"))))
-        told = sorted(row for rows in outcomes for row in rows)
-        self.assertEqual([(row["id"], row["name"]) for row in self.cats.rows("SELECT * FROM cats WHERE id > 1")], told)
-        self.assertEqual(len(told), 6 * 20)
+        outcomes = together(*[partial(write, name) for name in ("Tom", "Kim", "Ben", "Leo")],
+                            *[partial(transact, name) for name in ("Ida", "Eva")])
+        returned = sorted(row for rows in outcomes for row in rows)
+        stored = self.cats.rows("SELECT * FROM cats WHERE id > 1")
+        self.assertEqual([(row["id"], row["name"]) for row in stored], returned)
+        self.assertEqual(len(returned), 6 * 20)
 
-    def test_writers_wait_for_a_transaction_and_then_share_a_commit(self):
-        outcomes, commits = self.queue(*[("INSERT INTO cats (name) VALUES (?)", [f"Kitten {n}"]) for n in range(10)])
+    def test_writes_that_wait_for_a_transaction_share_one_commit(self):
+        kittens = [f"Kitten {n}" for n in range(10)]
+        outcomes, commits = self.write_in_line(
+            *[("INSERT INTO cats (name) VALUES (?)", [name]) for name in kittens])
         self.assertEqual([outcome.rowcount for outcome in outcomes], [1] * 10)
         self.assertEqual(commits, 1)
-        self.assertEqual(self.names()[:2], ["Mia", "Last"])
-        self.assertEqual([self.names()[outcome.lastrowid - 1] for outcome in outcomes],
-                         [f"Kitten {n}" for n in range(10)])
+        names = self.names(self.cats)
+        self.assertEqual(names[:2], ["Mia", "Last"])
+        self.assertEqual([names[outcome.lastrowid - 1] for outcome in outcomes], kittens)
 
-    def test_a_write_that_breaks_a_constraint_fails_alone(self):
-        outcomes, commits = self.queue(
-            ("INSERT INTO cats VALUES (7, 'Tom')",), ("INSERT INTO cats VALUES (8, NULL)",),
-            ("INSERT INTO cats VALUES (9, 'Kim')",), ("INSERT INTO cats VALUES (10, 'Half'), (1, 'Mia')",))
+    def test_of_writes_that_share_a_commit_one_that_breaks_a_constraint_fails_alone(self):
+        outcomes, commits = self.write_in_line(
+            ("INSERT INTO cats VALUES (7, 'Tom')",),
+            ("INSERT INTO cats VALUES (8, NULL)",),
+            ("INSERT INTO cats VALUES (9, 'Kim')",),
+            ("INSERT INTO cats VALUES (10, 'Half'), (1, 'Mia')",))
         self.assertEqual(outcomes[::2], [Written(1, 7), Written(1, 9)])
-        for outcome, told in zip(outcomes[1::2], ("NOT NULL", "UNIQUE"), strict=True):
+        for outcome, constraint in zip(outcomes[1::2], ("NOT NULL", "UNIQUE"), strict=True):
             self.assertIsInstance(outcome, sqlite3.IntegrityError)
-            self.assertIn(told, str(outcome))
+            self.assertIn(constraint, str(outcome))
         self.assertEqual(commits, 1)
-        self.assertEqual(self.names(), ["Mia", "Last", "Tom", "Kim"])
+        self.assertEqual(self.names(self.cats), ["Mia", "Last", "Tom", "Kim"])
 
-    def test_a_full_disk_is_told_to_all_who_share_the_commit(self):
-        small, large = "INSERT INTO cats (name) VALUES ('Tom')", "INSERT INTO cats (name) VALUES (hex(zeroblob(9999)))"
-        outcomes, _ = self.queue(*[(small,)] * 5, (large,), prepare="PRAGMA max_page_count = 1")
+    def test_of_writes_that_share_a_commit_all_fail_on_a_full_disk(self):
+        small = "INSERT INTO cats (name) VALUES ('Tom')"
+        large = "INSERT INTO cats (name) VALUES (hex(zeroblob(9999)))"
+        self.cats.rows("PRAGMA max_page_count = 1")
+        outcomes, _ = self.write_in_line(*[(small,)] * 5, (large,))
         for outcome in outcomes:
             self.assertIsInstance(outcome, sqlite3.OperationalError)
             self.assertIn("full", str(outcome))
-        self.assertEqual(self.names(), ["Mia", "Last"])
+        self.assertEqual(self.names(self.cats), ["Mia", "Last"])
         self.assertEqual(self.cats.write("INSERT INTO cats (name) VALUES ('Kim')").rowcount, 1)
 
 
-class UnusableTest(unittest.TestCase):
-    setUp, open = DatabaseTest.setUp, DatabaseTest.open
-
+class UnusableTest(CatsTest):
     def refuse(self):
+        """Check that the file cannot be opened; return the message, one line that names it."""
         with self.assertRaises(DatabaseUnusable) as caught:
             Database(self.path, [VERSION_1])
         message = str(caught.exception)
-        self.assertIn(str(self.path), message)
         self.assertNotIn("\n", message)
+        self.assertTrue(message.startswith(f"cannot use {self.path}: "), message)
+        self.assertTrue(
+            message.endswith("; repair or move it, or choose another --data"), message)
         return message
 
-    def test_a_file_that_is_no_database(self):
+    def test_a_file_that_is_not_a_database_is_refused_and_left_alone(self):
         self.path.parent.mkdir()
         self.path.write_text("Dear diary, " * 100)
         self.assertIn("not a database", self.refuse())
         self.assertEqual(self.path.read_text(), "Dear diary, " * 100)
 
-    def test_a_file_that_a_newer_version_wrote(self):
+    def test_a_file_of_a_newer_version_is_refused(self):
         self.open(VERSION_1, VERSION_2).close()
-        self.assertRegex(self.refuse(), "newer microshop wrote it .schema 2, this one knows 1")
+        self.assertIn("it was written by a newer microshop "
+                      "(its schema version is 2, this one knows 1)", self.refuse())
 
-    def test_a_file_that_is_read_only(self):
+    def test_a_read_only_file_is_refused(self):
         self.open().close()
         with unprivileged(self.path.parent):
             self.assertIn("readonly", self.refuse())
 
-    def test_a_folder_that_is_a_file(self):
+    def test_a_data_folder_that_is_a_file_is_refused(self):
         self.path.parent.write_text("")
         self.assertIn(f"{self.path.parent} is not a folder", self.refuse())
 
-    def test_a_file_that_is_a_folder(self):
+    def test_a_folder_in_place_of_the_file_is_refused(self):
         self.path.mkdir(parents=True)
         self.assertIn("unable to open", self.refuse())
 
-    def test_a_file_that_another_holds_for_too_long(self):
+    def test_a_file_that_another_process_keeps_locked_is_refused(self):
         self.open().close()
         with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as other:
             other.execute("BEGIN EXCLUSIVE")
@@ -330,7 +400,7 @@ class UnusableTest(unittest.TestCase):
 
 @contextlib.contextmanager
 def unprivileged(folder):
-    """Take the right to write in a folder, from the superuser too."""
+    """Take away the right to write in a folder, from the superuser too."""
     for path in (folder, *folder.iterdir()):
         path.chmod(0o555)
     folder.parent.chmod(0o755)
