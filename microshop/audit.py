@@ -1,70 +1,135 @@
-"""The audit: do the three databases agree? `python -m microshop.audit [--data data]`
+"""The audit: do the databases of a shop agree? `python -m microshop.audit [--data FOLDER]`
 
-The one tool that opens the files of services, all of them, and only to read: no service may, since each owns
-its file. The shop may be open or closed. Prints a line for each breach; exit status 0 if there is none, else 1.
-Law: it writes nothing and mends nothing.
+Since each service owns its database, no constraint spans two of them; the audit checks what must
+hold between them. It is the one tool that opens the files of all services. The shop may be running.
+
+Without --data it checks the folder `data`, and those of shops that run with --fresh. For each it
+prints one line, and a line for each breach. Exit status: 0 if all agree, 1 if there is a breach or
+a file cannot be read, 2 if there is nothing to check.
+
+Law: it only reads; it changes and repairs nothing.
 """
+import contextlib
+import os
 import sqlite3
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 from microshop import SERVICES
 from microshop.chassis import config
 
-PATIENCE = 60  # seconds in which an order must come to its end
+PATIENCE = 60  # seconds in which an order must be finished
+DEFAULT = Path("data")
+DATA = config.DATA._replace(
+    default=None, help=f"folder to check (default: {DEFAULT}, and those of run_all --fresh)")
 
-BREACHES = {  # each as it is told, and the query that finds it
+BREACHES = {  # the text of each, and the query that finds it
     "product {}: {} units were supplied, but {} are free and {} reserved": """
-        SELECT * FROM (SELECT id, supplied, stock, (SELECT coalesce(sum(quantity), 0) FROM reservations
-                                                    WHERE productId = products.id) AS reserved FROM products)
+        SELECT * FROM (
+            SELECT id, supplied, stock, (
+                SELECT coalesce(sum(quantity), 0) FROM reservations WHERE productId = products.id
+            ) AS reserved FROM products)
         WHERE supplied != stock + reserved""",
     "order {} is confirmed for {} units of product {}, but {} of product {} are reserved": """
-        SELECT id, o.quantity, o.productId, coalesce(r.quantity, 0), coalesce(r.productId, o.productId)
+        SELECT id, o.quantity, o.productId, coalesce(r.quantity, 0),
+               coalesce(r.productId, o.productId)
         FROM orders AS o LEFT JOIN reservations AS r ON orderId = id
-        WHERE status = 'confirmed' AND (o.quantity, o.productId) IS NOT (r.quantity, r.productId)""",
+        WHERE status = 'confirmed' AND (o.quantity, o.productId) IS NOT (r.quantity, r.productId)
+        """,
     "order {} is {}, but {} units of product {} are reserved for it": """
-        SELECT id, status, r.quantity, r.productId FROM orders JOIN reservations AS r ON orderId = id
+        SELECT id, status, r.quantity, r.productId
+        FROM orders JOIN reservations AS r ON orderId = id
         WHERE status IN ('rejected', 'cancelled') AND due IS NULL AND r.productId IS NOT NULL""",
-    "order {} is not there, but {} units of product {} are reserved for it": """
-        SELECT orderId, r.quantity, r.productId FROM reservations AS r LEFT JOIN orders ON orderId = id
+    "order {} does not exist, but {} units of product {} are reserved for it": """
+        SELECT orderId, r.quantity, r.productId
+        FROM reservations AS r LEFT JOIN orders ON orderId = id
         WHERE r.productId IS NOT NULL AND id IS NULL""",
-    "order {} is {} since {} (UTC), and not at its end": """
+    "order {} has been {} since {} (UTC), and is still not finished": """
         SELECT id, status, datetime(since, 'unixepoch') FROM orders
         WHERE due IS NOT NULL AND since < :now - :patience""",
 }
 
 
 def find_breaches(folder: Path) -> list[str]:
-    """Return a line for each breach. Raises sqlite3.Error where a file cannot be read.
+    """Return a line for each breach. Raises sqlite3.Error if a file cannot be read.
 
-    While the shop is open, a query may see one file as it was before a change and another as it is after. It
-    cannot see so twice, since an order only moves forward: what counts is what comes up in two looks.
+    While the shop is running, a query may see one file before a change and another file after it.
+    That cannot happen twice in the same way, since orders only move forward: a breach is what is
+    found by each of two looks.
     """
-    connection = sqlite3.connect(":memory:", uri=True)
+    with contextlib.closing(sqlite3.connect(":memory:", uri=True)) as connection:
+        attach_files(connection, folder)
+        first = look(connection)
+        second = look(connection)
+    return [line for line in second if line in first]
+
+
+def attach_files(connection: sqlite3.Connection, folder: Path) -> None:
+    """Open the file of each service, only for reading, and check that it is not damaged."""
+    if missing := missing_files(folder):
+        raise sqlite3.OperationalError(f"there is no {', no '.join(missing)}")
+    for name in SERVICES:
+        path = (folder / f"{name}.db").absolute()
+        uri = f"{path.as_uri()}?mode=ro"
+        if not path.with_suffix(".db-wal").exists():
+            uri += "&immutable=1"  # no process has it open; without this, SQLite would make a WAL
+        connection.execute(f"ATTACH ? AS {name}_file", [uri])
+        for (problem,) in connection.execute(f"PRAGMA {name}_file.quick_check"):
+            if problem != "ok":
+                raise sqlite3.DatabaseError(f"{name}.db: {' '.join(problem.splitlines())}")
+
+
+def look(connection: sqlite3.Connection) -> list[str]:
+    """Return a line for each row that a query finds."""
+    values = {"now": time.time(), "patience": PATIENCE}
+    lines = []
+    for text, query in BREACHES.items():
+        lines += [text.format(*row) for row in connection.execute(query, values)]
+    return lines
+
+
+def find_folders() -> list[Path]:
+    """Return the default folder if it has any database, and each temporary one that has them all.
+
+    run_all --fresh makes its folder among the temporary ones.
+    """
+    temporary = sorted(Path(tempfile.gettempdir()).glob("microshop-*"))
+    folders = [folder for folder in temporary if not missing_files(folder)]
+    if len(missing_files(DEFAULT)) < len(SERVICES):
+        folders.insert(0, DEFAULT)
+    return folders
+
+
+def missing_files(folder: Path) -> list[str]:
+    """Return the names of the databases that a folder lacks, or that we may not see."""
+    names = [f"{name}.db" for name in SERVICES]
+    return [name for name in names if not os.path.exists(folder / name)]
+
+
+def check(folder: Path) -> bool:
+    """Print whether the databases in a folder agree; return that."""
     try:
-        for name in SERVICES:
-            path = (folder / f"{name}.db").absolute()
-            closed = "" if path.with_suffix(".db-wal").exists() else "&immutable=1"  # else SQLite would leave a log
-            connection.execute(f"ATTACH ? AS {name}_file", [f"{path.as_uri()}?mode=ro{closed}"])
-            for problem, in connection.execute(f"PRAGMA {name}_file.quick_check"):
-                if problem != "ok":
-                    raise sqlite3.DatabaseError(f"{name}.db: {' '.join(problem.splitlines())}")
-        first, second = ([text.format(*row) for text, query in BREACHES.items() for row in connection.execute(
-            query, {"now": time.time(), "patience": PATIENCE})] for _ in range(2))
-        return [line for line in second if line in set(first)]
-    finally:
-        connection.close()
+        breaches = find_breaches(folder)
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        print(f"audit: cannot read the databases in {folder}: {error}", file=sys.stderr)
+        return False
+    print(f"the databases in {folder} {'do not agree:' if breaches else 'agree'}")
+    for line in breaches:
+        print(f"  {line}")
+    return not breaches
 
 
 def main() -> None:
-    settings = config.read("microshop.audit", [config.DATA])
-    try:
-        breaches = find_breaches(settings.data)
-    except (sqlite3.Error, UnicodeDecodeError) as error:
-        sys.exit(f"audit: cannot read the databases in {settings.data}: {error}")
-    print("\n".join(breaches) or f"the databases in {settings.data} agree")
-    sys.exit(bool(breaches))
+    settings = config.read("microshop.audit", [DATA])
+    folders = [settings.data] if settings.data else find_folders()
+    if not folders:
+        print(f"audit: there is no database in {DEFAULT}; start the shop with python -m "
+              "microshop.run_all, or name its folder with --data", file=sys.stderr)
+        sys.exit(2)
+    agree = [check(folder) for folder in folders]
+    sys.exit(0 if all(agree) else 1)
 
 
 if __name__ == "__main__":

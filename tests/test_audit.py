@@ -1,8 +1,11 @@
-"""The audit: it finds what is wrong, nothing else, and leaves all as it is."""
+"""The audit: it finds what is wrong and nothing else, and changes no file."""
 import contextlib
 import itertools
+import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 import tempfile
 import time
 import unittest
@@ -10,34 +13,39 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
-from microshop import audit
+from microshop import SERVICES, audit
 from microshop.orders import Orders
 from microshop.products import Products
 from microshop.users import Users
-from tests.helpers import Shop, process, running, together
+from tests.helpers import (
+    PATIENCE, TOP, Shop, make_databases, patient_services, process, running, together)
 
 LAPTOPS = {"userId": 1, "productId": 101, "quantity": 2}
-CONFIRMED, NO_USER, NO_STOCK, CANCELLED = 203, 204, 205, 206  # what becomes of the orders in a shop that has traded
+CONFIRMED, NO_USER, NO_STOCK, CANCELLED = 203, 204, 205, 206  # the orders of a shop that traded
 
-BREACHES = {  # the line that tells it: the file and the SQL that bring it about
+BREACHES = {  # each line, with the file and the SQL that cause it
     "product 101: 101 units were supplied, but 99 are free and 3 reserved": (
         "products", "UPDATE products SET stock = stock + 1 WHERE id = 101"),
     "product 102: 102 units were supplied, but 100 are free and 1 reserved": (
         "products", "UPDATE products SET supplied = supplied + 1 WHERE id = 102"),
-    f"order {CONFIRMED} is confirmed for 2 units of product 101, but 0 of product 101 are reserved": (
+    f"order {CONFIRMED} is confirmed for 2 units of product 101, "
+    "but 0 of product 101 are reserved": (
         "products", f"DELETE FROM reservations WHERE orderId = {CONFIRMED};"
                     "UPDATE products SET stock = stock + 2 WHERE id = 101"),
-    f"order {CONFIRMED} is confirmed for 3 units of product 101, but 2 of product 101 are reserved": (
+    f"order {CONFIRMED} is confirmed for 3 units of product 101, "
+    "but 2 of product 101 are reserved": (
         "orders", f"UPDATE orders SET quantity = 3 WHERE id = {CONFIRMED}"),
-    f"order {CONFIRMED} is confirmed for 2 units of product 102, but 2 of product 101 are reserved": (
+    f"order {CONFIRMED} is confirmed for 2 units of product 102, "
+    "but 2 of product 101 are reserved": (
         "orders", f"UPDATE orders SET productId = 102 WHERE id = {CONFIRMED}"),
-    f"order {CANCELLED} is confirmed for 2 units of product 101, but 0 of product 101 are reserved": (
-        "orders", f"UPDATE orders SET status = 'confirmed' WHERE id = {CANCELLED}"),  # there is a tombstone
+    f"order {CANCELLED} is confirmed for 2 units of product 101, "
+    "but 0 of product 101 are reserved": (  # its reservation is a tombstone
+        "orders", f"UPDATE orders SET status = 'confirmed' WHERE id = {CANCELLED}"),
     f"order {CONFIRMED} is cancelled, but 2 units of product 101 are reserved for it": (
         "orders", f"UPDATE orders SET status = 'cancelled' WHERE id = {CONFIRMED}"),
     f"order {CONFIRMED} is rejected, but 2 units of product 101 are reserved for it": (
         "orders", f"UPDATE orders SET status = 'rejected' WHERE id = {CONFIRMED}"),
-    f"order {CONFIRMED} is not there, but 2 units of product 101 are reserved for it": (
+    f"order {CONFIRMED} does not exist, but 2 units of product 101 are reserved for it": (
         "orders", f"DELETE FROM orders WHERE id = {CONFIRMED}"),
 }
 
@@ -45,9 +53,11 @@ BREACHES = {  # the line that tells it: the file and the SQL that bring it about
 @contextlib.contextmanager
 def trading(folder):
     """Run a shop on the databases in a folder."""
-    with running(Users, data=folder) as users, running(Products, data=folder) as products:
+    with (patient_services(), running(Users, data=folder) as users,
+          running(Products, data=folder) as products):
+        make_databases(folder)
         urls = {"users_url": [users.url], "products_url": [products.url]}
-        with running(Orders, data=folder, **urls) as orders:
+        with running(Orders, data=folder, timeout=PATIENCE, **urls) as orders:
             yield Shop(users, products, orders)
 
 
@@ -58,11 +68,12 @@ def run_audit(*arguments):
 
 
 def trade(shop, times):
-    """Place an order and cancel it, again and again; return what was answered."""
+    """Place orders and cancel each; return the statuses of the answers."""
     answers = []
     for _ in range(times):
         placed = shop.ask("POST", "/orders", LAPTOPS)
-        answers += [placed.status, shop.ask("POST", placed.headers["location"] + "/cancel").status]
+        cancelled = shop.ask("POST", placed.headers["location"] + "/cancel")
+        answers += [placed.status, cancelled.status]
     return answers
 
 
@@ -71,9 +82,11 @@ def contents(folder):
 
 
 class AuditTest(unittest.TestCase):
+    """What the tests share: the folder of a shop that has traded."""
+
     @classmethod
     def setUpClass(cls):
-        """Let a shop trade: an order is confirmed, one lacks its user, one stock, and one is cancelled."""
+        """Let a shop trade: an order is confirmed, two are rejected, and one is cancelled."""
         cls.top = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
         with trading(cls.top / "traded") as shop:
             answers = [shop.ask("POST", "/orders", {**LAPTOPS, **other})
@@ -82,7 +95,11 @@ class AuditTest(unittest.TestCase):
             assert [answer.status for answer in answers] == [201, 422, 409, 201, 200], answers
 
     def setUp(self):
-        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory())) / "100% what? #1"
+        self.copy_folder()
+
+    def copy_folder(self):
+        parent = self.enterContext(tempfile.TemporaryDirectory())
+        self.folder = Path(parent) / "100% what? #1"
         shutil.copytree(self.top / "traded", self.folder)
 
     def change(self, name, script):
@@ -91,103 +108,194 @@ class AuditTest(unittest.TestCase):
 
     def assert_agrees(self, folder=None):
         folder = folder or self.folder
-        self.assertEqual(run_audit("--data", folder), (0, [f"the databases in {folder} agree"]))
+        expected = (0, [f"the databases in {folder} agree"])
+        self.assertEqual(run_audit("--data", folder), expected)
 
-    # --- what it finds
+    def assert_disagrees(self, folder, breaches):
+        verdict = f"the databases in {folder} do not agree:"
+        expected = (1, [verdict, *(f"  {line}" for line in breaches)])
+        self.assertEqual(run_audit("--data", folder), expected)
 
-    def test_a_fresh_shop_agrees(self):
+
+class BreachTest(AuditTest):
+    def test_the_databases_of_a_fresh_shop_agree(self):
         with trading(self.top / "fresh"):
             pass
         self.assert_agrees(self.top / "fresh")
 
-    def test_a_shop_that_has_traded_agrees_closed_and_open(self):
+    def test_the_databases_of_a_shop_that_has_traded_agree_running_or_not(self):
         self.assert_agrees()
         with trading(self.folder):
             self.assert_agrees()
 
-    def test_each_breach_is_told_in_a_line(self):
+    def test_each_kind_of_breach_is_found(self):
         for line, (name, script) in BREACHES.items():
             with self.subTest(line):
-                self.setUp()
+                self.copy_folder()
                 self.change(name, script)
                 self.assertEqual(audit.find_breaches(self.folder), [line])
 
     def test_all_breaches_are_printed(self):
-        lines = [line for line in BREACHES if line.startswith("product") or f"{CANCELLED} is" in line]
+        lines = [line for line in BREACHES
+                 if line.startswith("product") or f"{CANCELLED} is" in line]
         self.assertEqual(len(lines), 3)
         for name, script in map(BREACHES.get, lines):
             self.change(name, script)
-        self.assertEqual(run_audit("--data", self.folder), (1, lines))
+        self.assert_disagrees(self.folder, lines)
 
-    def test_an_order_has_a_minute_to_come_to_its_end(self):
-        for status, seconds in itertools.product(("pending", "rejected", "cancelling"), (50, 61)):
-            since = int(time.time()) - seconds
+    def test_an_order_must_be_finished_within_a_minute(self):
+        now = int(time.time())
+        clock = mock.Mock(time=lambda: now)
+        statuses = ("pending", "rejected", "cancelling")
+        for status, seconds in itertools.product(statuses, (59, 60, 61)):
+            since = now - seconds
             moment = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(since))
-            late = [f"order {CONFIRMED} is {status} since {moment} (UTC), and not at its end"] if seconds > 60 else []
-            with self.subTest(status, seconds=seconds):
-                self.change("orders", f"UPDATE orders SET status = '{status}', since = {since}, due = {since + 1000} "
-                                      f"WHERE id = {CONFIRMED}")
+            late = [f"order {CONFIRMED} has been {status} since {moment} (UTC), "
+                    "and is still not finished"] if seconds > 60 else []
+            with self.subTest(status, seconds=seconds), mock.patch.object(audit, "time", clock):
+                self.change("orders", f"UPDATE orders SET status = '{status}', since = {since}, "
+                                      f"due = {since + 1000} WHERE id = {CONFIRMED}")
                 self.assertEqual(audit.find_breaches(self.folder), late)
-        self.assertEqual(run_audit("--data", self.folder), (1, late))
+        self.assert_disagrees(self.folder, late)
 
-    # --- what it cannot read
 
-    def test_a_folder_that_is_not_there_is_told_and_not_made(self):
+class UnreadableTest(AuditTest):
+    def assert_unreadable(self, folder, why=""):
+        status, lines = run_audit("--data", folder)
+        self.assertEqual((status, len(lines)), (1, 1), lines)
+        expected = f"audit: cannot read the databases in {folder}: {why}"
+        self.assertTrue(lines[0].startswith(expected), lines)
+
+    def test_a_folder_that_does_not_exist_is_reported_and_not_made(self):
         missing = self.folder / "nowhere"
-        self.assert_unreadable(missing)
+        self.assert_unreadable(missing, "there is no users.db, no products.db")
         self.assertFalse(missing.exists())
 
-    def test_a_file_that_cannot_be_read_is_told_in_a_line(self):
+    def test_a_missing_file_is_named(self):
+        for name in SERVICES:
+            with self.subTest(name):
+                self.copy_folder()
+                (self.folder / f"{name}.db").unlink()
+                self.assert_unreadable(self.folder, f"there is no {name}.db")
+                self.assertFalse((self.folder / f"{name}.db").exists())
+
+    def test_a_file_that_cannot_be_read_is_reported_in_one_line(self):
         for damage, name in DAMAGES:
             with self.subTest(damage.__name__, file=name):
-                self.setUp()
+                self.copy_folder()
                 damage(self.folder / name)
                 before = set(self.folder.iterdir())
                 self.assert_unreadable(self.folder)
                 self.assertEqual(set(self.folder.iterdir()), before)
 
-    def assert_unreadable(self, folder):
-        status, lines = run_audit("--data", folder)
-        self.assertEqual((status, len(lines)), (1, 1), lines)
-        self.assertTrue(lines[0].startswith(f"audit: cannot read the databases in {folder}: "), lines)
-
-    def test_a_wrong_flag_is_refused(self):
+    def test_a_wrong_flag_is_refused_with_exit_status_2(self):
         for arguments in (["--date", "x"], ["--data", ""]):
             with self.subTest(arguments):
                 status, lines = run_audit(*arguments)
                 self.assertEqual((status, len(lines)), (2, 1), lines)
 
-    # --- what it leaves
 
-    def test_it_leaves_the_files_of_a_closed_shop_as_they_are(self):
+class FolderTest(AuditTest):
+    """Which folders are audited if none is named; each test has its own temporary folder."""
+
+    def setUp(self):
+        super().setUp()
+        self.working = self.folder.parent / "working"
+        self.temporary = self.folder.parent / "temporary"
+        self.working.mkdir()
+        self.temporary.mkdir()
+
+    def copy_to(self, folder):
+        shutil.copytree(self.folder, folder)
+
+    def run_audit(self, **environment):
+        """Return the exit status, and the lines that were printed."""
+        done = subprocess.run(
+            [sys.executable, "-m", "microshop.audit"], cwd=self.working, timeout=PATIENCE,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(TOP),
+                 "TMPDIR": str(self.temporary), **environment})
+        return done.returncode, done.stdout.splitlines()
+
+    def test_the_default_folder_and_every_complete_temporary_one_are_audited(self):
+        self.copy_to(self.working / "data")
+        for name in ("microshop-b", "microshop-a", "microshop-half", "other"):
+            self.copy_to(self.temporary / name)
+        (self.temporary / "microshop-half" / "users.db").unlink()
+        self.assertEqual(self.run_audit(), (0, [
+            "the databases in data agree",
+            f"the databases in {self.temporary}/microshop-a agree",
+            f"the databases in {self.temporary}/microshop-b agree"]))
+
+    def test_one_breach_makes_the_exit_status_1_and_the_other_folders_are_audited(self):
+        line, (name, script) = next(iter(BREACHES.items()))
+        self.copy_to(self.temporary / "microshop-b")
+        self.change(name, script)
+        self.copy_to(self.temporary / "microshop-a")
+        self.assertEqual(self.run_audit(), (1, [
+            f"the databases in {self.temporary}/microshop-a do not agree:",
+            f"  {line}",
+            f"the databases in {self.temporary}/microshop-b agree"]))
+
+    def test_a_default_folder_that_lacks_a_file_is_reported(self):
+        self.copy_to(self.working / "data")
+        (self.working / "data" / "orders.db").unlink()
+        self.assertEqual(self.run_audit(), (
+            1, ["audit: cannot read the databases in data: there is no orders.db"]))
+
+    def test_a_folder_that_the_environment_names_is_audited_alone(self):
+        self.copy_to(self.working / "data")
+        self.copy_to(self.temporary / "microshop-a")
+        verdict = f"the databases in {self.folder} agree"
+        self.assertEqual(self.run_audit(MICROSHOP_DATA=str(self.folder)), (0, [verdict]))
+
+    def test_without_any_database_it_says_what_to_do(self):
+        self.assertEqual(self.run_audit(), (2, [
+            "audit: there is no database in data; start the shop with python -m "
+            "microshop.run_all, or name its folder with --data"]))
+
+    def test_the_folder_of_a_shop_that_runs_with_fresh_is_found(self):
+        flags = ("--fresh", "--port", "0")
+        with process("microshop.run_all", *flags, TMPDIR=str(self.temporary)) as shop:
+            shop.wait_for("ready in")
+            status, lines = self.run_audit()
+        self.assertEqual((status, len(lines)), (0, 1), lines)
+        self.assertRegex(lines[0], f"^the databases in {self.temporary}/microshop-[^/]+ agree$")
+
+
+class ReadOnlyTest(AuditTest):
+    def test_the_files_of_a_shop_that_does_not_run_stay_as_they_are(self):
         before = contents(self.folder)
-        self.assertEqual(set(before), {"users.db", "products.db", "orders.db"})
+        self.assertEqual(set(before), {f"{name}.db" for name in SERVICES})
         self.assert_agrees()
         self.assertEqual(contents(self.folder), before)
 
-    def test_it_reads_what_a_killed_shop_has_left_in_its_logs_and_leaves_it_there(self):
-        killed, (line, (name, script)) = self.folder.with_name("killed"), next(iter(BREACHES.items()))
+    def test_the_wal_that_a_killed_shop_has_left_is_read_and_not_changed(self):
+        killed = self.folder.with_name("killed")
+        line, (name, script) = next(iter(BREACHES.items()))
         with trading(self.folder):
             self.change(name, script)
             shutil.copytree(self.folder, killed)
         before = contents(killed)
         self.assertTrue(before[f"{name}.db-wal"])
-        self.assertEqual(run_audit("--data", killed), (1, [line]))
-        self.assertLessEqual({name: kept for name, kept in before.items() if not name.endswith("-shm")}.items(),
-                             contents(killed).items())  # -shm is an index of the log, made anew by who reads first
+        self.assert_disagrees(killed, [line])
+        # A -shm is only an index of the WAL; the first reader makes it anew.
+        kept = {name: content for name, content in before.items() if not name.endswith("-shm")}
+        self.assertLessEqual(kept.items(), contents(killed).items())
 
-    # --- while the shop is open
 
+class RunningShopTest(AuditTest):
     def test_a_busy_shop_has_no_breaches(self):
         with trading(self.folder) as shop:
             answers = together(*[partial(trade, shop, 12)] * 4, *[self.assert_agrees] * 2)
-            self.assertEqual(answers, [[201, 200] * 12] * 4 + [None] * 2)
+        self.assertEqual(answers, [[201, 200] * 12] * 4 + [None] * 2)
 
-    def test_what_changes_between_a_look_at_one_file_and_at_the_next_is_no_breach(self):
+    def test_a_change_between_looks_at_two_files_is_not_a_breach(self):
         for seen_first in ("products_file.reservations", "orders_file.orders"):
             with self.subTest(seen_first), trading(self.folder) as shop:
                 placed = [shop.ask("POST", "/orders", LAPTOPS)]
-                connect = partial(sqlite3.connect, factory=hesitant(seen_first, partial(move_on, shop, placed)))
+                connection = overtaken(seen_first, partial(move_on, shop, placed))
+                connect = partial(sqlite3.connect, factory=connection)
                 with mock.patch.object(audit, "sqlite3", mock.Mock(connect=connect)):
                     self.assertEqual(audit.find_breaches(self.folder), [])
                 self.assertGreaterEqual(len(placed), 2 * len(audit.BREACHES))
@@ -199,9 +307,9 @@ def move_on(shop, placed):
     placed.append(shop.ask("POST", "/orders", LAPTOPS))
 
 
-def hesitant(seen_first, move):
-    """Return a kind of connection whose queries see one table as it was before a move, and others as after."""
-    class Hesitant(sqlite3.Connection):
+def overtaken(seen_first, move):
+    """Return a class of connections whose queries see one table before a move, others after it."""
+    class Overtaken(sqlite3.Connection):
         def execute(self, query, values=()):
             if "SELECT" not in query:
                 return super().execute(query, values)
@@ -211,25 +319,26 @@ def hesitant(seen_first, move):
             rows = super().execute(query, values).fetchall()
             super().execute("COMMIT")
             return rows
-    return Hesitant
+    return Overtaken
 
 
-# --- what happens to files
+# --- damages
 
 def write_letter(path):
     path.write_text("Dear diary, " * 1000)
 
 
-def spoil_page(path):
-    """Spoil the page after the first: a table's."""
+def damage_page(path):
+    """Overwrite part of the second page, which belongs to a table."""
     with path.open("r+b") as file:
         file.seek(4096 + 8)
         file.write(b"\xff" * 500)
 
 
-def spoil_schema(path):
-    """Let what the tables are like be no text."""
-    path.write_bytes(path.read_bytes().replace(b"CREATE TABLE", b"CREATE \xf6\xff\xff\xff\xff"))
+def damage_schema(path):
+    """Make the text of the schema invalid UTF-8."""
+    damaged = path.read_bytes().replace(b"CREATE TABLE", b"CREATE \xf6\xff\xff\xff\xff")
+    path.write_bytes(damaged)
 
 
 def make_folder(path):
@@ -237,9 +346,9 @@ def make_folder(path):
     path.mkdir()
 
 
-DAMAGES = [(Path.unlink, "users.db"), (Path.unlink, "products.db"), (Path.unlink, "orders.db"),
-           (make_folder, "users.db"), (write_letter, "users.db"), (spoil_page, "users.db"), (spoil_page, "orders.db"),
-           (spoil_schema, "products.db")]  # of users.db, no more is asked than that it is sound
+DAMAGES = [
+    (make_folder, "users.db"), (write_letter, "users.db"), (damage_page, "users.db"),
+    (damage_page, "orders.db"), (damage_schema, "products.db")]
 
 
 if __name__ == "__main__":
