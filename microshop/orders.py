@@ -28,13 +28,14 @@ from typing import Any
 
 from microshop import SERVICES
 from microshop.chassis import config
+from microshop.chassis.answer import Answer
 from microshop.chassis.client import Client, Reply, Upstream
 from microshop.chassis.content import Integer, Page, encode, parse_query
 from microshop.chassis.database import Database
 from microshop.chassis.errors import (
     BadGateway, BadRequest, Conflict, NotFound, UnprocessableContent, UpstreamError,
     UpstreamUnavailable)
-from microshop.chassis.handler import Answer, Handler
+from microshop.chassis.handler import Handler
 from microshop.chassis.server import Service
 
 CALL_TIME = 2.0         # seconds for another service to answer, or less if the client has less
@@ -271,7 +272,7 @@ class Saga:
         self.ask(self.service.products, "DELETE", f"/reservations/{self.order['id']}", {204})
 
     def ask(self, upstream: Upstream, method: str, target: str, definite: set[int],
-             content: dict | None = None) -> Reply:
+            content: dict | None = None) -> Reply:
         """Call a service. Raises UpstreamError if the answer's status is not a definite one."""
         if self.deadline == math.inf and self.service.ending.is_set():  # no client waits for us
             raise UpstreamUnavailable(self.service.name, "is shutting down")

@@ -9,10 +9,11 @@ order is: reservations are made and released under an id that the orders service
 from functools import partial
 
 from microshop import SERVICES
+from microshop.chassis.answer import Answer
 from microshop.chassis.content import MAX_INTEGER, FieldTable, Integer, Page, Text
 from microshop.chassis.database import Database, Transaction
 from microshop.chassis.errors import Conflict, NotFound, UnprocessableContent
-from microshop.chassis.handler import Answer, Handler
+from microshop.chassis.handler import Handler
 from microshop.chassis.server import Service
 
 # --- the schema

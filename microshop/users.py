@@ -8,10 +8,11 @@ Law: SQL appears only in the schema and the queries. Nothing here knows about pr
 from functools import partial
 
 from microshop import SERVICES
+from microshop.chassis.answer import Answer
 from microshop.chassis.content import Page, Text
 from microshop.chassis.database import Database, Transaction
 from microshop.chassis.errors import NotFound
-from microshop.chassis.handler import Answer, Handler
+from microshop.chassis.handler import Handler
 from microshop.chassis.server import Service
 
 # --- the schema
