@@ -82,12 +82,15 @@ class Wire:
         return True
 
 
-def wait_until(condition: Callable[[], Any]) -> None:
-    """Look again and again, for what nothing tells; fail when it does not come true."""
+def wait_until(condition: Callable[[], Any], what: str = "a condition") -> None:
+    """Poll a condition that no event announces. Raises AssertionError if it does not come true.
+
+    `what` says what is waited for, like "order 203 to be confirmed".
+    """
     deadline = time.monotonic() + PATIENCE
     while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError("what was waited for did not come true")
+            raise AssertionError(f"waited {PATIENCE:g} s in vain for {what}")
         threading.Event().wait(0.005)
 
 
