@@ -138,10 +138,21 @@ class ConnectionsTest(unittest.TestCase):
         return self.enterContext(Wire(service.server_port))
 
     def read(self, connection: Wire, request: str) -> Answered:
-        """Return the next answer; fail if the service closed the connection instead."""
-        answer = connection.read()
-        self.assertIsNotNone(answer, f"{request}: the connection was closed without an answer")
+        """Return the next answer; fail if the connection ends without one."""
+        try:
+            answer = connection.read()
+        except OSError as error:  # a timeout, or a reset
+            raise AssertionError(f"{request} got no answer: {error}") from error
+        self.assertIsNotNone(answer, f"{request} got no answer: the connection was closed")
         return answer
+
+    def assert_closed(self, connection: Wire, which: str) -> None:
+        """Check that a service closes a connection, and sends nothing before it does."""
+        try:
+            is_closed = connection.is_closed()
+        except TimeoutError:
+            raise AssertionError(f"{which} is still open after {PATIENCE:g} s") from None
+        self.assertTrue(is_closed, f"{which} got an answer instead of the end")
 
     def get_things(self, connection: Wire, client: str) -> None:
         """Ask for the things, and check that they come."""
