@@ -103,9 +103,9 @@ class OpenConnectionsTest(PairTest):
         self.connections.note_idle(busy)
         self.connections.note_busy(busy)
         self.clock.now += 1000
-        self.assertFalse(self.connections.close_oldest())
+        self.assertFalse(self.connections.close_oldest(), "there was no idle connection to close")
         self.connections.close_idle(0)
-        self.assertTrue(self.is_open(busy))
+        self.assertTrue(self.is_open(busy), "a connection was closed during a request")
         self.assertEqual(len(self.connections), 1)
 
     @unittest.skipUnless(sys.platform == "linux", "elsewhere shutdown() discards what came before")
@@ -204,7 +204,7 @@ class FullServiceTest(ConnectionsTest):
             for _ in range(3):
                 rejected.socket.sendall(GET)
         except ConnectionError as error:
-            self.fail(f"a rejected connection was reset before its client had read the 503: {error}")
+            self.fail(f"a connection was reset before its client had read the 503: {error}")
 
     def test_without_an_idle_connection_a_newcomer_gets_503_at_once_and_no_thread(self):
         service = self.enterContext(running(Things, max_connections=2))
@@ -375,7 +375,8 @@ class NoDescriptorsTest(ConnectionsTest):
         self.assertEqual((set(failures), set(pauses)), ({"accept"}, {listener.NO_ROOM_PAUSE}),
                          "each accept that fails should be followed by a pause")
         line = "no room for another connection: Too many open files"
-        self.assertEqual(log.getvalue().count(line), 1, f"lines about {len(failures)} failures in one minute")
+        self.assertEqual(log.getvalue().count(line), 1,
+                         f"lines of the log about {len(failures)} failures in one minute")
 
     def test_a_lack_of_descriptors_is_logged_again_after_a_minute(self):
         with contextlib.redirect_stderr(io.StringIO()) as log:

@@ -120,6 +120,13 @@ class SupervisedTest(ConnectionsTest):
             wait_until(lambda: full.send.call_count > 3, "more than three heartbeats")
             self.assertEqual(ask(self.port, target="/things").status, 200)
 
+    def test_the_log_of_a_supervised_service_leaves_its_name_to_the_supervisor(self):
+        with contextlib.redirect_stderr(io.StringIO()) as log:
+            with running(Things, supervised=self.handles(self.theirs), quiet=False) as service:
+                self.assertEqual(ask(self.port, "GET", "/health").status, 200)
+            service.log.flush()
+        self.assertRegex(log.getvalue(), r"^\S+Z +[0-9a-f]{16} GET /health 200 \d+\.\dms\n$")
+
     def test_a_client_that_comes_between_two_services_on_one_socket_is_served_by_the_second(self):
         with running(Things, supervised=self.handles(self.theirs)) as first:
             first.shutdown()

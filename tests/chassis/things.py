@@ -142,7 +142,7 @@ class ConnectionsTest(unittest.TestCase):
         try:
             answer = connection.read()
         except OSError as error:  # a timeout, or a reset
-            raise AssertionError(f"{request} got no answer: {error}") from error
+            raise AssertionError(f"{request} got no answer: {error}") from None
         self.assertIsNotNone(answer, f"{request} got no answer: the connection was closed")
         return answer
 
