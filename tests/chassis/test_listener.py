@@ -402,6 +402,7 @@ class NoDescriptorsTest(ConnectionsTest):
             self.assert_closed(idle, "the idle connection")
             kernel.is_full = False
             self.get_things(waiting, "a client that waited for a descriptor")
+            service.log.flush()
         self.assertEqual(kernel.events[:2], ["accept", listener.NO_ROOM_PAUSE / 10],
                          "the pause is short if a connection was closed")
 
