@@ -41,7 +41,7 @@ class OpenConnections:
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        with self._lock:  # else one that turns busy just now might be in neither
+        with self._lock:  # else one that just turns busy might be in neither
             return len(self._busy) + len(self._idle_since)
 
     def note_busy(self, connection: socket.socket) -> None:

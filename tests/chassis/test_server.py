@@ -125,7 +125,7 @@ class SupervisedTest(ConnectionsTest):
             with running(Things, supervised=self.handles(self.theirs), quiet=False) as service:
                 self.assertEqual(ask(self.port, "GET", "/health").status, 200)
             service.log.flush()
-        self.assertRegex(log.getvalue(), r"^\S+Z +[0-9a-f]{16} GET /health 200 \d+\.\dms\n$")
+        self.assertRegex(log.getvalue(), r"^\S+Z [0-9a-f]{16} GET /health 200 \d+\.\dms\n$")
 
     def test_a_client_that_comes_between_two_services_on_one_socket_is_served_by_the_second(self):
         with running(Things, supervised=self.handles(self.theirs)) as first:

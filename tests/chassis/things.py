@@ -92,7 +92,7 @@ class Things(Service):
 
 class StoredThingsHandler(ThingsHandler):
     def change_thing(self, thing_id: int) -> Answer:
-        with self.changing(lambda database, number: {"id": number}, thing_id):
+        with self.changing(lambda _, number: {"id": number}, thing_id):
             return Answer(status=204)
 
     routes = {"/things/{id}": {"GET": ThingsHandler.get_thing, "PUT": change_thing}}
