@@ -41,7 +41,8 @@ class OpenConnections:
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._busy) + len(self._idle_since)
+        with self._lock:  # else one that just turns busy might be in neither
+            return len(self._busy) + len(self._idle_since)
 
     def note_busy(self, connection: socket.socket) -> None:
         with self._lock:
