@@ -451,11 +451,11 @@ class StreamTest(WireTest):
                 (b"f4240\r\n", b"a", lambda reader: reader.read_body(wire.CHUNKED, LARGE)),
                 (b"0\r\na:", b"a", read_chunks),
                 (b"", b"", receive)]:
-            with (self.subTest(start=start, drop=drop), connected() as (peer, reader),
-                  trickling(peer, drop), self.assert_takes(SOON)):
+            with self.subTest(start=start, drop=drop), connected() as (peer, reader):
                 peer.sendall(start)
-                reader.deadline = time.monotonic() + SOON
-                self.assertRaises(TimeoutError, read, reader)
+                with trickling(peer, drop), self.assert_takes(SOON):
+                    reader.deadline = time.monotonic() + SOON
+                    self.assertRaises(TimeoutError, read, reader)
 
     def test_a_deadline_that_has_passed_ends_calls_that_need_not_wait_too(self):
         with incoming(REQUESTS[0]) as reader:
