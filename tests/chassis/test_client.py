@@ -612,7 +612,7 @@ class Trouble(ClientTest):
             deaf.bind(("127.0.0.1", 0))
             self.assert_bad_gateway(Upstream("users", [f"http://127.0.0.1:{deaf.getsockname()[1]}"]), "out of reach")
 
-    @mock.patch.object(connections, "MAX_ANSWER", 1000)
+    @mock.patch.object(connections, "MAX_REPLY", 1000)
     def test_an_answer_may_not_be_longer_than_allowed(self):
         for what, frame in {
             "declared": lambda size: OK + b"Content-Length: %d\r\n\r\n" % size + b"x" * min(size, 1000),
