@@ -2,8 +2,6 @@
 
 This module sends one request on one connection and reads the reply. It keeps connections for later
 requests, since urllib's own HTTPHandler opens, and closes, a connection for every request.
-Why urllib's opener is used although the wire is our own: an opener is the standard library's place
-to plug in how a URL is opened, so callers use urllib as they know it, and only http_open() is new.
 
 Law: nothing here decides to send a request again, or to which instance. client.py does.
 """
@@ -21,7 +19,7 @@ from microshop.chassis.errors import BadRequest
 
 MAX_REPLY = 8 * 1024 * 1024   # bytes of a reply's body
 MAX_IDLE = 128                 # idle connections kept per address
-IDLE_TIME = 30.0               # seconds to keep an idle one: less than a service does (server.IDLE_TIME)
+IDLE_TIME = 30.0               # seconds to keep one: less than a service does (answer.IDLE_TIME)
 CONNECT_TIME = 1.0             # seconds to connect, so that time is left to try another instance
 
 
@@ -35,7 +33,7 @@ class Reply(NamedTuple):
 
     @property
     def detail(self) -> str:
-        """Why the request failed: the `detail` of a problem document (RFC 9457) if the body is one."""
+        """Why the request failed: the `detail` of its problem document (RFC 9457), if any."""
         with contextlib.suppress(BadRequest, KeyError, TypeError):
             detail = parse_json(self.body)["detail"]
             if isinstance(detail, str) and detail:
@@ -47,12 +45,12 @@ class Request(urllib.request.Request):
     """A request for KeepAliveHandler, and how far it got."""
 
     deadline = 0.0       # of time.monotonic
-    is_retry = False     # a retry needs a new connection: a kept one may be why the first try failed
+    is_retry = False     # a retry takes a new connection: a kept one may be why a try failed
     is_sent = False      # whether the service may have received any of it
 
 
 class KeepAliveHandler(urllib.request.BaseHandler):
-    """Open http: URLs as urllib's HTTPHandler does, but keep the connections for later requests."""
+    """Open http: URLs as urllib's HTTPHandler does, but keep connections for later requests."""
 
     def __init__(self) -> None:
         self._idle: defaultdict[str, deque[Connection]] = defaultdict(deque)  # by address
@@ -166,4 +164,4 @@ class Connection:
             if response.status >= 200:
                 return response
             if response.status == 101:
-                raise BadRequest("the response switches protocols, although no request asked for it")
+                raise BadRequest("it switches protocols, although the request did not ask for that")

@@ -5,8 +5,8 @@
     RetryBudget     limits how many of the calls to one service may be retries
     LogLimit        limits how often a frequent event is logged
 
-Law: a policy counts and decides; it sends nothing and logs nothing. Time comes from the `clock` that
-is passed in, in seconds, so that a test can replay a history. Only Bulkhead is thread-safe:
+Law: a policy counts and decides; it sends nothing and logs nothing. Time comes from the `clock`
+that is passed in, in seconds, so that a test can replay a history. Only Bulkhead is thread-safe:
 client.Upstream holds its lock around the others.
 """
 import threading
@@ -19,7 +19,7 @@ Clock = Callable[[], float]
 
 
 class CircuitBreaker:
-    """Stop calling an instance that keeps failing: it can recover, and callers get an error at once.
+    """Stop calling an instance that keeps failing: it can recover, and callers need not wait.
 
     closed     calls pass; IN_A_ROW failures, or half of the last RECENT calls, open the breaker
     open       no call passes until the pause is over
@@ -113,7 +113,7 @@ class Bulkhead:
     """Limit calls in flight, so that a service that hangs cannot occupy every thread of its caller.
 
     A fair semaphore: at most `count` calls at a time; waiters are served first come, first served.
-    (With threading.Semaphore, newcomers can overtake waiters: under load some would never be served.)
+    (threading.Semaphore lets newcomers overtake waiters: under load, some would never be served.)
     """
 
     def __init__(self, count: int):
@@ -193,7 +193,7 @@ class RetryBudget:
 
 
 class LogLimit:
-    """Limit an event that may happen a thousand times a second to one line in the log per INTERVAL."""
+    """Limit an event that may happen thousands of times a second to one log line per INTERVAL."""
 
     INTERVAL = 1.0  # seconds
 
