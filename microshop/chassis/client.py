@@ -133,8 +133,8 @@ class Upstream:
         with self._lock:
             count = self._rejections.note()
         if count:
-            tell(f"bulkhead for {self.name} is full, with {self.max_in_flight} requests in flight: "
-                 f"{count} rejected since this was last logged")
+            tell(f"bulkhead for {self.name} is full (limit: {self.max_in_flight} requests in "
+                 f"flight): {count} rejected since this was last logged")
 
     def _breaker_of(self, instance: Instance) -> str:
         return f"circuit breaker for {self.name} at {instance.base_url}"
