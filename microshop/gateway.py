@@ -1,7 +1,8 @@
 """The API gateway: the front door of the shop. Owns no data.
 
-It is a reverse proxy: the first segment of a path names the service that answers the request. It
-does API composition too: some resources contain ids of others, and ?expand= puts those others in.
+The gateway is a reverse proxy: it forwards each request to a service behind it, which the first
+segment of the path names. It also does API composition, which is to answer with data from several
+services: an order contains the ids of its user and its product, and ?expand= puts those in.
 What to do when a service fails is decided in chassis.client.
 
 Law: the gateway knows prefixes of paths, not business.
@@ -26,10 +27,11 @@ from microshop.chassis.handler import Handler
 from microshop.chassis.server import Service
 
 IDEMPOTENT_RECEIVERS = {"orders"}  # services that honor an Idempotency-Key
-EXPANSIONS = {"orders": {"user": "users", "product": "products"}}  # by service: names for ?expand=
-MAX_IDS = 100            # resources to fetch with one request: a page, unless it has a limit
-HEALTH_TIME = 1.0        # seconds for a service to answer its health check
-HEALTH = {200: "ok", 503: "draining"}  # the state of a service that answers with this status
+# For each service: the names that ?expand= knows there, and the service that has those resources.
+EXPANSIONS = {"orders": {"user": "users", "product": "products"}}
+MAX_IDS = 100      # resources to fetch with one request: a page, unless it sets a limit
+HEALTH_TIME = 1.0  # seconds for a service to answer its health check
+HEALTH = {200: "ok", 503: "draining"}  # the state of a service, by the status of its answer
 READS = {"GET", "HEAD", "OPTIONS", "TRACE"}  # safe methods, RFC 9110 9.2.1
 
 # Headers about one connection, not the message, are not forwarded (RFC 9110 7.6.1).
@@ -73,7 +75,7 @@ def in_parallel(function: Callable[[Any], Any], items: list) -> list:
     return [results[number] for number in range(len(items))]
 
 
-# --- the parts of a composed response
+# --- what a composed response is made of
 
 def finite(text: str) -> float:
     """Return the value of a JSON number, NaN or Infinity. Raises ValueError if it is not finite."""
@@ -187,7 +189,7 @@ class GatewayHandler(Handler):
         if not token or self.command in READS:
             return
         if not is_bearer(self.headers.get("authorization", ""), token):
-            raise Unauthorized("a write needs the header Authorization: Bearer and the shop's token",
+            raise Unauthorized("a write needs Authorization: Bearer followed by the shop's token",
                                [("WWW-Authenticate", 'Bearer realm="microshop"')])
 
     def check_rate(self, limit: RateLimit) -> None:
@@ -204,9 +206,9 @@ class GatewayHandler(Handler):
 
     def forward(self, upstream: Upstream, method: str,
                 left_out: set[str] = NOT_FORWARDED) -> Reply:
-        """Send the request on; return the service's reply. Raises UpstreamError.
+        """Forward the request, and return the service's reply. Raises UpstreamError.
 
-        The correlation id goes along in X-Request-Id: it finds the request in every log.
+        Its correlation id, by which its lines in every log are found, is sent as X-Request-Id.
         """
         named = self.headers.tokens("connection")
         headers = {name: value for name, value in self.headers.items()
@@ -217,7 +219,7 @@ class GatewayHandler(Handler):
         headers["x-forwarded-proto"] = "http"
         if "host" in self.headers:
             headers["x-forwarded-host"] = self.headers["host"]
-        if self.server.token:  # it is between the client and the gateway
+        if self.server.token:  # which concerns the client and the gateway only
             headers.pop("authorization", None)
         headers.update(self.trace())
         return self.server.client.call(
@@ -229,16 +231,16 @@ class GatewayHandler(Handler):
         headers = [(name, value) for name, value in reply.fields.pairs
                    if name.lower() not in left_out]
         if self.command == "HEAD" and "content-length" in reply.fields and reply.status != 204:
-            headers.append(("Content-Length", reply.fields["content-length"]))  # that of GET
+            headers.append(("Content-Length", reply.fields["content-length"]))  # of a GET
         return Answer(reply.body, reply.status, [*headers, ("Via", via(reply.version))])
 
     # --- composition
 
     def compose(self, upstream: Upstream, names: list[str]) -> Answer:
-        """Answer with a service's resources, with what these names stand for put in.
+        """Answer with resources of a service, in which these names are expanded.
 
-        What cannot be fetched is null, and `missing` in the resource says why. X-Complete says how
-        many expansions were found, of how many.
+        Expanding `user` in an order, for instance, puts its user in. What cannot be fetched is
+        null, and `missing` says why. X-Complete says how many were found, of how many.
         """
         services = EXPANSIONS[upstream.name]
         for name in names:
@@ -271,7 +273,7 @@ class GatewayHandler(Handler):
 
     def get_all(self, requests: list[tuple[Upstream, str]],
                 deadline: float) -> list[Reply | UpstreamError]:
-        """GET these targets of services in parallel; return each reply, or why there is none."""
+        """Send a GET to each service and target in parallel; return the replies, or the errors."""
         headers = self.trace()
 
         def get(request: tuple[Upstream, str]) -> Reply | UpstreamError:
