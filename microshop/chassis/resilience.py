@@ -84,7 +84,7 @@ class CircuitBreaker:
             return "closed: the probe succeeded"
         if was_probe:
             self._change(min(self._pause * 2, self.LAST_PAUSE))
-            return f"opened again for {self._pause:g} s: the probe failed"
+            return f"opened again for {self._pause:g} s: another failure"
         self._outcomes.append(succeeded)
         if succeeded or not (failures := self._too_many_failures()):
             return ""

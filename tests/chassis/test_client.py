@@ -455,7 +455,7 @@ class LogTest(ClientTest):
         self.assertEqual(self.log, [
             f"{breaker} opened for 0.5 s after 5 failures in a row",
             f"{breaker} is half-open: this request probes the service",
-            f"{breaker} opened again for 1 s: the probe failed",
+            f"{breaker} opened again for 1 s: another failure",
             f"{breaker} is half-open: this request probes the service",
             f"{breaker} closed: the probe succeeded"])
 

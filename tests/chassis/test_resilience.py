@@ -76,7 +76,7 @@ class CircuitBreakerTest(unittest.TestCase):
         changes = self.replay(["-----", 0.5, "-", 1.0, "+", "+-" * 10])
         self.assertEqual(changes, [
             "opened for 0.5 s after 5 failures in a row",
-            "opened again for 1 s: the probe failed",
+            "opened again for 1 s: another failure",
             "closed: the probe succeeded",
             "opened for 0.5 s after 10 failures in 20 calls"])
 
