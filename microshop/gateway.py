@@ -1,241 +1,338 @@
-"""The API gateway: the front door. Owns nothing.
+"""The API gateway: the front door of the shop. Owns no data.
 
-A path's first segment names the service that it is for. Some resources name others, and can be asked for with those
-inside (API composition). That is all that is known here about any; what to do when one fails is in chassis.client.
-Law: the gateway knows prefixes, not business.
+The gateway is a reverse proxy: it forwards each request to a service behind it, which the first
+segment of the path names. It also does API composition, which is to answer with data from several
+services: an order contains the ids of its user and its product, and ?expand= puts those in.
+What to do when a service fails is decided in chassis.client.
+
+Law: the gateway knows prefixes of paths, not business.
 """
 import json
 import math
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from threading import Thread
+from typing import Any
 
 from microshop import GATEWAY_PORT, SERVICES
 from microshop.chassis import config
+from microshop.chassis.admission import RateLimit, client_of, is_bearer
+from microshop.chassis.answer import Answer
 from microshop.chassis.client import Client, Reply, Upstream
 from microshop.chassis.content import encode, parse_query
-from microshop.chassis.errors import BadGateway, BadRequest, TooManyRequests, Unauthorized, UpstreamError
-from microshop.chassis.admission import RateLimit, client_of, is_bearer
-from microshop.chassis.handler import Answer, Handler
+from microshop.chassis.errors import (
+    BadGateway, BadRequest, TooManyRequests, Unauthorized, UpstreamError)
+from microshop.chassis.handler import Handler
 from microshop.chassis.server import Service
 
-KEEPS_KEYS = {"orders"}  # who honours an Idempotency-Key: a POST with one may be sent twice
-EXPANSIONS = {"orders": {"user": "users", "product": "products"}}  # what ?expand= puts inside, and who has it, by its id
-MAX_IDS = 100            # parts that are asked for at once: a page, unless told otherwise
-HEALTH_TIME = 1.0        # seconds for a service to tell how it is
-HEALTH = {200: "ok", 503: "draining"}  # how a service is that answers so
-READS = {"GET", "HEAD", "OPTIONS", "TRACE"}  # RFC 9110 9.2.1: they ask for no change
+IDEMPOTENT_RECEIVERS = {"orders"}  # services that honor an Idempotency-Key
+# For each service: the names that ?expand= knows there, and the service that has those resources.
+EXPANSIONS = {"orders": {"user": "users", "product": "products"}}
+MAX_IDS = 100      # resources to fetch with one request: a page, unless it sets a limit
+HEALTH_TIME = 1.0  # seconds for a service to answer its health check
+HEALTH = {200: "ok", 503: "draining"}  # the state of a service, by the status of its answer
+READS = {"GET", "HEAD", "OPTIONS", "TRACE"}  # safe methods, RFC 9110 9.2.1
 
-# What concerns one hop alone is not passed on: RFC 9110 7.6.1, and the framing, which each hop makes anew.
-HOP_BY_HOP = {"connection", "keep-alive", "proxy-connection", "proxy-authenticate", "proxy-authorization", "te",
-              "trailer", "transfer-encoding", "upgrade"}
-# What the gateway itself says to a service; a client's word for it does not count.
-OWN = {"host", "content-length", "expect", "forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto",
-       "x-request-id", "x-request-timeout", "traceparent", "tracestate"}
-NOT_SENT = HOP_BY_HOP | OWN
-# What a client says of the whole that it knows is compared with the whole, not with what it is put together from.
-CONDITIONS = {"if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "if-range", "range"}
-NOT_ANSWERED = HOP_BY_HOP | {"x-request-id", "content-length"}
-
-Parts = dict[str, dict[int, dict]]  # by name and id
+# Headers about one connection, not the message, are not forwarded (RFC 9110 7.6.1).
+HOP_BY_HOP = {
+    "connection", "keep-alive", "proxy-connection", "proxy-authenticate", "proxy-authorization",
+    "te", "trailer", "transfer-encoding", "upgrade"}
+# Headers that the gateway itself sets, or leaves out, whatever the client sent.
+OWN = {
+    "host", "content-length", "expect", "forwarded", "x-forwarded-for", "x-forwarded-host",
+    "x-forwarded-proto", "x-request-id", "x-request-timeout", "traceparent", "tracestate"}
+NOT_FORWARDED = HOP_BY_HOP | OWN
+NOT_PASSED_BACK = HOP_BY_HOP | {"x-request-id", "content-length"}
+# Conditional headers apply to the composed response, not to its parts.
+CONDITIONS = {
+    "if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "if-range", "range"}
 
 
 def via(version: str) -> str:
+    """Return the gateway's entry in a Via header (RFC 9110 section 7.6.3)."""
     return f"{version.removeprefix('HTTP/')} microshop"
 
 
+def in_parallel(function: Callable[[Any], Any], items: list) -> list:
+    """Return [function(item) for item in items], each call but the first in a thread of its own.
+
+    The first is made here, since this thread could only wait. The threads are daemons: a call that
+    hangs must not keep the process from ending, as one in a concurrent.futures pool would.
+    """
+    results: dict[int, Any] = {}
+
+    def run(number: int) -> None:
+        results[number] = function(items[number])
+
+    threads = [Thread(target=run, args=(number,), daemon=True) for number in range(1, len(items))]
+    for thread in threads:
+        thread.start()
+    if items:
+        run(0)
+    for thread in threads:
+        thread.join()
+    return [results[number] for number in range(len(items))]
+
+
+# --- what a composed response is made of
+
 def finite(text: str) -> float:
-    """Return the number that a JSON number, NaN or Infinity stands for. Raises ValueError if it is not finite."""
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text} could not be passed on")
+    """Return the value of a JSON number, NaN or Infinity. Raises ValueError if it is not finite."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} cannot be written as JSON again")
     return number
 
 
-decode = json.JSONDecoder(parse_float=finite, parse_constant=finite).decode  # parse_json takes thrice the time
+decode = json.JSONDecoder(parse_float=finite, parse_constant=finite).decode  # 3x parse_json's speed
 
 
-def read_rows(service: str, body: bytes, *ids: str) -> list[dict]:
-    """Return the resources in a service's answer, each with these ids, which are integers. Raises BadGateway."""
+def read_rows(service: str, body: bytes, *keys: str) -> list[dict]:
+    """Return the resources in a response body, in each of which these keys are integers.
+
+    Raises BadGateway if it is anything else.
+    """
     try:
         value = decode(body.decode())
         if b"\\u" in body:
-            encode(value).encode()  # refuses lone surrogates, which could not be passed on
+            encode(value).encode()  # refuses lone surrogates, which cannot be written again
         rows = value if isinstance(value, list) else [value]
-        if {type(row[name]) for row in rows for name in ids} <= {int}:
+        if all(type(row[key]) is int for row in rows for key in keys):
             return rows
     except (ValueError, TypeError, KeyError, RecursionError):
         pass
-    raise BadGateway(service, "gave an answer that makes no sense")
+    raise BadGateway(service, "returned an invalid response")
 
 
 def read_page(service: str, reply: Reply | UpstreamError) -> tuple[list[dict], int, str]:
-    """Return the resources in a page, and the status and detail to tell of those that were wanted but are not there.
+    """Return the resources in a reply, and why others are not in it: a status and a detail.
 
-    A page that is well has all that there are: the others are 404, and have no detail but their ids.
+    A reply with status 200 has all that exist: the status of the others is 404, without a detail.
     """
     if isinstance(reply, Reply) and reply.status == 200:
         try:
             return read_rows(service, reply.body, "id"), 404, ""
-        except BadGateway as failure:
-            reply = failure
+        except BadGateway as error:
+            return [], error.status, error.detail
     return [], reply.status, reply.detail
 
+
+class Expansion:
+    """What one name in ?expand= stands for: the resources to put into the rows, by their ids."""
+
+    def __init__(self, name: str, service: str, rows: list[dict]):
+        self.name, self.service = name, service
+        self.key = key_of(name)
+        self.ids = sorted({row[self.key] for row in rows})
+        self.found: dict[int, dict] = {}
+        self.missing: dict[int, dict] = {}  # the reason, for each that was not found
+
+    def batches(self) -> list[list[int]]:
+        """Return the ids in lists of at most MAX_IDS."""
+        return [self.ids[start:start + MAX_IDS] for start in range(0, len(self.ids), MAX_IDS)]
+
+    def add(self, ids: list[int], reply: Reply | UpstreamError) -> None:
+        """Take over what the service replied to a request for these ids."""
+        rows, status, detail = read_page(self.service, reply)
+        for row in rows:
+            self.found[row["id"]] = row
+        for missing in ids:
+            if missing not in self.found:
+                self.missing[missing] = {
+                    "service": self.service, "status": status,
+                    "detail": detail or f"there is no {self.name} {missing}"}
+
+
+def key_of(name: str) -> str:
+    """Return the key that holds, in a row, the id of the resource that a name stands for."""
+    return f"{name}Id"
+
+
+def expand(row: dict, expansions: list[Expansion]) -> int:
+    """Put the expansions into a row; return how many are missing, which its `missing` explains."""
+    reasons = []
+    for expansion in expansions:
+        wanted = row[expansion.key]
+        row[expansion.name] = expansion.found.get(wanted)
+        if wanted in expansion.missing:
+            reasons.append(expansion.missing[wanted])
+    if reasons:
+        row["missing"] = reasons
+    return len(reasons)
+
+
+# --- requests
 
 class GatewayHandler(Handler):
     server: "Gateway"
 
     def dispatch(self) -> Answer:
         path, _, query = self.path.partition("?")
-        if not (upstream := self.server.upstreams.get(path.split("/")[1])):
+        upstream = self.server.upstreams.get(path.split("/")[1])
+        if not upstream:
             return super().dispatch()
         if query and upstream.name in EXPANSIONS and self.command in ("GET", "HEAD"):
-            if (expand := parse_query(query).get("expand")) is not None:
-                return self.compose(upstream, list(dict.fromkeys(expand.split(","))))
+            names = parse_query(query).get("expand")
+            if names is not None:
+                return self.compose(upstream, list(dict.fromkeys(names.split(","))))
         return self.pass_back(self.forward(upstream, self.command))
 
+    def known_paths(self) -> list[str]:
+        return [f"/{name}" for name in SERVICES]
+
     def check_client(self) -> None:
-        """Raise TooManyRequests, or Unauthorized where a write comes without the token."""
-        limit, token = self.server.limit, self.server.token
-        wait = math.ceil(limit.take(client_of(self.client_address[0]))) if limit else 0
-        if limit and wait:
-            most, seconds = limit.rate
-            raise TooManyRequests(f"more than {most} requests in {seconds} s; come back in {wait} s", [
-                ("Retry-After", str(wait)), ("RateLimit", f'"client";r=0;t={wait}'),
-                ("RateLimit-Policy", f'"client";q={most};w={seconds}')])
-        if token and self.command not in READS and not is_bearer(self.headers.get("authorization", ""), token):
-            raise Unauthorized("a write needs Authorization: Bearer with the shop's token",
+        """Raise TooManyRequests above the rate, or Unauthorized for a write without the token."""
+        if self.server.limit:
+            self.check_rate(self.server.limit)
+        token = self.server.token
+        if not token or self.command in READS:
+            return
+        if not is_bearer(self.headers.get("authorization", ""), token):
+            raise Unauthorized("a write needs Authorization: Bearer followed by the shop's token",
                                [("WWW-Authenticate", 'Bearer realm="microshop"')])
+
+    def check_rate(self, limit: RateLimit) -> None:
+        wait = math.ceil(limit.take(client_of(self.client_address[0])))
+        if not wait:
+            return
+        requests, seconds = limit.rate
+        raise TooManyRequests(f"more than {requests} requests in {seconds} s; retry in {wait} s", [
+            ("Retry-After", str(wait)),
+            ("RateLimit", f'"client";r=0;t={wait}'),
+            ("RateLimit-Policy", f'"client";q={requests};w={seconds}')])
 
     # --- forwarding
 
-    def forward(self, upstream: Upstream, method: str, not_sent: set[str] = NOT_SENT) -> Reply:
-        """Send the request on, and return what the service answers. Raises UpstreamError."""
+    def forward(self, upstream: Upstream, method: str,
+                left_out: set[str] = NOT_FORWARDED) -> Reply:
+        """Forward the request, and return the service's reply. Raises UpstreamError.
+
+        Its correlation id, by which its lines in every log are found, is sent as X-Request-Id.
+        """
         named = self.headers.tokens("connection")
-        headers = {name: value for name, value in self.headers.items() if name not in not_sent and name not in named}
-        headers["via"] = ", ".join(filter(None, (headers.get("via"), via(self.request_version))))
+        headers = {name: value for name, value in self.headers.items()
+                   if name not in left_out and name not in named}
+        own_via = via(self.request_version)
+        headers["via"] = f"{headers['via']}, {own_via}" if headers.get("via") else own_via
         headers["x-forwarded-for"] = self.client_address[0]
         headers["x-forwarded-proto"] = "http"
         if "host" in self.headers:
             headers["x-forwarded-host"] = self.headers["host"]
-        if self.server.token:
+        if self.server.token:  # which concerns the client and the gateway only
             headers.pop("authorization", None)
         headers.update(self.trace())
-        return self.server.client.call(upstream, method, self.path, headers, self.body, self.deadline)
+        return self.server.client.call(
+            upstream, method, self.path, headers, self.body, self.deadline)
 
     def pass_back(self, reply: Reply) -> Answer:
-        named = reply.fields.tokens("connection")
-        passed = [(name, value) for name, value in reply.fields.pairs
-                  if (key := name.lower()) not in NOT_ANSWERED and key not in named]
-        if self.command == "HEAD" and "content-length" in reply.fields and reply.status != 204:  # what GET would send
-            passed.append(("Content-Length", reply.fields["content-length"]))
-        return Answer(reply.body, reply.status, [*passed, ("Via", via(reply.version))])
+        """Return the service's reply as the answer to the client."""
+        left_out = NOT_PASSED_BACK.union(reply.fields.tokens("connection"))
+        headers = [(name, value) for name, value in reply.fields.pairs
+                   if name.lower() not in left_out]
+        if self.command == "HEAD" and "content-length" in reply.fields and reply.status != 204:
+            headers.append(("Content-Length", reply.fields["content-length"]))  # of a GET
+        return Answer(reply.body, reply.status, [*headers, ("Via", via(reply.version))])
 
     # --- composition
 
     def compose(self, upstream: Upstream, names: list[str]) -> Answer:
-        """Answer with resources that have their parts of these names inside, by one call for each page of parts.
+        """Answer with resources of a service, in which these names are expanded.
 
-        A part that is not to be had is null, and the resource tells under `missing` why. X-Complete tells how
-        many parts were found, of how many.
+        Expanding `user` in an order, for instance, puts its user in. What cannot be fetched is
+        null, and `missing` says why. X-Complete says how many were found, of how many.
         """
         services = EXPANSIONS[upstream.name]
         for name in names:
             if name not in services:
-                raise BadRequest(f"expand: {name!r} is none of {', '.join(services)}")
-        reply = self.forward(upstream, "GET", NOT_SENT | CONDITIONS)
+                raise BadRequest(f"expand: {name!r} is not one of {', '.join(services)}")
+        reply = self.forward(upstream, "GET", NOT_FORWARDED | CONDITIONS)
         if reply.status != 200:
             return self.pass_back(reply)
-        keys = {name: f"{name}Id" for name in names}
-        rows = read_rows(upstream.name, reply.body, *keys.values())
-        wanted = {name: sorted({row[key] for row in rows}) for name, key in keys.items()}
-        parts, reasons = self.find_parts(wanted, services)
-        for name, key in keys.items():
-            for row in rows:
-                row[name] = parts[name].get(row[key])
-        missing = 0
-        for row in rows if any(reasons.values()) else []:
-            if whys := [why for name, key in keys.items() if (why := reasons[name].get(row[key]))]:
-                row["missing"] = whys
-                missing += len(whys)
+        rows = read_rows(upstream.name, reply.body, *[key_of(name) for name in names])
+        expansions = [Expansion(name, services[name], rows) for name in names]
+        self.fetch(expansions)
+        missing = sum(expand(row, expansions) for row in rows)
         total = len(rows) * len(names)
-        links = [("Link", reply.fields["link"])] if "link" in reply.fields else []
-        return Answer(rows if reply.body.lstrip().startswith(b"[") else rows[0], headers=[
-            *links, ("X-Complete", f"{total - missing}/{total}"), ("Via", via(reply.version))])
+        headers = [("X-Complete", f"{total - missing}/{total}"), ("Via", via(reply.version))]
+        if "link" in reply.fields:
+            headers.append(("Link", reply.fields["link"]))
+        is_page = reply.body.lstrip().startswith(b"[")
+        return Answer(rows if is_page else rows[0], headers=headers)
 
-    def find_parts(self, wanted: dict[str, list[int]], services: dict[str, str]) -> tuple[Parts, Parts]:
-        """Return the parts that are found, each by its name and its id, and what to tell of each that is not."""
-        pages = [(name, ids[first:first + MAX_IDS]) for name, ids in wanted.items()
-                 for first in range(0, len(ids), MAX_IDS)]
-        replies = self.ask_together([
-            (self.server.upstreams[services[name]], f"/{services[name]}?ids={','.join(map(str, ids))}")
-            for name, ids in pages], self.deadline)
-        parts: Parts = {name: {} for name in wanted}
-        reasons: Parts = {name: {} for name in wanted}
-        for (name, ids), reply in zip(pages, replies, strict=True):
-            rows, status, detail = read_page(services[name], reply)
-            parts[name].update({row["id"]: row for row in rows})
-            reasons[name].update({part: {"service": services[name], "status": status,
-                                         "detail": detail or f"there is no {name} {part}"}
-                                  for part in ids if part not in parts[name]})
-        return parts, reasons
+    def fetch(self, expansions: list[Expansion]) -> None:
+        """Fetch the resources of all expansions in parallel, MAX_IDS with each request."""
+        batches = [(expansion, ids) for expansion in expansions for ids in expansion.batches()]
+        requests = []
+        for expansion, ids in batches:
+            target = f"/{expansion.service}?ids={','.join(map(str, ids))}"
+            requests.append((self.server.upstreams[expansion.service], target))
+        replies = self.get_all(requests, self.deadline)
+        for (expansion, ids), reply in zip(batches, replies, strict=True):
+            expansion.add(ids, reply)
 
-    def ask_together(self, questions: list[tuple[Upstream, str]], deadline: float) -> list[Reply | UpstreamError]:
-        """Ask services side by side; return what each answers, or why it does not."""
-        outcomes: dict[int, Reply | UpstreamError] = {}
-        trace = self.trace()
+    def get_all(self, requests: list[tuple[Upstream, str]],
+                deadline: float) -> list[Reply | UpstreamError]:
+        """Send a GET to each service and target in parallel; return the replies, or the errors."""
+        headers = self.trace()
 
-        def ask(number: int, upstream: Upstream, target: str) -> None:
+        def get(request: tuple[Upstream, str]) -> Reply | UpstreamError:
+            upstream, target = request
             try:
-                outcomes[number] = self.server.client.call(upstream, "GET", target, trace, deadline=deadline)
-            except UpstreamError as failure:
-                outcomes[number] = failure
+                return self.server.client.call(upstream, "GET", target, headers, None, deadline)
+            except UpstreamError as error:
+                return error
 
-        threads = [Thread(target=ask, args=(number, *question), daemon=True)
-                   for number, question in enumerate(questions)]
-        for thread in threads[1:]:
-            thread.start()
-        for thread in threads[:1]:
-            thread.run()  # the first needs no thread but this one
-        for thread in threads[1:]:
-            thread.join()
-        return [outcomes[number] for number in range(len(questions))]
+        return in_parallel(get, requests)
 
-    # --- the gateway's own
+    # --- the gateway's own resources
 
     def greet(self) -> Answer:
         return Answer(b"API Gateway", headers=[("Content-Type", "text/html; charset=utf-8")])
 
     def health(self) -> Answer:
-        """Tell how the gateway is, each service behind it, and the breaker of each instance of those."""
-        upstreams = self.server.upstreams
-        replies = self.ask_together([(upstream, "/health") for upstream in upstreams.values()],
-                                    min(self.deadline, time.monotonic() + HEALTH_TIME))
-        states = {name: HEALTH.get(reply.status, "away") if isinstance(reply, Reply) else "away"
-                  for name, reply in zip(upstreams, replies, strict=True)}
-        breakers = {name: [instance.breaker.state for instance in upstream.instances] for name, upstream in upstreams.items()}
+        """Answer a health check with the state of each service, and of its circuit breakers."""
         answer = super().health()
-        if answer.status == 200 and set(states.values()) != {"ok"}:
-            answer.body["status"] = "degraded"
-        return answer._replace(body={**answer.body, "services": states, "breakers": breakers})
+        upstreams = self.server.upstreams
+        requests = [(upstream, "/health") for upstream in upstreams.values()]
+        replies = self.get_all(requests, min(self.deadline, time.monotonic() + HEALTH_TIME))
+        states = dict(zip(upstreams, map(state_of, replies), strict=True))
+        breakers = {name: [instance.breaker.state for instance in upstream.instances]
+                    for name, upstream in upstreams.items()}
+        body = {**answer.body, "services": states, "breakers": breakers}
+        if answer.status == 200 and any(state != "ok" for state in states.values()):
+            body["status"] = "degraded"
+        return answer._replace(body=body)
 
     routes = {"/": {"GET": greet}}
 
+
+def state_of(reply: Reply | UpstreamError) -> str:
+    """Return the state of a service from its health check."""
+    if isinstance(reply, UpstreamError):
+        return "away"
+    return HEALTH.get(reply.status, "away")
+
+
+# --- the process
 
 class Gateway(Service):
     name, title, port = "gateway", "API Gateway", GATEWAY_PORT
     handler = GatewayHandler
     options = [
         config.HOST, *config.FOR_GATEWAY, config.TOKEN, config.QUIET,
-        *[config.service_url(name, port)
-          for name, port in SERVICES.items()]]
+        *[config.service_url(name, port) for name, port in SERVICES.items()]]
 
     def __init__(self, settings: Namespace):
         super().__init__(settings)
         self.token = settings.token_file or settings.token or ""
         self.limit = RateLimit(settings.rate) if settings.rate else None
-        self.client = Client(settings.timeout)
-        self.upstreams = {name: Upstream(name, getattr(settings, f"{name}_url"), keeps_keys=name in KEEPS_KEYS,
-                                         max_in_flight=settings.max_in_flight) for name in SERVICES}
+        self.client = Client(settings.timeout, self.log.event)
+        self.upstreams = {}
+        for name in SERVICES:
+            self.upstreams[name] = Upstream(
+                name, getattr(settings, f"{name}_url"), max_in_flight=settings.max_in_flight,
+                idempotent_receiver=name in IDEMPOTENT_RECEIVERS)
 
     def close(self) -> None:
         self.client.close()

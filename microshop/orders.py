@@ -374,7 +374,7 @@ class Orders(Service):
 
     def __init__(self, settings: Namespace):
         super().__init__(settings)
-        self.client = Client(CALL_TIME)
+        self.client = Client(CALL_TIME, self.log.event)
         self.users = Upstream("users", settings.users_url)
         self.products = Upstream("products", settings.products_url)
         self.ending = threading.Event()

@@ -1,4 +1,7 @@
-"""Who may ask: a rate limit for each client, and the bearer token that writes need."""
+"""Which requests are let in: a rate limit for each client, and the bearer token that writes need.
+
+Law: nothing here knows HTTP requests, only addresses and header values; the gateway does the rest.
+"""
 import hmac
 import ipaddress
 import threading
@@ -9,18 +12,19 @@ from typing import NamedTuple
 
 
 class Rate(NamedTuple):
-    """So many requests in so many seconds."""
+    """A number of requests in a number of seconds."""
 
     requests: int
     seconds: int
 
 
 class RateLimit:
-    """A token bucket for each client: `rate` on average, and `rate.requests` at once.
+    """A token bucket for each client: `rate` on average, in bursts of up to `rate.requests`.
 
-    A bucket is one number, the time at which it is full again (the generic cell rate algorithm): at 5 an hour each
-    token moves that by 720 s, and it may lie an hour ahead, when the bucket is empty, but no further.
-    Of more than MOST_CLIENTS who was not seen for longest is forgotten, so a million addresses cost no more memory.
+    A bucket is stored as one number, the time when it will be full again (the generic cell rate
+    algorithm). At 5 requests an hour, each request moves that time by 720 s. The bucket is empty
+    when the time is an hour ahead, and no request may move it further.
+    Only the MOST_CLIENTS seen last are remembered: so a million addresses need no more memory.
     """
 
     MOST_CLIENTS = 10_000
@@ -32,21 +36,25 @@ class RateLimit:
         self._lock = threading.Lock()
 
     def take(self, client: str) -> float:
-        """Take a token out of a client's bucket; return 0, or the seconds until there is one."""
+        """Take a token from a client's bucket; return 0, or the seconds until there will be one."""
+        seconds_per_token = self.rate.seconds / self.rate.requests
         with self._lock:
             now = self._clock()
-            full_at = max(self._full_at.get(client, now), now) + self.rate.seconds / self.rate.requests
-            too_far = full_at - now - self.rate.seconds
-            if too_far <= 1e-6:  # by which a sum of many tokens may be off
-                self._full_at[client], too_far = full_at, 0.0
+            full_at = max(self._full_at.get(client, now), now) + seconds_per_token
+            wait = full_at - now - self.rate.seconds
+            if wait <= 1e-6:  # the rounding error of a sum of many tokens
+                self._full_at[client], wait = full_at, 0.0
             self._full_at.move_to_end(client)
             if len(self._full_at) > self.MOST_CLIENTS:
                 self._full_at.popitem(last=False)
-            return too_far
+            return wait
 
 
 def client_of(address: str) -> str:
-    """Return whom an address stands for: of IPv6 its first 64 bits, since one host has all the rest to choose from."""
+    """Return the client that an IP address belongs to.
+
+    For IPv6 that is the /64 network, since a single host may use all addresses in one.
+    """
     if ":" not in address:
         return address
     host = ipaddress.IPv6Address(address)
@@ -54,6 +62,10 @@ def client_of(address: str) -> str:
 
 
 def is_bearer(authorization: str, token: str) -> bool:
-    """Tell whether an Authorization field shows the token (RFC 6750 2.1), in a time that tells nothing about it."""
-    scheme, _, shown = authorization.partition(" ")
-    return scheme.lower() == "bearer" and hmac.compare_digest(shown.strip(" ").encode(), token.encode())
+    """Return whether an Authorization header carries the token (RFC 6750 section 2.1).
+
+    The comparison takes the same time however many characters are right.
+    """
+    scheme, _, given = authorization.partition(" ")
+    is_equal = hmac.compare_digest(given.strip(" ").encode(), token.encode())
+    return scheme.lower() == "bearer" and is_equal

@@ -1,4 +1,10 @@
-"""Kept-alive connections for urllib: its own http_open() opens a new connection for every request."""
+"""Kept-alive connections to other services, as a handler for urllib.
+
+This module sends one request on one connection and reads the reply. It keeps connections for later
+requests, since urllib's own HTTPHandler opens, and closes, a connection for every request.
+
+Law: nothing here decides to send a request again, or to which instance. client.py does.
+"""
 import contextlib
 import socket
 import time
@@ -11,14 +17,14 @@ from microshop.chassis import wire
 from microshop.chassis.content import parse_json
 from microshop.chassis.errors import BadRequest
 
-MAX_ANSWER = 8 * 1024 * 1024   # bytes of an answer's body
-MAX_IDLE = 128                 # connections kept for later, per address
-IDLE_TIME = 30.0               # seconds one is kept: less than a service keeps its end (server.IDLE_TIME)
-CONNECT_TIME = 1.0             # seconds to connect, so that there is time left for another instance
+MAX_REPLY = 8 * 1024 * 1024   # bytes of a reply's body
+MAX_IDLE = 128                 # idle connections kept per address
+IDLE_TIME = 30.0               # seconds to keep one: less than a service does (answer.IDLE_TIME)
+CONNECT_TIME = 1.0             # seconds to connect, so that time is left to try another instance
 
 
 class Reply(NamedTuple):
-    """What a service answered."""
+    """The response of a service."""
 
     status: int
     version: str
@@ -27,63 +33,80 @@ class Reply(NamedTuple):
 
     @property
     def detail(self) -> str:
-        """What went wrong, as far as a problem document tells."""
+        """Why the request failed: the `detail` of its problem document (RFC 9457), if any."""
         with contextlib.suppress(BadRequest, KeyError, TypeError):
-            if isinstance(detail := parse_json(self.body)["detail"], str) and detail:
+            detail = parse_json(self.body)["detail"]
+            if isinstance(detail, str) and detail:
                 return detail
-        return f"the answer was {self.status}"
+        return f"the response status was {self.status}"
 
 
 class Request(urllib.request.Request):
+    """A request for KeepAliveHandler, and how far it got."""
+
     deadline = 0.0       # of time.monotonic
-    is_repeated = False  # then it needs a new connection: one that was kept may be the reason
-    is_sent = False      # whether a byte of it may have been
+    is_retry = False     # a retry takes a new connection: a kept one may be why a try failed
+    is_sent = False      # whether the service may have received any of it
 
 
 class KeepAliveHandler(urllib.request.BaseHandler):
-    """Opens http: URLs as urllib's HTTPHandler does, but keeps the connections for the next requests."""
+    """Open http: URLs as urllib's HTTPHandler does, but keep connections for later requests."""
 
     def __init__(self) -> None:
-        self._idle: defaultdict[str, deque[Connection]] = defaultdict(deque)
+        self._idle: defaultdict[str, deque[Connection]] = defaultdict(deque)  # by address
 
     def http_open(self, request: Request) -> Reply:
-        connection = None if request.is_repeated else self._take_idle(request.host)
+        """Send a request and return the reply; urllib calls this.
+
+        Raises OSError (TimeoutError at the deadline), EOFError where the connection was closed too
+        early, and a ServiceError where the reply is not valid HTTP or too large.
+        """
+        connection = None if request.is_retry else self._take_idle(request.host)
         if not connection:
             timeout = min(request.deadline - time.monotonic(), CONNECT_TIME)
             connection = Connection(request.host, max(timeout, 0.001))
-        reusable = False
+        is_reusable = False
         try:
-            connection.ask(request)
-            reply, reusable = connection.read_reply(request.get_method())
+            connection.send_request(request)
+            reply, is_reusable = connection.read_reply(request.get_method())
             return reply
         finally:
-            idle = self._idle[request.host]
-            if reusable and len(idle) < MAX_IDLE:
-                connection.idle_since = time.monotonic()
-                idle.append(connection)
+            if is_reusable:
+                self._keep(request.host, connection)
             else:
                 connection.close()
 
     def close(self) -> None:
+        """Close the idle connections."""
         for idle in self._idle.values():
             while idle:
                 idle.pop().close()
 
+    def _keep(self, address: str, connection: "Connection") -> None:
+        idle = self._idle[address]
+        if len(idle) < MAX_IDLE:
+            connection.idle_since = time.monotonic()
+            idle.append(connection)
+        else:
+            connection.close()
+
     def _take_idle(self, address: str) -> "Connection | None":
-        """Return the connection used last that still serves, or None; drop those idle for too long."""
-        idle, oldest = self._idle[address], time.monotonic() - IDLE_TIME
+        """Return the connection that was used last, if one is usable; close those that are not."""
+        idle, expired = self._idle[address], time.monotonic() - IDLE_TIME
         try:
-            while idle[0].idle_since < oldest:
+            while idle[0].idle_since < expired:
                 idle.popleft().close()
-            while (connection := idle.pop()).has_news():
+            while True:
+                connection = idle.pop()
+                if not connection.is_stale():
+                    return connection
                 connection.close()
-            return connection
-        except IndexError:  # none is left; another thread may have taken it meanwhile
+        except IndexError:  # none is left; checking first would race with other threads
             return None
 
 
 class Connection:
-    """A connection to an address."""
+    """An open connection to an address. It serves one request at a time."""
 
     def __init__(self, address: str, timeout: float):
         url = urlsplit(f"//{address}")
@@ -91,45 +114,54 @@ class Connection:
         self.socket.settimeout(None)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.stream = wire.Stream(self.socket)
-        self.idle_since = 0.0
+        self.idle_since = 0.0  # of time.monotonic
 
     def close(self) -> None:
         self.socket.close()
 
-    def has_news(self) -> bool:
-        """Tell whether an idle connection was closed, or holds bytes that would pass for the next answer."""
+    def is_stale(self) -> bool:
+        """Return whether an idle connection was closed, or has received bytes.
+
+        The bytes belong to no request, and would be taken for the reply to the next one.
+        """
         try:
             self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
+        except BlockingIOError:  # open, and nothing has arrived
             return False
-        except OSError:  # it is broken
-            pass
-        return True  # also where it was closed: recv() returns b"" then
+        except OSError:
+            return True
+        return True  # bytes, or b"" where the connection was closed
 
-    def ask(self, request: Request) -> None:
-        """Send a request."""
+    def send_request(self, request: Request) -> None:
         method = request.get_method()
         body: bytes = request.data or b""  # type: ignore[assignment]
         headers = [("Host", request.host), *request.header_items()]
         if body or method not in ("GET", "HEAD", "DELETE", "OPTIONS"):
             headers.append(("Content-Length", str(len(body))))
-        self.stream.deadline = request.deadline
         message = wire.format_head(f"{method} {request.selector} HTTP/1.1", headers) + body
+        self.stream.deadline = request.deadline
         request.is_sent = True
         self.stream.send(message)
 
     def read_reply(self, method: str) -> tuple[Reply, bool]:
-        """Return the answer to what was asked, and whether the connection can be used again."""
-        while (response := wire.parse_response(self.stream.read_head())).status < 200:  # interim, RFC 9110 15.2
-            if response.status == 101:
-                raise BadRequest("it switches protocols, which nobody asked for")
-        status, version, fields, length = response
-        ends_itself = True
+        """Return the reply to a request, and whether the connection can be used again."""
+        status, version, fields, length = self._read_final_head()
+        is_delimited = True
         if method == "HEAD" or status in (204, 304):
             body = b""
         elif length is not None:
-            body = self.stream.read_body(length, MAX_ANSWER)
+            body = self.stream.read_body(length, MAX_REPLY)
         else:
-            body, ends_itself = self.stream.read_to_end(MAX_ANSWER), False
-        reusable = ends_itself and wire.keeps_alive(version, fields) and not self.stream.has_bytes()
-        return Reply(status, version, fields, body), reusable
+            body, is_delimited = self.stream.read_to_end(MAX_REPLY), False
+        is_reusable = (is_delimited and wire.keeps_alive(version, fields)
+                       and not self.stream.has_bytes())
+        return Reply(status, version, fields, body), is_reusable
+
+    def _read_final_head(self) -> wire.Response:
+        """Return the next head that is not an interim response (RFC 9110 section 15.2)."""
+        while True:
+            response = wire.parse_response(self.stream.read_head())
+            if response.status >= 200:
+                return response
+            if response.status == 101:
+                raise BadRequest("it switches protocols, although the request did not ask for that")

@@ -1,24 +1,33 @@
 """Resilience policies for calls to other services, as small state machines.
 
-Law: a policy counts and decides; it sends nothing. Time comes from the `clock` passed in, in seconds,
-so that a test can replay a history. client.Upstream holds the lock around CircuitBreaker and RetryBudget.
+    CircuitBreaker  stops calls to an instance that keeps failing, and probes it from time to time
+    Bulkhead        limits how many calls to one service are in flight
+    RetryBudget     limits how many of the calls to one service may be retries
+    LogLimit        limits how often a frequent event is logged
+
+Law: a policy counts and decides; it sends nothing and logs nothing. Time comes from the `clock`
+that is passed in, in seconds, so that a test can replay a history. Only Bulkhead is thread-safe:
+client.Upstream holds its lock around the others.
 """
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 Clock = Callable[[], float]
 
 
 class CircuitBreaker:
-    """A circuit breaker: spares an instance of a service that fails, and its callers the wait.
+    """Stop calling an instance that keeps failing: it can recover, and callers need not wait.
 
-    closed     calls pass; IN_A_ROW failures, or half of the last RECENT, open it
-    open       none passes until the pause is over
-    half-open  one does, the probe: its outcome closes the breaker, or opens it for twice the pause
+    closed     calls pass; IN_A_ROW failures, or half of the last RECENT calls, open the breaker
+    open       no call passes until the pause is over
+    half-open  one call passes, the probe: if it succeeds, the breaker closes; if it fails, the
+               breaker opens for twice the pause
 
-    A call that begins in one state and ends in another shows nothing of that: its ticket is of an earlier term.
+    A call that begins in one state and ends in another says nothing about the new state, so each
+    call gets a ticket: the number of the state in which it began.
     """
 
     IN_A_ROW = 5
@@ -27,122 +36,177 @@ class CircuitBreaker:
 
     def __init__(self, clock: Clock = time.monotonic):
         self._clock = clock
-        self._outcomes: deque[bool] = deque(maxlen=self.RECENT)
-        self._pause = 0.0    # seconds; zero while it is closed
-        self._until = 0.0    # when the pause is over
+        self._outcomes: deque[bool] = deque(maxlen=self.RECENT)  # of calls since it last closed
+        self._pause = 0.0    # seconds; zero while closed
+        self._until = 0.0    # when the pause ends
         self._is_probing = False
-        self._term = 1       # counts the changes of state
+        self._probes = 0     # since the breaker opened
+        self._changes = 0
 
     @property
     def state(self) -> str:
+        """The state as a word: closed, open or half-open."""
         if not self._pause:
             return "closed"
         return "open" if self.remaining() else "half-open"
 
     def remaining(self) -> float:
-        """Return the seconds until it may let a call pass."""
+        """Return the seconds until the breaker may let a call pass."""
         return max(self._until - self._clock(), 0.0) if self._pause else 0.0
 
     def admits(self) -> bool:
-        """Tell whether a call may begin now."""
+        """Return whether a call may begin now."""
         return not self._pause or not self._is_probing and not self.remaining()
 
     def begin(self) -> int:
-        """Let a call begin that it admits; return a ticket, with which its outcome is to be told."""
-        self._is_probing = self._pause > 0
-        return self._term
+        """Begin a call, which the breaker must admit; return its ticket, for end()."""
+        if self._pause:
+            self._is_probing = True
+            self._probes += 1
+        return self._changes
 
-    def end(self, ticket: int, succeeded: bool | None) -> None:
-        """Take note of a call's outcome; None where it shows nothing."""
-        if ticket != self._term:
-            return
-        if self._is_probing:
-            self._is_probing = False
-            if succeeded:
-                self._change(0.0)
-            elif succeeded is not None:
-                self._change(min(self._pause * 2, self.LAST_PAUSE))
-        elif succeeded is not None:
-            self._outcomes.append(succeeded)
-            if not succeeded and self._is_failing():
-                self._change(self.FIRST_PAUSE)
+    def is_first_probe(self, ticket: int) -> bool:
+        """Return whether the call with this ticket made the breaker half-open."""
+        return self._probes == 1 and ticket == self._changes
 
-    def _is_failing(self) -> bool:
+    def end(self, ticket: int, succeeded: bool | None) -> str:
+        """Record how a call ended; None means that its end says nothing about the instance.
+
+        Returns how the breaker's state has changed, in words for the log, or "" if it has not.
+        """
+        if ticket != self._changes:
+            return ""
+        was_probe, self._is_probing = self._is_probing, False
+        if succeeded is None:
+            return ""
+        if was_probe and succeeded:
+            self._change(pause=0.0)
+            return "closed: the probe succeeded"
+        if was_probe:
+            self._change(min(self._pause * 2, self.LAST_PAUSE))
+            return f"opened again for {self._pause:g} s: another failure"
+        self._outcomes.append(succeeded)
+        if succeeded or not (failures := self._too_many_failures()):
+            return ""
+        self._change(self.FIRST_PAUSE)
+        return f"opened for {self._pause:g} s after {failures}"
+
+    def _too_many_failures(self) -> str:
+        """Describe the recent failures if they are enough to open the breaker; else return ""."""
         outcomes = list(self._outcomes)
-        return (outcomes[-self.IN_A_ROW:] == [False] * self.IN_A_ROW
-                or len(outcomes) == self.RECENT and outcomes.count(False) * 2 >= self.RECENT)
+        if outcomes[-self.IN_A_ROW:] == [False] * self.IN_A_ROW:
+            return f"{self.IN_A_ROW} failures in a row"
+        failures = outcomes.count(False)
+        if len(outcomes) == self.RECENT and failures * 2 >= self.RECENT:
+            return f"{failures} failures in {self.RECENT} calls"
+        return ""
 
     def _change(self, pause: float) -> None:
-        """Open for a pause, or close, where that is zero."""
-        self._pause, self._until, self._term = pause, self._clock() + pause, self._term + 1
+        """Open for `pause` seconds, or close if that is zero."""
+        self._pause, self._until = pause, self._clock() + pause
+        self._changes += 1
+        self._probes = 0
         self._outcomes.clear()
 
 
 class Bulkhead:
-    """So many may be under way at a time; who comes later waits in line.
+    """Limit calls in flight, so that a service that hangs cannot occupy every thread of its caller.
 
-    A Semaphore lets newcomers pass those that wait: under load some never get their turn.
+    A fair semaphore: at most `count` calls at a time; waiters are served first come, first served.
+    (threading.Semaphore lets newcomers overtake waiters: under load, some would never be served.)
     """
 
     def __init__(self, count: int):
         self._free = count
-        self._line: deque[threading.Lock] = deque()  # one that is released has its turn
+        self._waiters: deque[threading.Lock] = deque()  # releasing a lock serves its waiter
         self._lock = threading.Lock()
 
     def acquire(self, timeout: float) -> bool:
-        """Take a slot, within so many seconds; False where there was none."""
+        """Take a slot, waiting up to `timeout` seconds for one; return whether there was one."""
         with self._lock:
             if self._free:
                 self._free -= 1
                 return True
-            turn = threading.Lock()
-            turn.acquire()
-            self._line.append(turn)
-        if turn.acquire(timeout=max(timeout, 0)):
+            waiter = threading.Lock()
+            waiter.acquire()
+            self._waiters.append(waiter)
+        if waiter.acquire(timeout=max(timeout, 0)):
             return True
         with self._lock:
-            if turn not in self._line:  # it came just now
+            if waiter not in self._waiters:  # served just after its timeout
                 return True
-            self._line.remove(turn)
+            self._waiters.remove(waiter)
             return False
 
     def release(self) -> None:
+        """Give a slot back, to the waiter that has waited longest if there is one."""
         with self._lock:
-            if self._line:
-                self._line.popleft().release()
+            if self._waiters:
+                self._waiters.popleft().release()
             else:
                 self._free += 1
 
 
-class RetryBudget:
-    """Keeps retries from finishing off a service that is sick already.
+@dataclass(slots=True)
+class _Second:
+    """What was counted in one second of the clock."""
 
-    They add at most a tenth (SHARE) to the calls of the last WINDOW seconds; but AT_LEAST so many are
-    allowed, or a quiet shop could never retry.
+    number: int
+    calls: int = 0
+    retries: int = 0
+
+
+class RetryBudget:
+    """Keep retries from overloading a service that has difficulties already.
+
+    In any WINDOW seconds, retries may be a tenth (SHARE) of the calls. AT_LEAST retries are always
+    allowed: a tenth of a few calls would be none.
     """
 
     SHARE, AT_LEAST, WINDOW = 0.1, 3, 10
 
     def __init__(self, clock: Clock = time.monotonic):
         self._clock = clock
-        self._seconds: deque[list[int]] = deque([[0, 0, 0]])  # each second with its calls and its retries
+        self._seconds = deque([_Second(0)])  # those of the last WINDOW seconds that saw a call
 
     def note_call(self) -> None:
-        self._this_second()[1] += 1
+        """Count a call, which is not a retry."""
+        self._this_second().calls += 1
 
     def take(self) -> bool:
-        """Tell whether one more retry is within the budget; if so, it is counted."""
-        second = self._this_second()
-        _, calls, retries = map(sum, zip(*self._seconds, strict=True))
+        """Count one more retry if the budget allows it; return whether it does."""
+        this_second = self._this_second()
+        calls = sum(second.calls for second in self._seconds)
+        retries = sum(second.retries for second in self._seconds)
         if retries + 1 > max(self.AT_LEAST, calls * self.SHARE):
             return False
-        second[2] += 1
+        this_second.retries += 1
         return True
 
-    def _this_second(self) -> list[int]:
+    def _this_second(self) -> _Second:
         now = int(self._clock())
-        if self._seconds[-1][0] != now:
-            self._seconds.append([now, 0, 0])
-            while self._seconds[0][0] <= now - self.WINDOW:
+        if self._seconds[-1].number != now:
+            self._seconds.append(_Second(now))
+            while self._seconds[0].number <= now - self.WINDOW:
                 self._seconds.popleft()
         return self._seconds[-1]
+
+
+class LogLimit:
+    """Limit an event that may happen thousands of times a second to one log line per INTERVAL."""
+
+    INTERVAL = 1.0  # seconds
+
+    def __init__(self, clock: Clock = time.monotonic):
+        self._clock = clock
+        self._count = 0
+        self._next = clock()  # when the next line may be written
+
+    def note(self) -> int:
+        """Count an event; return the number of events to report now, or 0 to write no line yet."""
+        self._count += 1
+        if self._clock() < self._next:
+            return 0
+        count, self._count = self._count, 0
+        self._next = self._clock() + self.INTERVAL
+        return count

@@ -1,13 +1,15 @@
-"""Circuit breaker, bulkhead and retry budget, tested by replaying histories."""
+"""Circuit breaker, bulkhead, retry budget and log limit, tested by replaying histories."""
 import random
 import threading
 import unittest
 
-from microshop.chassis.resilience import Bulkhead, CircuitBreaker, RetryBudget
+from microshop.chassis.resilience import Bulkhead, CircuitBreaker, LogLimit, RetryBudget
 from tests.helpers import PATIENCE, wait_until
 
 
 class Clock:
+    """A clock that the test sets."""
+
     def __init__(self):
         self.now = 1000.0
 
@@ -15,78 +17,114 @@ class Clock:
         return self.now
 
 
-class BreakerTest(unittest.TestCase):
+class CircuitBreakerTest(unittest.TestCase):
     def setUp(self):
         self.clock = Clock()
         self.breaker = CircuitBreaker(self.clock)
 
-    def live_through(self, history):
-        """Replay a history: a number is so many seconds, "+" and "-" are calls that succeed and fail."""
+    def replay(self, history):
+        """Replay a history: numbers are seconds that pass, "+" and "-" calls that succeed and fail.
+
+        Return what the breaker says of its changes.
+        """
+        changes = []
         for event in history:
             if isinstance(event, float):
                 self.clock.now += event
                 continue
             for outcome in event:
-                self.assertTrue(self.breaker.admits(), history)
-                self.breaker.end(self.breaker.begin(), outcome == "+")
+                self.assertTrue(self.breaker.admits(), f"it opens too early in {history}")
+                changes.append(self.breaker.end(self.breaker.begin(), outcome == "+"))
+        return [change for change in changes if change]
 
-    def test_its_state_follows_from_its_history(self):
+    def test_the_state_follows_from_the_history(self):
+        half_of_twenty = ["++++++++++", "-+-+-+-+-+-+-+-+-+-"]
+        closed_once = ["-----", 0.5, "-", 1.0, "+"]  # it failed, and recovered
+        doubling = ["-----", 0.5, "-", 1.0, "-", 2.0, "-", 4.0, "-", 8.0, "-"]
         for history, state in [
-            ([], "closed"), (["----"], "closed"), (["-----"], "open"),
-            (["----+----"], "closed"), (["+++++++----", 100.0, "-"], "open"),  # in a row, however long it takes
-            (["+-" * 9], "closed"), (["+-" * 10], "open"), (["++-" * 20], "closed"),
-            (["++++++++++", "-+-+-+-+-+-+-+-+-+-"], "open"),  # half of the last twenty
-            (["-----", 0.49], "open"), (["-----", 0.5], "half-open"), (["-----", 99.0], "half-open"),
-            (["-----", 0.5, "+"], "closed"), (["-----", 0.5, "+----"], "closed"), (["-----", 0.5, "+-----"], "open"),
-            (["-----", 0.5, "-"], "open"), (["-----", 0.5, "-", 0.99], "open"), (["-----", 0.5, "-", 1.0], "half-open"),
-            (["-----", 0.5, "-", 1.0, "+"], "closed"), (["-----", 0.5, "-", 1.0, "-", 1.99], "open"),
-            (["-----", 0.5, "-", 1.0, "+", "-----", 0.5], "half-open"),  # the pauses begin anew
-            (["-----", 0.5, "-", 1.0, "-", 2.0, "-", 4.0, "-", 8.0, "-", 9.99], "open"),
-            (["-----", 0.5, "-", 1.0, "-", 2.0, "-", 4.0, "-", 8.0, "-", 10.0, "-", 10.0], "half-open"),
+            ([], "closed"),
+            (["----"], "closed"),
+            (["-----"], "open"),
+            (["----+----"], "closed"),
+            (["+++++++----", 100.0, "-"], "open"),  # five in a row, however long that takes
+            (["+-" * 9], "closed"),
+            (["+-" * 10], "open"),
+            (["++-" * 20], "closed"),
+            (half_of_twenty, "open"),
+            (["-----", 0.49], "open"),
+            (["-----", 0.5], "half-open"),
+            (["-----", 99.0], "half-open"),
+            (["-----", 0.5, "+"], "closed"),
+            (["-----", 0.5, "+----"], "closed"),
+            (["-----", 0.5, "+-----"], "open"),
+            (["-----", 0.5, "-"], "open"),
+            (["-----", 0.5, "-", 0.99], "open"),
+            (["-----", 0.5, "-", 1.0], "half-open"),
+            (closed_once, "closed"),
+            (["-----", 0.5, "-", 1.0, "-", 1.99], "open"),
+            ([*closed_once, "-----", 0.5], "half-open"),  # the first pause is short again
+            ([*doubling, 9.99], "open"),
+            ([*doubling, 10.0, "-", 10.0], "half-open"),  # no pause is longer than LAST_PAUSE
         ]:
             with self.subTest(history=history):
                 self.setUp()
-                self.live_through(history)
+                self.replay(history)
                 self.assertEqual(self.breaker.state, state)
                 self.assertEqual(self.breaker.admits(), state != "open")
 
-    def test_while_open_it_tells_how_long_it_will_be(self):
+    def test_a_change_of_state_is_described_once(self):
+        changes = self.replay(["-----", 0.5, "-", 1.0, "+", "+-" * 10])
+        self.assertEqual(changes, [
+            "opened for 0.5 s after 5 failures in a row",
+            "opened again for 1 s: another failure",
+            "closed: the probe succeeded",
+            "opened for 0.5 s after 10 failures in 20 calls"])
+
+    def test_only_the_first_probe_of_an_open_breaker_is_the_one_that_makes_it_half_open(self):
+        self.assertFalse(self.breaker.is_first_probe(self.breaker.begin()), "it is closed")
+        self.replay(["-----", 0.5])
+        for expected in (True, False):
+            ticket = self.breaker.begin()
+            self.assertEqual(self.breaker.is_first_probe(ticket), expected)
+            self.breaker.end(ticket, None)
+
+    def test_an_open_breaker_says_how_long_it_stays_open(self):
         self.assertEqual(self.breaker.remaining(), 0)
-        self.live_through(["-----", 0.25])
+        self.replay(["-----", 0.25])
         self.assertEqual(self.breaker.remaining(), 0.25)
         self.clock.now += 1
         self.assertEqual(self.breaker.remaining(), 0)
 
-    def test_one_probe_passes_at_a_time(self):
-        self.live_through(["-----", 0.5])
+    def test_a_half_open_breaker_lets_one_probe_pass_at_a_time(self):
+        self.replay(["-----", 0.5])
         ticket = self.breaker.begin()
         self.clock.now += 100
-        self.assertFalse(self.breaker.admits())
+        self.assertFalse(self.breaker.admits(), "a second probe was let through")
         self.assertEqual(self.breaker.state, "half-open")
-        self.breaker.end(ticket, None)  # it showed nothing: another may
+        self.breaker.end(ticket, None)  # it says nothing, so another call may probe
         self.assertEqual((self.breaker.admits(), self.breaker.state), (True, "half-open"))
         self.breaker.end(self.breaker.begin(), True)
         self.assertEqual(self.breaker.state, "closed")
 
-    def test_what_shows_nothing_counts_for_nothing(self):
+    def test_an_outcome_that_says_nothing_does_not_count(self):
         for outcome in (False, False, False, False, None, False):
             self.assertEqual(self.breaker.state, "closed")
             self.breaker.end(self.breaker.begin(), outcome)
-        self.assertEqual(self.breaker.state, "open")
+        self.assertEqual(self.breaker.state, "open", "five failures in a row, not counting None")
 
-    def test_a_call_that_began_in_another_state_counts_for_nothing(self):
+    def test_a_call_that_began_in_an_earlier_state_does_not_count(self):
         late = [self.breaker.begin() for _ in range(10)]
-        self.live_through(["-----"])
+        self.replay(["-----"])
         self.breaker.end(late.pop(), True)
         self.assertEqual(self.breaker.state, "open")
         self.clock.now += 0.5
         self.breaker.begin()
         for outcome in (True, False, None):
             self.breaker.end(late.pop(), outcome)
-            self.assertFalse(self.breaker.admits())
+            self.assertFalse(self.breaker.admits(), "its probe has not ended yet")
         self.setUp()
         late = [self.breaker.begin() for _ in range(5)]
-        self.live_through(["-----", 0.5, "+"])
+        self.replay(["-----", 0.5, "+"])
         for ticket in late:
             self.breaker.end(ticket, False)
         self.assertEqual(self.breaker.state, "closed")
@@ -102,22 +140,23 @@ class RetryBudgetTest(unittest.TestCase):
             self.budget.note_call()
 
     def take_all(self):
+        """Take retries until there are none left; return their number."""
         return sum(iter(self.budget.take, False))
 
-    def test_a_quiet_shop_may_retry_a_little(self):
+    def test_three_retries_in_ten_seconds_are_allowed_even_without_other_calls(self):
         self.assertEqual(self.take_all(), 3)
         self.clock.now += 9.9
         self.assertEqual(self.take_all(), 0)
         self.clock.now += 0.1
         self.assertEqual(self.take_all(), 3)
 
-    def test_retries_are_a_tenth_of_the_calls_of_the_last_ten_seconds(self):
+    def test_retries_are_at_most_a_tenth_of_the_calls_of_the_last_ten_seconds(self):
         self.call(100)
         self.assertEqual(self.take_all(), 10)
         self.clock.now += 5
         self.call(55)
         self.assertEqual(self.take_all(), 5)
-        self.clock.now += 5  # the hundred are forgotten, and the retries then
+        self.clock.now += 5  # the hundred calls and their retries no longer count
         self.assertEqual(self.take_all(), 0)
         self.call(45)
         self.assertEqual(self.take_all(), 5)
@@ -130,56 +169,78 @@ class RetryBudgetTest(unittest.TestCase):
             calls.append(self.clock.now)
             if dice.random() < 0.5 and self.budget.take():
                 retries.append(self.clock.now)
-        for number, end in enumerate(retries, start=1):
-            within = [sum(int(moment) in range(int(end) - 9, int(end) + 1) and moment <= end for moment in moments)
-                      for moments in (calls, retries[:number])]
-            self.assertLessEqual(within[1], max(3, within[0] / 10))
-        self.assertGreater(len(retries), 100)
 
-    def test_it_remembers_ten_seconds_and_no_more(self):
+        def count_in_window(moments, end):
+            seconds = range(int(end) - 9, int(end) + 1)
+            return sum(int(moment) in seconds and moment <= end for moment in moments)
+
+        for number, end in enumerate(retries, start=1):
+            allowed = max(3, count_in_window(calls, end) / 10)
+            self.assertLessEqual(count_in_window(retries[:number], end), allowed,
+                                 f"retries in the ten seconds before {end}")
+        self.assertGreater(len(retries), 100, "too few retries to show anything")
+
+    def test_no_more_than_ten_seconds_are_remembered(self):
         for _ in range(1000):
             self.clock.now += 1
             self.budget.note_call()
         self.assertEqual(len(self.budget._seconds), 10)
 
 
-class SlotsTest(unittest.TestCase):
-    def test_so_many_may_be_taken_and_one_that_is_given_back_may_be_taken_again(self):
-        slots = Bulkhead(2)
-        self.assertEqual([slots.acquire(0) for _ in range(3)], [True, True, False])
-        slots.release()
-        self.assertEqual([slots.acquire(0.001) for _ in range(2)], [True, False])
+class BulkheadTest(unittest.TestCase):
+    def test_at_most_count_slots_are_taken_at_a_time(self):
+        bulkhead = Bulkhead(2)
+        self.assertEqual([bulkhead.acquire(0) for _ in range(3)], [True, True, False])
+        bulkhead.release()
+        self.assertEqual([bulkhead.acquire(0.001) for _ in range(2)], [True, False])
 
-    def test_who_waits_for_longest_is_next_and_no_newcomer_passes_it(self):
-        slots, order = Bulkhead(1), []
-        slots.acquire(0)
+    def test_waiters_are_served_first_come_first_served_and_no_newcomer_overtakes_them(self):
+        bulkhead, order = Bulkhead(1), []
+        bulkhead.acquire(0)
 
         def wait(name):
-            if slots.acquire(PATIENCE):
+            if bulkhead.acquire(PATIENCE):
                 order.append(name)
-                slots.release()
+                bulkhead.release()
 
         threads = []
         for name in range(20):
             threads.append(threading.Thread(target=wait, args=(name,)))
             threads[-1].start()
-            wait_until(lambda: len(slots._line) == len(threads))
-        slots.release()
-        order.append("newcomer" if slots.acquire(0) else "nobody")
+            wait_until(lambda: len(bulkhead._waiters) == len(threads))
+        bulkhead.release()
+        if bulkhead.acquire(0):
+            order.append("newcomer")
         for thread in threads:
             thread.join(PATIENCE)
-        self.assertEqual([name for name in order if name != "nobody"][:20], list(range(20)))
+        self.assertEqual(order[:20], list(range(20)), "the order in which calls were let in")
 
-    def test_a_slot_that_comes_just_as_the_wait_ends_is_not_lost(self):
-        slots = Bulkhead(1)
+    def test_a_slot_that_is_released_just_as_a_waiter_gives_up_is_not_lost(self):
+        bulkhead = Bulkhead(1)
+
+        def wait_briefly():
+            if bulkhead.acquire(0.0005):
+                bulkhead.release()
+
         for _ in range(200):
-            self.assertTrue(slots.acquire(0))
-            waiting = threading.Thread(target=lambda: slots.acquire(0.0005) and slots.release())
+            self.assertTrue(bulkhead.acquire(0), "a slot was lost in an earlier round")
+            waiting = threading.Thread(target=wait_briefly)
             waiting.start()
             threading.Event().wait(0.0005)
-            slots.release()
+            bulkhead.release()
             waiting.join(PATIENCE)
-        self.assertTrue(slots.acquire(0))
+        self.assertTrue(bulkhead.acquire(0), "a slot was lost")
+
+
+class LogLimitTest(unittest.TestCase):
+    def test_one_line_a_second_reports_all_events_since_the_last(self):
+        clock = Clock()
+        limit = LogLimit(clock)
+        self.assertEqual([limit.note() for _ in range(100)], [1] + [0] * 99)
+        clock.now += 1
+        self.assertEqual(limit.note(), 100)
+        clock.now += 3600
+        self.assertEqual(limit.note(), 1)
 
 
 if __name__ == "__main__":
