@@ -12,8 +12,9 @@ Where to look:
     lanes.py                   runs the whole suite in several processes at once
     chaos.py crash.py fuzz.py soak.py bench.py   long runs; `make help` lists them
 
-One module alone: `python -m unittest tests.test_users`. The two assignments below are the hooks of
-journal.py and lanes.py: unittest shows results with this class, and asks a package for load_tests().
+One module alone: `python -m unittest tests.test_users`. The assignments below are the hooks of
+journal.py and lanes.py: unittest prints results with the class, and calls the package's
+load_tests() to find the tests.
 """
 import unittest
 

@@ -1,7 +1,7 @@
 """What the tests share: start services and processes, send requests, and wait for events.
 
-All of it goes over real sockets. Each request, each answer and each line of a log is noted in the journal
-(journal.py), which the runner shows with a failure.
+All requests go over real sockets. Each request, each answer and each line of a log is noted in the
+journal (journal.py), which the runner shows with a failure.
 """
 import contextlib
 import json
@@ -32,7 +32,7 @@ from microshop.users import Users
 from tests import journal
 
 TOP = Path(__file__).resolve().parent.parent
-PATIENCE = 60.0  # seconds: a bound on waits for what must come; no test waits so long when all is well
+PATIENCE = 60.0  # seconds: the bound on waits; reached only if what a test waits for does not come
 NOBODY = "http://127.0.0.1:1"  # a base URL where no process listens
 SHOWN = 20  # lines that a failure shows of a process's output
 

@@ -1,8 +1,8 @@
 """The journal: what happened last before a test failed.
 
-The helpers note each request that a test sends, its answer, and each line that a service or a process
-under test logs. When a test fails, the runner shows the last of those lines below the traceback.
-While all is well, nothing is printed.
+The helpers note each request that a test sends, its answer, and each line that a service or a
+process under test logs. When a test fails, the runner shows the last of those lines below the
+traceback. As long as the tests pass, nothing is printed.
 """
 import contextlib
 import io
@@ -42,7 +42,7 @@ def captured_log() -> Iterator[Capture]:
 
 
 class ShowsJournal:
-    """A mixin for test results: starts a new journal with each test, and shows it with a failure."""
+    """A mixin for test results: empties the journal before a test, and shows it after a failure."""
 
     def startTest(self, test: unittest.TestCase) -> None:
         _lines.clear()

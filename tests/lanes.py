@@ -1,8 +1,8 @@
 """Lanes: several processes that run the test suite together.
 
-The tests spend most of their time waiting for processes and deadlines, so three lanes take little more
-than a third of the time of one. A lane that is free takes the next class of tests; the tests of a class
-stay together. The runner prints the same as without lanes.
+The tests spend most of their time waiting for processes and deadlines, so three lanes take little
+more than a third of the time of one. A lane that is free takes the next class of tests; the tests
+of one class stay together. The runner prints the same as without lanes.
 """
 import contextlib
 import os

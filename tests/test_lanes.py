@@ -59,7 +59,7 @@ class LanesTest(unittest.TestCase):
         self.assertEqual(counts, (7, 2, 2, 1), f"tests, failures, errors, skipped in:\n{printed}")
         for reason in ("AssertionError: as expected", "ZeroDivisionError: as expected",
                        "fails_in_part (number=2)", "OSError: the fixture is broken"):
-            self.assertEqual(printed.count(reason), 1, f"{reason!r} is not there once in:\n{printed}")
+            self.assertEqual(printed.count(reason), 1, f"times {reason!r} is in:\n{printed}")
         self.assertFalse(result.wasSuccessful())
 
     def test_when_all_tests_pass_the_runner_prints_its_usual_dots(self):
