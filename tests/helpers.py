@@ -4,6 +4,7 @@ All requests go over real sockets. Each request, each answer and each line of a 
 journal (journal.py), which the runner shows with a failure.
 """
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from microshop import SERVICES
 from microshop import orders as orders_module
 from microshop.audit import find_breaches
 from microshop.chassis import database
+from microshop.chassis.server import Service
 from microshop.orders import Orders
 from microshop.products import Products
 from microshop.users import Users
@@ -159,6 +161,14 @@ def running(service: type, **settings: Any) -> Iterator[Any]:
             if server.socket.fileno() >= 0:  # a test may have drained it
                 server.drain()
             server.close()
+
+
+def service_of(name: str) -> type[Service]:
+    """Import the module of a service, and return its class, like Users for "users"."""
+    module = importlib.import_module(f"microshop.{name}")
+    [service] = [value for value in vars(module).values()
+                 if isinstance(value, type) and issubclass(value, Service) and value.name == name]
+    return service
 
 
 class Shop(NamedTuple):
