@@ -126,7 +126,8 @@ def exchange(port: int, data: bytes) -> list[Answered]:
 def ask(port: int, method: str = "GET", target: str = "/", headers: dict[str, str] | None = None,
         body: bytes | None = None) -> Answered:
     """Send one request with the standard library's client."""
-    journal.note(f"to port {port}: {method} {target} {headers or ''} {body or b''!r}")
+    sent = " ".join(f"{part!r}" for part in (headers, body) if part)
+    journal.note(f"to port {port}: {method} {target} {sent}")
     connection = HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     try:
         connection.request(method, target, body, headers or {})
@@ -250,6 +251,13 @@ def together(*functions: Callable[[], Any]) -> list[Any]:
     return [outcomes[number] for number in range(len(functions))]
 
 
+def clean_environment(**changes: str) -> dict[str, str]:
+    """Return the environment without settings of microshop, and with changes."""
+    clean = {name: value for name, value in os.environ.items()
+             if not name.startswith("MICROSHOP_")}
+    return {**clean, **changes}
+
+
 @contextlib.contextmanager
 def process(*arguments: str, **environment: str) -> Iterator["Process"]:
     """Run `python -m ...` as a person would; it is ended at the end if it still runs."""
@@ -263,14 +271,12 @@ def process(*arguments: str, **environment: str) -> Iterator["Process"]:
 class Process:
     """A subprocess whose output, both streams together, is read in the background."""
 
-    def __init__(self, *arguments: str, **environment: str):
+    def __init__(self, *arguments: str, folder: Path = TOP, **environment: str):
         self.command = " ".join(["python -m", *arguments])
-        clean = {name: value for name, value in os.environ.items()
-                 if not name.startswith("MICROSHOP_")}
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", *arguments], cwd=TOP, stdin=subprocess.DEVNULL,
+            [sys.executable, "-m", *arguments], cwd=folder, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**clean, "PYTHONUNBUFFERED": "1", **environment})
+            env=clean_environment(PYTHONUNBUFFERED="1", **environment))
         self.lines: list[str] = []
         self._news = threading.Condition()
         self._ended = False

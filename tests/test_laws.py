@@ -1,4 +1,4 @@
-"""The laws of the house, checked on its source. Each failure is a sentence that says what to change."""
+"""The laws of the house, checked on its source. Each failure says in a sentence what to change."""
 import ast
 import importlib
 import re
@@ -280,9 +280,9 @@ def missing_parts(name: str) -> Iterator[str]:
         yield f"{named}there is no tests/test_{name}.py: add its tests (see tests/collection.py)"
     contract = f"tests/contracts/gateway-{name}.json"
     if not (TOP / contract).exists():
-        yield f"{named}there is no {contract}: add what the gateway needs of it, GET /{name} at least"
+        yield f"{named}there is no {contract}: add what the gateway asks it"
     if not re.search(rf"(?m)^.*\b{name}\b.*\b{port}\b", (TOP / "README.md").read_text()):
-        yield f"{named}no line of README.md has its name and its port {port}: add it to the picture"
+        yield f"{named}no line of README.md has its name and its port {port}: add one"
 
 
 def has_service_class(name: str) -> bool:
