@@ -35,9 +35,9 @@ def renamed(text: str) -> str:
 def add_line_in_services(top: Path) -> None:
     path = top / "microshop" / "__init__.py"
     source = path.read_text()
-    [found] = [node for node in ast.parse(source).body if isinstance(node, ast.Assign | ast.AnnAssign)
-               and isinstance(node.value, ast.Dict)]
-    old = ast.get_source_segment(source, found.value)
+    [found] = [node.value for node in ast.parse(source).body
+               if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict)]
+    old = ast.get_source_segment(source, found)
     new = re.sub(r",?\s*\}$", f', "{NAME}": {PORT}}}', old)
     path.write_text(source.replace(old, new))
 
