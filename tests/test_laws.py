@@ -27,9 +27,6 @@ WRITERS_TO_SOCKETS = {
 READERS_OF_THE_ENVIRONMENT = {
     "run_all.py", "chassis/config.py", "chassis/supervisor.py", "chassis/console.py"}
 
-# CPython before 3.11.5 matches a possessive quantifier after a group wrongly (gh-106052).
-POSSESSIVE_GROUP = re.compile(r"(?<!\\)\)(?:[*+?]|\{[0-9,]+\})\+")
-
 IMPORT_AND_WATCH = """if True:
     import importlib, os, sys, threading
     # What these modules of the standard library do while they are imported is their own affair.
@@ -229,19 +226,7 @@ class SizeLawTest(LawTestCase):
 
 
 class PythonLawTest(LawTestCase):
-    def test_no_pattern_has_a_possessive_quantifier_after_a_group(self):
-        files = [*HOUSE.rglob("*.py"), *(TOP / "tests").rglob("*.py")]
-        self.assert_none(
-            f"{path.relative_to(TOP)}: {text!r}: Python before 3.11.5 matches this wrongly; "
-            "write an atomic group, (?>...)"
-            for path in files for text in strings(path.read_text())
-            if POSSESSIVE_GROUP.search(text))
-
-    def test_the_law_finds_a_possessive_quantifier_after_a_group(self):
-        for text in ("(ab)*" + "+", "(?:ab)+" + "+", "(ab)?" + "+", "(ab){2,3}" + "+"):
-            self.assertRegex(text, POSSESSIVE_GROUP)
-        for text in ("(?>(?:ab)*)", "[ab]++", r"\(ab\)*" + "+", "(ab)+", "(ab)*"):
-            self.assertNotRegex(text, POSSESSIVE_GROUP)
+    """What an older Python is told. chassis/test_patterns.py checks the regular expressions."""
 
     def test_an_older_python_gets_one_line_and_exit_status_2(self):
         for module in ("microshop", "microshop.run_all", "microshop.users", "unittest"):
