@@ -10,6 +10,7 @@ import sys
 import tempfile
 import unittest
 from argparse import ArgumentParser
+from pathlib import Path
 
 from microshop import GATEWAY_PORT, SERVICES
 from microshop.gateway import Gateway
@@ -28,12 +29,8 @@ CURL.add_argument("-H", action="append", default=[])
 CURL.add_argument("-X")
 CURL.add_argument("-d")
 
-VARIABLE = (  # text in the README, and a pattern for what may be there instead
-    (r"\.\.\.", r".+"),
-    (r"localhost:\d+", r"localhost:\\d+"),
-    (r"\d\.\d\d s\b", r"\\d+\\.\\d\\d s"),
-    (r"pid \d+", r"pid \\d+"),
-    (r"\S*\bmicroshop-\w+", r"\\S*microshop-\\w+"))
+TEMPORARY = r"\S*/microshop-\w+"  # a folder of run_all --fresh
+VARIABLE = (r"localhost:\d+", r"\d+\.\d\d s\b", r"\bpid \d+", TEMPORARY)
 
 
 def read_commands() -> list[tuple[str, str]]:
@@ -48,15 +45,15 @@ def read_commands() -> list[tuple[str, str]]:
 
 def pattern_of(printed: str) -> str:
     """Return a pattern for what a command may print."""
-    pieces = re.split("(" + "|".join(found for found, _ in VARIABLE) + ")", printed)
-    for number, piece in enumerate(pieces):
-        for found, instead in VARIABLE:
-            if re.fullmatch(found, piece):
-                pieces[number] = instead.replace("\\\\", "\\")
-                break
-        else:
-            pieces[number] = re.escape(piece)
-    return "".join(pieces)
+    pieces = re.split("(" + "|".join([r"\.\.\.", *VARIABLE]) + ")", printed)
+    return "".join(map(pattern_of_piece, pieces))
+
+
+def pattern_of_piece(piece: str) -> str:
+    if piece == "...":
+        return ".+"
+    return next((pattern for pattern in VARIABLE if re.fullmatch(pattern, piece)),
+                re.escape(piece))
 
 
 COMMANDS = read_commands()
@@ -123,6 +120,8 @@ class ReadmeCommandsTest(unittest.TestCase):
 
     def run_python(self, arguments: list[str], expected: str) -> None:
         """Run it beside the shop's temporary folder, which is the only one that it can find."""
+        [data] = Path(self.folder).glob("microshop-*")
+        arguments = [re.sub(TEMPORARY, str(data), argument) for argument in arguments]
         environment = clean_environment(TMPDIR=self.folder, PYTHONPATH=str(TOP))
         done = subprocess.run([sys.executable, *arguments], cwd=self.folder, env=environment,
                               capture_output=True, text=True)
