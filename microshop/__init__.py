@@ -40,9 +40,9 @@ A "Law" in a module's first docstring says what must not be in it; tests/test_la
 import os
 import sys
 
-if sys.version_info < (3, 11):  # in words that older versions can read
-    sys.stderr.write("microshop needs Python 3.11 or newer; this is Python %d.%d (%s)\n"
-                     % (sys.version_info[0], sys.version_info[1], sys.executable))
+if sys.version_info < (3, 11):  # noqa: UP036  # in syntax that older versions can read
+    sys.stderr.write("microshop needs Python 3.11 or newer; this is " + sys.executable
+                     + ", version " + sys.version.split()[0] + "\n")
     sys.stderr.flush()
     os._exit(2)  # sys.exit() would not end `python -m unittest`, which catches it
 

@@ -2,15 +2,15 @@
 
 Where to look:
 
-    test_<module>.py           the tests of microshop/<module>.py; chassis/ has those of the chassis
-    test_seed.py               what the first version answered, byte for byte (golden.json)
-    test_saga.py test_failures.py test_crash.py test_storage.py   what happens when something fails
-    test_contracts.py          what the services need of each other (contracts/, contract.py)
-    test_laws.py test_readme.py   the rules that the source keeps, and what the README promises
-    helpers.py                 starts services and processes, and sends them requests
-    journal.py                 remembers requests and log lines, and shows them with a failure
-    lanes.py                   runs the whole suite in several processes at once
-    chaos.py crash.py fuzz.py soak.py bench.py   long runs; `make help` lists them
+    test_<module>.py            tests of microshop/<module>.py; chassis/ has those of the chassis
+    test_seed.py                what the first version answered, byte for byte (golden.json)
+    test_saga.py test_failures.py test_crash.py test_storage.py    what happens when something fails
+    test_contracts.py           what the processes need of each other (contracts/, contract.py)
+    test_laws.py test_readme.py test_new_service.py    what the source and the README must keep to
+    helpers.py collection.py source.py    what several test modules share
+    journal.py                  remembers requests and log lines, and shows them with a failure
+    lanes.py                    runs the whole suite in several processes at once
+    chaos.py fuzz.py soak.py bench.py    longer runs; `make help` lists them
 
 One module alone: `python -m unittest tests.test_users`. The assignments below are the hooks of
 journal.py and lanes.py: unittest prints results with the class, and calls the package's

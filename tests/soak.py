@@ -57,7 +57,7 @@ KILL_PAUSE = (1.5, 4.0)                   # seconds; more frequent kills make th
 BACK = (10, 21)                           # seconds until a stopped process is replaced
 OVERLOAD, LEAST_OF_PEAK = 2, 0.8          # times what 64 connections reach
 GRACE = 10                                # seconds, the default of --grace
-REPLACED = "every process (is a new one|has been replaced)"  # lines of the supervisor
+REPLACED = "every process has been replaced"  # lines of the supervisor
 GIVEN_UP = "killing it|starting it again"
 
 BODY = b"Host: shop\r\nContent-Type: application/json\r\nContent-Length: "

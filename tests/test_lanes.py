@@ -1,9 +1,12 @@
 """Lanes report what a single process would: each problem once, and a lane that dies."""
 import io
 import os
+import subprocess
+import sys
 import unittest
 
 from tests import journal
+from tests.helpers import TOP
 from tests.lanes import Lanes
 
 
@@ -74,6 +77,13 @@ class LanesTest(unittest.TestCase):
 
 
 class JournalTest(unittest.TestCase):
+    def test_a_service_under_test_does_not_log_between_the_dots_of_the_runner(self):
+        code = ("from tests.helpers import running\n"
+                "from microshop.users import Users\n"
+                "with running(Users) as users: users.log.event('an event')\n")
+        done = subprocess.run([sys.executable, "-c", code], cwd=TOP, capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
+
     def run_alone(self, name: str) -> str:
         printed = io.StringIO()
         unittest.TextTestRunner(printed).run(Mixed(name))
