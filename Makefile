@@ -1,6 +1,23 @@
-PYTHON ?= python
+# The first of these commands that runs Python 3.11 or newer. If none does, python3 says so.
+ifndef PYTHON
+PYTHON := $(shell for name in python python3 python3.13 python3.12 python3.11; do \
+	if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	then echo $$name; exit; fi; done; echo python3)
+endif
 
-.PHONY: run test test-all bench chaos fuzz soak lint clean
+.PHONY: help run test test-all lint bench chaos fuzz soak clean
+
+help:
+	@echo 'make run        start the shop at http://localhost:3000 (Ctrl-C stops it)'
+	@echo 'make test       run all tests (less than a minute)'
+	@echo 'make test-all   run them with every Python from 3.11 on that is found here'
+	@echo 'make lint       check the style, and the types if mypy is installed'
+	@echo 'make bench      measure the speed beside a textbook version (five minutes)'
+	@echo 'make chaos      kill processes for a minute while clients place orders, and count losses'
+	@echo 'make fuzz       send damaged requests for a minute'
+	@echo 'make soak       five minutes of slow clients, overload, restarts and kills'
+	@echo 'make clean      delete caches; your data folder stays'
+	@echo '(Python here: $(PYTHON). Another one: make test PYTHON=python3.12)'
 
 run:
 	$(PYTHON) -m microshop.run_all
@@ -10,11 +27,23 @@ test:
 
 test-all:
 	@for version in 3.11 3.12 3.13; do \
-		python=$$(ls -d "$$(pyenv root 2>/dev/null)"/versions/$$version*/bin/python 2>/dev/null | tail -n 1); \
+		python=$$(ls -d "$$(pyenv root 2>/dev/null)"/versions/$$version*/bin/python 2>/dev/null \
+			| tail -n 1); \
 		python=$${python:-$$(command -v python$$version)}; \
-		if [ -n "$$python" ]; then echo "Python $$version"; $$python -m unittest || exit 1; \
-		else echo "Python $$version is not here"; fi; \
-	done
+		if [ -z "$$python" ]; then echo "Python $$version is not installed"; continue; fi; \
+		echo "Python $$version: $$python"; $$python -m unittest || exit 1; \
+	done; \
+	system=/usr/bin/python3; \
+	if $$system -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+		echo "The system's Python: $$system"; $$system -m unittest || exit 1; \
+	else echo "$$system is not Python 3.11 or newer"; fi
+
+lint:
+	$(PYTHON) -m compileall -q microshop tests
+	@if command -v ruff >/dev/null; then \
+		ruff check --line-length 100 --select E,F,W,B,UP --ignore E701 microshop tests; \
+	else echo 'ruff is not installed; the width of lines is checked by tests/test_laws.py'; fi
+	@if command -v mypy >/dev/null; then mypy microshop; else echo 'mypy is not installed'; fi
 
 bench:
 	$(PYTHON) -m tests.bench
@@ -28,12 +57,7 @@ fuzz:
 soak:
 	$(PYTHON) -m tests.soak
 
-lint:
-	$(PYTHON) -m compileall -q microshop tests
-	@if command -v ruff >/dev/null; then ruff check --line-length 120 --select E,F,W,B,UP --ignore E701 microshop tests; \
-		else echo "ruff is not here"; fi
-	@if command -v mypy >/dev/null; then mypy microshop; else echo "mypy is not here"; fi
-
 clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -rf .mypy_cache .ruff_cache
+	@echo 'Caches are deleted. Your data is kept, in the folder data (rm -r data deletes it).'

@@ -37,6 +37,14 @@ To learn the pattern in thirty minutes, read users.py, gateway.py and orders.py.
 on with products.py, then chassis/: handler, answer, wire, client, resilience, supervisor.
 A "Law" in a module's first docstring says what must not be in it; tests/test_laws.py checks it.
 """
+import os
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036  # in syntax that older versions can read
+    sys.stderr.write("microshop needs Python 3.11 or newer; this is " + sys.executable
+                     + ", version " + sys.version.split()[0] + "\n")
+    sys.stderr.flush()
+    os._exit(2)  # sys.exit() would not end `python -m unittest`, which catches it
 
 GATEWAY_PORT = 3000
 SERVICES = {"users": 3001, "products": 3002, "orders": 3003}  # every service, and its port

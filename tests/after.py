@@ -1,6 +1,6 @@
-"""Run some code of a test's in a process of its own: `python -m tests.after CODE FLAGS`.
+"""Run code of a test's in a process of its own: `python -m tests.after CODE FLAGS`.
 
-No product code: so a test gives a part of the shop less of something than it would have, time or descriptors.
+So a test starts a part of the shop with other constants, or with less memory or fewer descriptors.
 """
 import sys
 

@@ -1,11 +1,14 @@
-"""Contracts: what one process of the shop needs of another, each as plain JSON in tests/contracts.
+"""Contracts: what one process of the shop needs of another, as plain JSON in tests/contracts.
 
-A contract lists interactions, in an order that a fresh provider with the seed's rows can live through. Content is
-JSON, and comes as application/json. An answer names what the consumer needs of it and no more: a provider may say
-more. Where any value will do, it says "<any>".
+A contract has the name `consumer-provider.json`. It lists interactions, in an order in which a
+fresh provider with the seed's rows can answer them. Content is JSON, with the type
+application/json. An answer names only what the consumer needs of it, and a provider may answer
+more. "<any>" stands for any value. (This is consumer-driven contract testing, without a tool.)
 
-    replay()   asks the real provider, which fails where it no longer keeps the contract
-    served()   is a stub that keeps it, for the tests of the consumer, which fails where it asks for anything else
+    replay()   sends the requests to the real provider; fails if it no longer keeps the contract
+    served()   runs a stub that keeps the contract; fails if the consumer asks for anything else
+
+For each service there is at least gateway-<service>.json, with GET /health and GET /<service>.
 """
 import contextlib
 import json
@@ -28,37 +31,46 @@ def load(name: str) -> dict:
 
 
 def fits(wanted: Any, found: Any) -> bool:
-    """Tell whether a value is as agreed on; members of an object that nobody needs may be there too."""
+    """Tell whether a value is as agreed; objects may have members that the consumer ignores."""
     if wanted == ANY:
         return found is not None
     if isinstance(wanted, dict) and isinstance(found, dict):
         return all(fits(value, found.get(name)) for name, value in wanted.items())
     if isinstance(wanted, list) and isinstance(found, list):
         return len(wanted) == len(found) and all(map(fits, wanted, found))
-    return type(wanted) is type(found) and wanted == found  # 1 is neither True nor 1.0 in JSON
+    return type(wanted) is type(found) and wanted == found  # in JSON, 1 is neither true nor 1.0
 
 
-def whole(message: dict) -> dict:
-    """Spell out the headers and the content of a request or an answer."""
-    json_type = {"content-type": "application/json"} if "method" in message and "content" in message else {}
+def complete(message: dict) -> dict:
+    """Return a request or an answer with its headers and content spelled out."""
+    is_request = "method" in message
+    has_content = "content" in message
+    json_type = {"content-type": "application/json"} if is_request and has_content else {}
     return {"content": None, **message, "headers": {**json_type, **message.get("headers", {})}}
 
 
 def replay(case: TestCase, contract: dict, port: int) -> None:
-    """Ask for one after the other at a port, and compare what is answered."""
+    """Send each request of a contract to a port, and compare the answers."""
     for interaction in contract["interactions"]:
-        request, answer = whole(interaction["request"]), whole(interaction["answer"])
+        request, answer = complete(interaction["request"]), complete(interaction["answer"])
+        content = request["content"]
+        body = None if content is None else json.dumps(content).encode()
+        asked = f"{request['method']} {request['target']}"
         with case.subTest(f"{contract['provider']}: {interaction['what']}"):
-            body = None if request["content"] is None else json.dumps(request["content"]).encode()
             found = ask(port, request["method"], request["target"], request["headers"], body)
-            case.assertEqual(found.status, answer["status"], found.body)
-            case.assertTrue(fits(answer["headers"], found.headers), found.headers)
+            case.assertEqual(found.status, answer["status"], f"status of {asked}: {found.body}")
+            case.assertTrue(fits(answer["headers"], found.headers),
+                            f"{asked}: {answer['headers']} expected in {found.headers}")
             if answer["content"] is not None:
-                case.assertTrue(fits(answer["content"], found.json), found.body)
+                case.assertTrue(fits(answer["content"], found.json),
+                                f"{asked}: {answer['content']} expected in {found.json}")
 
 
 class Stub(ThreadingHTTPServer):
-    """Keeps a contract: answers exactly its requests. One that comes again gets the next answer to it, if any."""
+    """Answers exactly the requests of a contract.
+
+    If the same request is listed several times, the first gets the first answer, and so on.
+    """
 
     daemon_threads = False  # server_close() waits for each
 
@@ -73,15 +85,18 @@ class Stub(ThreadingHTTPServer):
     def server_bind(self) -> None:
         socketserver.TCPServer.server_bind(self)  # HTTPServer's looks up the host's name
 
-    def find_response(self, request: dict) -> dict:
+    def find_answer(self, request: dict) -> dict:
         with self._lock:
-            known = [interaction for interaction in self.interactions if fits(whole(interaction["request"]), request)]
+            known = [interaction for interaction in self.interactions
+                     if fits(complete(interaction["request"]), request)]
             if not known:
                 self.unknown.append(request)
-                return whole({"status": 500})
-            found = next((interaction for interaction in known if interaction in self.unasked), known[-1])
-            self.unasked = [interaction for interaction in self.unasked if interaction is not found]
-            return whole(found["answer"])
+                return complete({"status": 500})
+            unasked = [interaction for interaction in known if interaction in self.unasked]
+            chosen = unasked[0] if unasked else known[-1]
+            self.unasked = [interaction for interaction in self.unasked
+                            if interaction is not chosen]
+            return complete(chosen["answer"])
 
 
 class StubHandler(BaseHTTPRequestHandler):
@@ -92,8 +107,9 @@ class StubHandler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
-        answer = self.server.find_response({
-            "method": self.command, "target": self.path, "content": json.loads(body) if body else None,
+        answer = self.server.find_answer({
+            "method": self.command, "target": self.path,
+            "content": json.loads(body) if body else None,
             "headers": {name.lower(): value for name, value in self.headers.items()}})
         content = b"" if answer["content"] is None else json.dumps(answer["content"]).encode()
         self.send_response(answer["status"])
@@ -112,7 +128,7 @@ class StubHandler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def served(contract: dict) -> Iterator[Stub]:
-    """Serve a contract in a thread of this process. Raises AssertionError where something else was asked for."""
+    """Run a stub in a thread of this process. Raises AssertionError for any other request."""
     stub = Stub(contract)
     thread = threading.Thread(target=stub.serve_forever, args=(0.01,))
     thread.start()

@@ -528,7 +528,8 @@ def see_answer(connection: Wire, method: str, name: str, statuses: set[int]) -> 
 def running_gateway() -> Iterator[int]:
     """Run a shop and its gateway in threads of this process, and yield the gateway's port.
 
-    Raises Fault if the gateway is not healthy at the end, or if its log reports a failure.
+    Raises Fault if the gateway does not reach every service of the shop at the end, or if its log
+    reports a failure.
     """
     with (mock.patch.object(wire, "LINGER", PATIENCE),  # on a slow machine, 1 s may be too short
           contextlib.redirect_stderr(io.StringIO()) as log,
@@ -537,7 +538,7 @@ def running_gateway() -> Iterator[int]:
         with running(Gateway, timeout=PATIENCE, **urls) as gateway:
             yield gateway.server_port
             health = ask(gateway.server_port, "GET", "/health").json
-            if health["status"] != "ok":
+            if {health["services"][service.name] for service in shop} != {"ok"}:
                 raise Fault(f"the health of the gateway is {health}")
     if re.search(r"(?m)^\S+Z \w+ .* failed\b", log.getvalue()):
         raise Fault(log.getvalue())

@@ -1,6 +1,10 @@
-"""What the tests say to the shop: start it, speak to it over real sockets, read what it answers."""
+"""What the tests share: start services and processes, send requests, and wait for events.
+
+All requests go over real sockets. Each request, each answer and each line of a log is noted in the
+journal (journal.py), which the runner shows with a failure.
+"""
 import contextlib
-import io
+import importlib
 import json
 import os
 import re
@@ -23,13 +27,16 @@ from microshop import SERVICES
 from microshop import orders as orders_module
 from microshop.audit import find_breaches
 from microshop.chassis import database
+from microshop.chassis.server import Service
 from microshop.orders import Orders
 from microshop.products import Products
 from microshop.users import Users
+from tests import journal
 
 TOP = Path(__file__).resolve().parent.parent
-PATIENCE = 10.0  # seconds after which a test that waits has failed
-NOBODY = "http://127.0.0.1:1"  # a base URL at which nobody listens
+PATIENCE = 60.0  # seconds: the bound on waits; reached only if what a test waits for does not come
+NOBODY = "http://127.0.0.1:1"  # a base URL where no process listens
+SHOWN = 20  # lines that a failure shows of a process's output
 
 
 class Answered(NamedTuple):
@@ -45,9 +52,10 @@ class Answered(NamedTuple):
 
 
 class Wire:
-    """A raw connection: what is sent is sent as it is, and answers are read one by one."""
+    """A raw connection: sends bytes unchanged, and reads answers one by one."""
 
     def __init__(self, port: int):
+        self.port = port
         self.socket = socket.create_connection(("127.0.0.1", port), PATIENCE)
         self.file = self.socket.makefile("rb")
 
@@ -59,7 +67,8 @@ class Wire:
         self.socket.close()
 
     def send(self, data: bytes) -> None:
-        with contextlib.suppress(ConnectionError):  # the server may have closed before it had read all
+        journal.note(f"to port {self.port}: {data[:300]!r}")
+        with contextlib.suppress(ConnectionError):  # the server may close before it has read all
             self.socket.sendall(data)
 
     def end(self) -> None:
@@ -68,20 +77,23 @@ class Wire:
             self.socket.shutdown(socket.SHUT_WR)
 
     def read(self, method: str = "GET") -> Answered | None:
-        """Read the next answer; None when the connection was closed instead."""
+        """Read the next answer; None if the connection was closed instead."""
         line = self.file.readline()
         if not line:
+            journal.note(f"port {self.port} closed the connection")
             return None
         headers = {}
         while (field := self.file.readline()) not in (b"\r\n", b""):
             name, _, value = field.decode("latin-1").partition(":")
             headers[name.lower()] = value.strip()
-        status = int(line.split()[1])
-        body = b"" if method == "HEAD" or status < 200 else self.file.read(int(headers.get("content-length", 0)))
+        status, body = int(line.split()[1]), b""
+        if method != "HEAD" and status >= 200:
+            body = self.file.read(int(headers.get("content-length", 0)))
+        journal.note(f"port {self.port} answered {status} {body[:300]!r}")
         return Answered(status, headers, body)
 
     def is_closed(self) -> bool:
-        """Wait for the other end to close; False when it sends something instead."""
+        """Wait for the other end to close; False if it sends something instead."""
         with contextlib.suppress(ConnectionError):
             return self.file.read(1) == b""
         return True
@@ -113,25 +125,32 @@ def exchange(port: int, data: bytes) -> list[Answered]:
 
 def ask(port: int, method: str = "GET", target: str = "/", headers: dict[str, str] | None = None,
         body: bytes | None = None) -> Answered:
-    """Send one request through the standard library's client."""
+    """Send one request with the standard library's client."""
+    sent = " ".join(f"{part!r}" for part in (headers, body) if part)
+    journal.note(f"to port {port}: {method} {target} {sent}")
     connection = HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     try:
         connection.request(method, target, body, headers or {})
         response = connection.getresponse()
         received = {name.lower(): value for name, value in response.getheaders()}
-        return Answered(response.status, received, response.read())
+        answered = Answered(response.status, received, response.read())
     finally:
         connection.close()
+    journal.note(f"port {port} answered {answered.status} {answered.body[:300]!r}")
+    return answered
 
 
 @contextlib.contextmanager
 def running(service: type, **settings: Any) -> Iterator[Any]:
     """Serve in a thread of this process, on a free port and a temporary folder."""
-    with tempfile.TemporaryDirectory() as folder:
-        values = {"host": "127.0.0.1", "port": 0, "data": Path(folder), "timeout": 5.0, "quiet": True,
-                  "supervised": None, "grace": 4.0, "max_connections": 1024,
-                  "users_url": [NOBODY], "products_url": [NOBODY], "orders_url": [NOBODY],
-                  "token": "", "token_file": "", "rate": None, "max_in_flight": 64, **settings}
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        if sys.stderr is sys.__stderr__:  # else a test reads the log
+            stack.enter_context(journal.captured_log())
+        values = {
+            "host": "127.0.0.1", "port": 0, "data": Path(folder), "timeout": 5.0, "quiet": True,
+            "supervised": None, "grace": 4.0, "max_connections": 1024, "max_in_flight": 64,
+            "token": "", "token_file": "", "rate": None,
+            **{f"{name}_url": [NOBODY] for name in SERVICES}, **settings}
         server = service(Namespace(**values))
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -140,26 +159,38 @@ def running(service: type, **settings: Any) -> Iterator[Any]:
         finally:
             server.shutdown()
             thread.join()
-            if server.socket.fileno() >= 0:  # a test may have done it
+            if server.socket.fileno() >= 0:  # a test may have drained it
                 server.drain()
             server.close()
 
 
+def service_of(name: str) -> type[Service]:
+    """Import the module of a service, and return its class, like Users for "users"."""
+    module = importlib.import_module(f"microshop.{name}")
+    [service] = [value for value in vars(module).values()
+                 if isinstance(value, type) and issubclass(value, Service) and value.name == name]
+    return service
+
+
 class Shop(NamedTuple):
-    """Three services of one shop, without a gateway."""
+    """The three services of one shop, without a gateway."""
 
     users: Any
     products: Any
     orders: Any
 
     def ask(self, method: str, target: str, content: Any = None, **headers: str) -> Answered:
-        """Ask the service that the target is for, with JSON if there is content; Idempotency_Key="k" is a header."""
-        server = {"users": self.users, "orders": self.orders}.get(re.split("[/?]", target)[1], self.products)
+        """Ask the service that owns the target, with JSON if there is `content`.
+
+        A header is given as a keyword: Idempotency_Key="k".
+        """
+        owners = {"users": self.users, "orders": self.orders}
+        server = owners.get(re.split("[/?]", target)[1], self.products)
         fields = {name.replace("_", "-"): value for name, value in headers.items()}
         if content is None:
             return ask(server.server_port, method, target, fields)
-        return ask(server.server_port, method, target, {"Content-Type": "application/json", **fields},
-                   json.dumps(content).encode())
+        fields = {"Content-Type": "application/json", **fields}
+        return ask(server.server_port, method, target, fields, json.dumps(content).encode())
 
     def stock(self, product: int = 101) -> int:
         return self.ask("GET", f"/products/{product}").json["stock"]
@@ -169,7 +200,7 @@ class Shop(NamedTuple):
 
     @contextlib.contextmanager
     def with_orders_restarted(self) -> Iterator["Shop"]:
-        """End the orders service, and run another on its database."""
+        """End the orders service, and run another one on its database."""
         self.orders.shutdown()
         self.orders.drain()
         self.orders.close()
@@ -179,9 +210,9 @@ class Shop(NamedTuple):
 
 @contextlib.contextmanager
 def running_shop(**settings: Any) -> Iterator[Shop]:
-    """Run users, products and orders in threads of this process, on one folder; `settings` are those of orders.
+    """Run users, products and orders in threads of this process; `settings` are those of orders.
 
-    What was done in the shop must pass the audit at the end.
+    Their databases are in one folder, and must pass the audit at the end.
     """
     with (tempfile.TemporaryDirectory() as name, running(Users, data=Path(name)) as users,
           running(Products, data=Path(name)) as products):
@@ -190,11 +221,14 @@ def running_shop(**settings: Any) -> Iterator[Shop]:
         with running(Orders, **{**urls, "data": Path(name), **settings}) as orders:
             yield Shop(users, products, orders)
             if breaches := find_breaches(Path(name)):
-                raise AssertionError("\n".join(breaches))
+                raise AssertionError("the audit found:\n" + "\n".join(breaches))
 
 
 def together(*functions: Callable[[], Any]) -> list[Any]:
-    """Call each in a thread of its own, all at once; return what each returned, or the exception that it raised."""
+    """Call each function in a thread of its own, all at once; return their results in order.
+
+    The result of a function that raises is its exception.
+    """
     start, outcomes = threading.Barrier(len(functions)), {}
 
     def call(number: int, function: Callable[[], Any]) -> None:
@@ -204,14 +238,24 @@ def together(*functions: Callable[[], Any]) -> list[Any]:
         except Exception as error:
             outcomes[number] = error
 
-    threads = [threading.Thread(target=call, args=numbered, daemon=True) for numbered in enumerate(functions)]
+    threads = [threading.Thread(target=call, args=numbered, daemon=True)
+               for numbered in enumerate(functions)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(PATIENCE)
     if len(outcomes) < len(functions):
-        raise AssertionError(f"{len(functions) - len(outcomes)} of {len(functions)} threads hang")
+        hung = len(functions) - len(outcomes)
+        raise AssertionError(
+            f"{hung} of {len(functions)} threads did not finish within {PATIENCE:g} s")
     return [outcomes[number] for number in range(len(functions))]
+
+
+def clean_environment(**changes: str) -> dict[str, str]:
+    """Return the environment without settings of microshop, and with changes."""
+    clean = {name: value for name, value in os.environ.items()
+             if not name.startswith("MICROSHOP_")}
+    return {**clean, **changes}
 
 
 @contextlib.contextmanager
@@ -227,11 +271,12 @@ def process(*arguments: str, **environment: str) -> Iterator["Process"]:
 class Process:
     """A subprocess whose output, both streams together, is read in the background."""
 
-    def __init__(self, *arguments: str, **environment: str):
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("MICROSHOP_")}
+    def __init__(self, *arguments: str, folder: Path = TOP, **environment: str):
+        self.command = " ".join(["python -m", *arguments])
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", *arguments], cwd=TOP, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, env={**clean, "PYTHONUNBUFFERED": "1", **environment}, start_new_session=True)
+            [sys.executable, "-m", *arguments], cwd=folder, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            env=clean_environment(PYTHONUNBUFFERED="1", **environment))
         self.lines: list[str] = []
         self._news = threading.Condition()
         self._ended = False
@@ -239,24 +284,34 @@ class Process:
         self._reader.start()
 
     def _read(self) -> None:
-        for line in self.popen.stdout:
+        for output in self.popen.stdout:
+            line = output.decode().rstrip("\n")
+            journal.note(line)
             with self._news:
-                self.lines.append(line.decode().rstrip("\n"))
+                self.lines.append(line)
                 self._news.notify_all()
         with self._news:
             self._ended = True
             self._news.notify_all()
 
     def wait_for(self, pattern: str, times: int = 1) -> re.Match:
-        """Wait until a line matches for the `times`th time; fail with all that was printed if none does."""
+        """Wait until a line matches for the `times`th time. Raises AssertionError if none does."""
         def find() -> re.Match | None:
             matches = [match for line in self.lines if (match := re.search(pattern, line))]
             return matches[times - 1] if len(matches) >= times else None
+
         with self._news:
             self._news.wait_for(lambda: find() or self._ended, PATIENCE)
-            if not (match := find()):
-                raise AssertionError(f"no line like {pattern!r} in:\n" + "\n".join(self.lines))
-            return match
+            if match := find():
+                return match
+        end = "before it ended" if self._ended else f"within {PATIENCE:g} s"
+        count = f"{times} lines" if times > 1 else "a line"
+        raise AssertionError(f"{self.command} did not print {count} like {pattern!r} {end}; "
+                             + self.last_lines())
+
+    def last_lines(self) -> str:
+        """Say what it printed last."""
+        return "its last lines:\n" + "\n".join(f"  {line}" for line in self.lines[-SHOWN:])
 
     def port(self, title: str) -> int:
         """Wait for a process to listen, and return its port."""
@@ -268,16 +323,20 @@ class Process:
         return self.status()
 
     def status(self) -> int:
-        """Wait for the end, of the output too."""
-        status = self.popen.wait(PATIENCE)
+        """Wait for its end, and for the end of its output; return the exit status."""
+        try:
+            status = self.popen.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{self.command} was still running after {PATIENCE:g} s; "
+                                 + self.last_lines()) from None
         self._reader.join(PATIENCE)
         return status
 
     def close(self) -> None:
-        """End it, by force if need be."""
+        """End it, by force if it does not end by itself."""
         try:
             self.stop()
-        except subprocess.TimeoutExpired:
+        except AssertionError:
             self.popen.kill()
             self.status()
         self.popen.stdout.close()
@@ -285,7 +344,10 @@ class Process:
 
 @contextlib.contextmanager
 def upstream(answer: Callable[[socket.socket], None]) -> Iterator[str]:
-    """A stub for a service that misbehaves: `answer` gets each accepted connection. Yields its base URL."""
+    """Run a stub for a service that misbehaves; yield its base URL.
+
+    `answer` is called with each accepted connection, in a thread of its own.
+    """
     listener = socket.create_server(("127.0.0.1", 0), backlog=100)
 
     def serve(connection: socket.socket) -> None:
@@ -296,7 +358,8 @@ def upstream(answer: Callable[[socket.socket], None]) -> Iterator[str]:
     def accept() -> None:
         with contextlib.suppress(OSError):  # the listener was closed
             while True:
-                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+                connection, _ = listener.accept()
+                threading.Thread(target=serve, args=(connection,), daemon=True).start()
 
     thread = threading.Thread(target=accept, daemon=True)
     thread.start()
@@ -323,15 +386,18 @@ def read_request(connection: socket.socket) -> bytes:
 
 
 class Moody:
-    """Stands before a service. Its `mood` is what it says and hangs up, or how it passes requests on.
+    """A proxy in front of a service; its `mood` decides what becomes of each request.
 
-    "well": as it should; "lossy": what is asked is done, but the answer is lost; "silent": nothing ever comes.
+    "well"    the request is passed on, and the answer is passed back
+    "lossy"   the request is passed on, but the answer is lost: the connection is closed
+    "silent"  no answer ever comes
+    bytes     they are sent instead of an answer, and the connection is closed
     """
 
     def __init__(self) -> None:
         self.port = 0
         self.mood: str | bytes = "well"
-        self.calls: list[str] = []  # method and target of each
+        self.calls: list[str] = []  # method and target of each request
 
     def __call__(self, connection: socket.socket) -> None:
         while request := read_request(connection):
@@ -357,17 +423,18 @@ class Moody:
 
 @contextlib.contextmanager
 def running_moody_shop() -> Iterator[tuple[Shop, Moody, Moody]]:
-    """Run a shop whose orders service comes to users and products only through these two.
+    """Run a shop whose orders service reaches users and products only through two Moody proxies.
 
-    Its log is not shown; it must tell of no failure but theirs.
+    The services must not log a failure of their own.
     """
     users, products = Moody(), Moody()
-    with (contextlib.redirect_stderr(io.StringIO()) as log, upstream(users) as users_url,
-          upstream(products) as products_url, running_shop(users_url=[users_url], products_url=[products_url]) as shop):
+    with (journal.captured_log() as log, upstream(users) as users_url,
+          upstream(products) as products_url,
+          running_shop(users_url=[users_url], products_url=[products_url]) as shop):
         users.port, products.port = shop.users.server_port, shop.products.server_port
         yield shop, users, products
     if re.search(r"(?m)^\S+Z \w+ .* failed\b", log.getvalue()):
-        raise AssertionError(log.getvalue())
+        raise AssertionError(f"a service logged a failure:\n{log.getvalue()}")
 
 
 @contextlib.contextmanager

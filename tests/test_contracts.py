@@ -1,33 +1,34 @@
-"""What the processes of the shop need of each other, told once and held to at both ends."""
+"""What the processes of the shop need of each other: both ends keep the contracts."""
 import contextlib
 import unittest
 
-from microshop.gateway import SERVICES, Gateway
+from microshop import SERVICES
+from microshop.gateway import Gateway
 from microshop.orders import Orders, Saga, add_order, move_order
-from microshop.products import Products
 from microshop.users import Users
-from tests.contract import FOLDER, fits, load, replay, served, whole
-from tests.helpers import ask, running, running_shop
+from tests.contract import FOLDER, complete, fits, load, replay, served
+from tests.helpers import ask, running, running_shop, service_of
 
 NAMES = sorted(path.stem for path in FOLDER.iterdir())
 BEHIND_THE_GATEWAY = [f"gateway-{service}" for service in SERVICES]
 
 
 @contextlib.contextmanager
-def provider(name):
-    """Run the real one, with all that it needs, and the seed's rows."""
+def running_provider(name):
+    """Run the real service, with all that it needs, and the seed's rows."""
     if name == "orders":
         with running_shop() as shop:
             yield shop.orders
     else:
-        with running({"users": Users, "products": Products}[name]) as service:
+        with running(service_of(name)) as service:
             yield service
 
 
 def without_health(contract):
-    """What the gateway asks only by itself, and never for a client, is left out."""
-    return {**contract, "interactions": [interaction for interaction in contract["interactions"]
-                                         if interaction["request"]["target"] != "/health"]}
+    """Leave out what only the gateway itself asks, and no client through it."""
+    interactions = [interaction for interaction in contract["interactions"]
+                    if interaction["request"]["target"] != "/health"]
+    return {**contract, "interactions": interactions}
 
 
 def failures(contract, port):
@@ -36,11 +37,11 @@ def failures(contract, port):
     return len(case.run().failures)
 
 
-class Format(unittest.TestCase):
-    def test_there_is_one_for_each_pair_that_speaks(self):
+class FormatTest(unittest.TestCase):
+    def test_there_is_a_contract_for_each_pair_of_processes_that_talk(self):
         self.assertEqual(NAMES, sorted([*BEHIND_THE_GATEWAY, "orders-products", "orders-users"]))
 
-    def test_each_says_what_it_should_and_nothing_else(self):
+    def test_each_contract_has_the_agreed_format(self):
         for name in NAMES:
             contract = load(name)
             self.assertEqual(set(contract), {"consumer", "provider", "interactions"})
@@ -48,74 +49,87 @@ class Format(unittest.TestCase):
             for interaction in contract["interactions"]:
                 with self.subTest(name, what=interaction["what"]):
                     self.assertEqual(set(interaction), {"what", "request", "answer"})
-                    self.assertEqual(set(whole(interaction["request"])), {"method", "target", "headers", "content"})
-                    self.assertEqual(set(whole(interaction["answer"])), {"status", "headers", "content"})
-                    self.assertRegex(interaction["what"], r"^[A-Z].*\.$")
+                    self.assertEqual(set(complete(interaction["request"])),
+                                     {"method", "target", "headers", "content"})
+                    self.assertEqual(set(complete(interaction["answer"])),
+                                     {"status", "headers", "content"})
+                    self.assertRegex(interaction["what"], r"^[A-Z].*\.$", "not a sentence")
 
-    def test_what_fits_is_exact_but_for_what_nobody_needs(self):
+    def test_a_value_fits_if_it_is_equal_apart_from_members_that_were_not_asked_for(self):
         for wanted, found, expected in (
-                ({"id": 1}, {"id": 1, "name": "Alice"}, True), ({"id": 1}, {"name": "Alice"}, False),
-                ({"id": 1}, [{"id": 1}], False), ({"id": {"a": [1]}}, {"id": {"a": [1], "b": 2}}, True),
-                ([{"id": 1}], [{"id": 1, "name": "Alice"}], True), ([1], [1, 2], False), ([1, 2], [1], False),
-                (1, True, False), (1, 1.0, False), ("1", 1, False), (1, 2, False), (None, None, True),
+                ({"id": 1}, {"id": 1, "name": "Alice"}, True),
+                ({"id": 1}, {"name": "Alice"}, False),
+                ({"id": 1}, [{"id": 1}], False),
+                ({"id": {"a": [1]}}, {"id": {"a": [1], "b": 2}}, True),
+                ([{"id": 1}], [{"id": 1, "name": "Alice"}], True),
+                ([1], [1, 2], False), ([1, 2], [1], False),
+                (1, True, False), (1, 1.0, False), ("1", 1, False), (1, 2, False),
+                (None, None, True),
                 ({"detail": "<any>"}, {"detail": "gone"}, True), ({"detail": "<any>"}, {}, False)):
             with self.subTest(wanted=wanted, found=found):
                 self.assertEqual(fits(wanted, found), expected)
 
 
-class Providers(unittest.TestCase):
-    def test_each_keeps_its_contracts(self):
+class ProvidersTest(unittest.TestCase):
+    def test_each_provider_keeps_its_contracts(self):
         for name in NAMES:
             contract = load(name)
-            with provider(contract["provider"]) as service:
+            with running_provider(contract["provider"]) as service:
                 replay(self, contract, service.server_port)
 
-    def test_one_that_no_longer_does_is_found_out(self):
+    def test_a_provider_that_breaks_its_contract_is_noticed(self):
         contract = load("gateway-users")
-        for part, other in (("status", 299), ("headers", {"location": "/elsewhere"}), ("content", {"id": "3"})):
-            interactions = [*contract["interactions"]]
-            interactions[-1] = {**interactions[-1], "answer": {**interactions[-1]["answer"], part: other}}
+        for part, other in (("status", 299), ("headers", {"location": "/elsewhere"}),
+                            ("content", {"id": "3"})):
+            *others, last = contract["interactions"]
+            last = {**last, "answer": {**last["answer"], part: other}}
             with self.subTest(part), running(Users) as users:
-                self.assertEqual(failures({**contract, "interactions": interactions}, users.server_port), 1)
+                broken = {**contract, "interactions": [*others, last]}
+                self.assertEqual(failures(broken, users.server_port), 1)
 
 
 class StubTest(unittest.TestCase):
-    def test_it_keeps_the_contract_itself(self):
+    def test_a_stub_keeps_its_contract(self):
         for name in NAMES:
             with served(load(name)) as stub:
                 replay(self, load(name), stub.server_address[1])
                 self.assertEqual(stub.unasked, [])
 
-    def test_what_is_not_in_the_contract_is_an_error_and_fails_the_test(self):
+    def test_a_request_outside_the_contract_gets_500_and_fails_the_test(self):
         reservation = b'{"productId": 101, "quantity": 2}'
         json_type = {"Content-Type": "application/json"}
         for request in (
-                ("GET", "/reservations/203"), ("DELETE", "/reservations/207"), ("DELETE", "/reservations/203?x"),
-                ("PUT", "/reservations/203", {}, reservation), ("PUT", "/reservations/203", json_type, b"{}"),
+                ("GET", "/reservations/203"), ("DELETE", "/reservations/207"),
+                ("DELETE", "/reservations/203?x"),
+                ("PUT", "/reservations/203", {}, reservation),
+                ("PUT", "/reservations/203", json_type, b"{}"),
                 ("PUT", "/reservations/203", json_type, b'{"productId": 101, "quantity": true}')):
-            with self.subTest(request), self.assertRaisesRegex(AssertionError, "not in the contract with products"):
-                with served(load("orders-products")) as stub:
-                    self.assertEqual(ask(stub.server_address[1], *request).status, 500)
+            with (self.subTest(request),
+                  self.assertRaisesRegex(AssertionError, "not in the contract with products"),
+                  served(load("orders-products")) as stub):
+                self.assertEqual(ask(stub.server_address[1], *request).status, 500)
 
 
-class OrdersOnStubs(unittest.TestCase):
+class OrdersOnStubsTest(unittest.TestCase):
     def setUp(self):
-        self.stubs = [self.enterContext(served(load(f"orders-{name}"))) for name in ("users", "products")]
-        self.orders = self.enterContext(running(Orders, **{
-            f"{name}_url": [stub.url] for name, stub in zip(("users", "products"), self.stubs, strict=True)}))
+        self.stubs = {name: self.enterContext(served(load(f"orders-{name}")))
+                      for name in ("users", "products")}
+        urls = {f"{name}_url": [stub.url] for name, stub in self.stubs.items()}
+        self.orders = self.enterContext(running(Orders, **urls))
 
     def add(self, user, product, quantity):
-        return add_order(self.orders.database, {"userId": user, "productId": product, "quantity": quantity}, None)[0]
+        fields = {"userId": user, "productId": product, "quantity": quantity}
+        return add_order(self.orders.database, fields, None)[0]
 
     def worker(self, order):
-        """One that has read an order, and goes on with it when told."""
+        """Return a worker that has read an order, and goes on with it at advance()."""
         return Saga(self.orders, order, {"x-request-id": "a-worker"})
 
     def assert_ends(self, order, *expected):
         found = ask(self.orders.server_port, "GET", f"/orders/{order}").json
         self.assertEqual((found["status"], found.get("reason")), expected)
 
-    def test_all_that_the_saga_asks_is_in_the_contracts_and_all_in_the_contracts_is_asked(self):
+    def test_the_saga_asks_for_all_that_is_in_its_contracts_and_for_nothing_else(self):
         order = self.add(1, 101, 2)
         quick, slow, late = (self.worker(order) for _ in range(3))
         quick.advance()
@@ -127,28 +141,31 @@ class OrdersOnStubs(unittest.TestCase):
         slow.advance()
         late.advance()
         self.assert_ends(order, "cancelled", None)
-        for fields, reason in (((1, 101, 1000), "<any>"), ((1, 999, 1), "productId: there is no product 999"),
+        for fields, reason in (((1, 101, 1000), "<any>"),
+                               ((1, 999, 1), "productId: there is no product 999"),
                                ((999, 101, 1), "userId: there is no user 999")):
             order = self.add(*fields)
             self.worker(order).advance()
             self.assert_ends(order, "rejected", reason)
-        self.assertEqual([stub.unasked for stub in self.stubs], [[], []])
+        for name, stub in self.stubs.items():
+            self.assertEqual(stub.unasked, [], f"orders did not ask {name} for these")
 
 
-class GatewayOnStubs(unittest.TestCase):
-    def test_what_it_passes_on_and_what_it_asks_itself_is_in_the_contracts(self):
+class GatewayOnStubsTest(unittest.TestCase):
+    def test_the_gateway_asks_for_all_that_is_in_its_contracts_and_for_nothing_else(self):
         contracts = {name: load(f"gateway-{name}") for name in SERVICES}
         stubs = {name: self.enterContext(served(contract)) for name, contract in contracts.items()}
-        gateway = self.enterContext(running(Gateway, timeout=5.0, **{
-            f"{name}_url": [stub.url] for name, stub in stubs.items()}))
+        urls = {f"{name}_url": [stub.url] for name, stub in stubs.items()}
+        gateway = self.enterContext(running(Gateway, **urls))
         for contract in contracts.values():
             replay(self, without_health(contract), gateway.server_port)
-        whole = ask(gateway.server_port, "GET", "/orders/201?expand=user,product").json
-        self.assertEqual((whole["user"]["name"], whole["product"]["name"]), ("Alice", "Laptop"))
+        order = ask(gateway.server_port, "GET", "/orders/201?expand=user,product").json
+        self.assertEqual((order["user"]["name"], order["product"]["name"]), ("Alice", "Laptop"))
         health = ask(gateway.server_port, "GET", "/health").json
-        self.assertEqual((health["status"], health["services"]), ("ok", dict.fromkeys(SERVICES, "ok")))
+        self.assertEqual((health["status"], health["services"]),
+                         ("ok", dict.fromkeys(SERVICES, "ok")))
         for name, stub in stubs.items():
-            self.assertEqual(stub.unasked, [], name)
+            self.assertEqual(stub.unasked, [], f"the gateway did not ask {name} for these")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,24 @@
-"""Lanes report what one would: each kind of trouble, once, and a process that dies."""
+"""Lanes report what a single process would: each problem once, and a lane that dies."""
 import io
 import os
+import subprocess
+import sys
 import unittest
 
-from tests import Lanes
+from tests import journal
+from tests.helpers import TOP
+from tests.lanes import Lanes
 
 
 class Mixed(unittest.TestCase):
-    def well(self):
+    def passes(self):
         pass
 
     def fails(self):
-        self.fail("as it should")
+        self.fail("as expected")
 
     def breaks(self):
-        raise ZeroDivisionError("as it should")
+        raise ZeroDivisionError("as expected")
 
     def is_skipped(self):
         self.skipTest("today")
@@ -24,13 +28,17 @@ class Mixed(unittest.TestCase):
             with self.subTest(number=number):
                 self.assertEqual(number, 1)
 
+    def fails_after_a_log_line(self):
+        journal.note("the service said so")
+        self.fail("as expected")
 
-class Unready(unittest.TestCase):
+
+class BrokenFixture(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        raise OSError("no ground to stand on")
+        raise OSError("the fixture is broken")
 
-    def well(self):
+    def passes(self):
         pass
 
 
@@ -39,30 +47,55 @@ class Deadly(unittest.TestCase):
         os._exit(1)
 
 
-@unittest.skipUnless(hasattr(os, "fork"), "this system cannot fork: there is one lane")
 class LanesTest(unittest.TestCase):
     def run_in_lanes(self, *suites: unittest.TestSuite) -> tuple[unittest.TestResult, str]:
         printed = io.StringIO()
         return unittest.TextTestRunner(printed).run(Lanes(suites)), printed.getvalue()
 
-    def test_each_trouble_is_told_once_with_its_reason(self):
-        names = ("well", "fails", "breaks", "is_skipped", "fails_in_part")
-        result, printed = self.run_in_lanes(unittest.TestSuite(map(Mixed, names)),
-                                            unittest.TestSuite([Unready("well")]), unittest.TestSuite([Mixed("well")]))
-        self.assertEqual((result.testsRun, len(result.failures), len(result.errors), len(result.skipped)), (7, 2, 2, 1))
-        for reason in ("AssertionError: as it should", "ZeroDivisionError: as it should", "fails_in_part (number=2)",
-                       "OSError: no ground to stand on"):
-            self.assertEqual(printed.count(reason), 1, printed)
+    def test_each_problem_is_reported_once_with_its_reason(self):
+        names = ("passes", "fails", "breaks", "is_skipped", "fails_in_part")
+        result, printed = self.run_in_lanes(
+            unittest.TestSuite(map(Mixed, names)),
+            unittest.TestSuite([BrokenFixture("passes")]),
+            unittest.TestSuite([Mixed("passes")]))
+        counts = (result.testsRun, len(result.failures), len(result.errors), len(result.skipped))
+        self.assertEqual(counts, (7, 2, 2, 1), f"tests, failures, errors, skipped in:\n{printed}")
+        for reason in ("AssertionError: as expected", "ZeroDivisionError: as expected",
+                       "fails_in_part (number=2)", "OSError: the fixture is broken"):
+            self.assertEqual(printed.count(reason), 1, f"times {reason!r} is in:\n{printed}")
         self.assertFalse(result.wasSuccessful())
 
-    def test_all_that_is_well_is_told_as_ever(self):
-        result, printed = self.run_in_lanes(*[unittest.TestSuite([Mixed("well")]) for _ in range(9)])
-        self.assertEqual((result.testsRun, result.wasSuccessful()), (9, True))
+    def test_when_all_tests_pass_the_runner_prints_its_usual_dots(self):
+        suites = [unittest.TestSuite([Mixed("passes")]) for _ in range(9)]
+        result, printed = self.run_in_lanes(*suites)
+        self.assertEqual((result.testsRun, result.wasSuccessful()), (9, True), printed)
         self.assertIn(".........\n", printed)
 
-    def test_a_process_that_dies_is_no_success(self):
+    def test_a_lane_that_dies_fails_the_whole_run(self):
         with self.assertRaisesRegex(SystemExit, "Deadly.dies has died"):
             self.run_in_lanes(unittest.TestSuite([Deadly("dies")]))
+
+
+class JournalTest(unittest.TestCase):
+    def test_a_service_under_test_does_not_log_between_the_dots_of_the_runner(self):
+        code = ("from tests.helpers import running\n"
+                "from microshop.users import Users\n"
+                "with running(Users) as users: users.log.event('an event')\n")
+        done = subprocess.run([sys.executable, "-c", code], cwd=TOP, capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
+
+    def run_alone(self, name: str) -> str:
+        printed = io.StringIO()
+        unittest.TextTestRunner(printed).run(Mixed(name))
+        return printed.getvalue()
+
+    def test_a_failure_shows_what_was_logged_last(self):
+        self.assertIn("What happened last:\n  the service said so\n",
+                      self.run_alone("fails_after_a_log_line"))
+
+    def test_a_failure_does_not_show_what_an_earlier_test_has_logged(self):
+        self.run_alone("fails_after_a_log_line")
+        self.assertNotIn("the service said so", self.run_alone("fails"))
 
 
 if __name__ == "__main__":

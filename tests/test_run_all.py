@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from microshop import SERVICES
-from tests import LANES
 from tests.helpers import PATIENCE, TOP, Process, Wire, ask, process
+from tests.lanes import LANES
 
 CASES = json.loads((TOP / "tests" / "golden.json").read_text())["cases"]
 SEED = {case["path"]: case["body"] for case in CASES

@@ -1,4 +1,6 @@
-"""The textbook's service and gateway, http.server and urlopen as they are, for the bench to compare with.
+"""A service and a gateway as textbooks write them, for tests/bench.py to compare with.
+
+They use http.server and urlopen as they are.
 
     python -m tests.textbook users 0
     python -m tests.textbook http://localhost:3001 0
