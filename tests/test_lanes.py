@@ -1,5 +1,6 @@
 """Lanes report what a single process would: each problem once, and a lane that dies."""
 import io
+import json
 import os
 import subprocess
 import sys
@@ -47,33 +48,44 @@ class Deadly(unittest.TestCase):
         os._exit(1)
 
 
+def run_in_lanes(*suites: str) -> None:
+    """Run suites, each like "Mixed: passes fails", and print what became of them as JSON."""
+    kinds = {kind.__name__: kind for kind in (Mixed, BrokenFixture, Deadly)}
+    parts = [suite.partition(": ") for suite in suites]
+    lanes = Lanes(unittest.TestSuite(map(kinds[name], tests.split())) for name, _, tests in parts)
+    result = unittest.TextTestRunner(sys.stdout).run(lanes)
+    counts = (result.testsRun, len(result.failures), len(result.errors), len(result.skipped))
+    sys.exit(json.dumps({"counts": counts, "passed": result.wasSuccessful()}))
+
+
 class LanesTest(unittest.TestCase):
-    def run_in_lanes(self, *suites: unittest.TestSuite) -> tuple[unittest.TestResult, str]:
-        printed = io.StringIO()
-        return unittest.TextTestRunner(printed).run(Lanes(suites)), printed.getvalue()
+    def run_in_lanes(self, *suites: str) -> tuple[str, str]:
+        """Return what the lanes print, and the outcome.
+
+        They run in a process of their own: to fork one with threads, like this, is not safe.
+        """
+        code = f"from tests.test_lanes import run_in_lanes; run_in_lanes(*{suites!r})"
+        done = subprocess.run([sys.executable, "-c", code], cwd=TOP, capture_output=True, text=True)
+        return done.stdout, done.stderr
 
     def test_each_problem_is_reported_once_with_its_reason(self):
-        names = ("passes", "fails", "breaks", "is_skipped", "fails_in_part")
-        result, printed = self.run_in_lanes(
-            unittest.TestSuite(map(Mixed, names)),
-            unittest.TestSuite([BrokenFixture("passes")]),
-            unittest.TestSuite([Mixed("passes")]))
-        counts = (result.testsRun, len(result.failures), len(result.errors), len(result.skipped))
-        self.assertEqual(counts, (7, 2, 2, 1), f"tests, failures, errors, skipped in:\n{printed}")
+        printed, outcome = self.run_in_lanes(
+            "Mixed: passes fails breaks is_skipped fails_in_part",
+            "BrokenFixture: passes", "Mixed: passes")
+        self.assertEqual(json.loads(outcome), {"counts": [7, 2, 2, 1], "passed": False},
+                         f"tests, failures, errors, skipped in:\n{printed}")
         for reason in ("AssertionError: as expected", "ZeroDivisionError: as expected",
                        "fails_in_part (number=2)", "OSError: the fixture is broken"):
             self.assertEqual(printed.count(reason), 1, f"times {reason!r} is in:\n{printed}")
-        self.assertFalse(result.wasSuccessful())
 
     def test_when_all_tests_pass_the_runner_prints_its_usual_dots(self):
-        suites = [unittest.TestSuite([Mixed("passes")]) for _ in range(9)]
-        result, printed = self.run_in_lanes(*suites)
-        self.assertEqual((result.testsRun, result.wasSuccessful()), (9, True), printed)
+        printed, outcome = self.run_in_lanes(*["Mixed: passes"] * 9)
+        self.assertEqual(json.loads(outcome), {"counts": [9, 0, 0, 0], "passed": True}, printed)
         self.assertIn(".........\n", printed)
 
     def test_a_lane_that_dies_fails_the_whole_run(self):
-        with self.assertRaisesRegex(SystemExit, "Deadly.dies has died"):
-            self.run_in_lanes(unittest.TestSuite([Deadly("dies")]))
+        printed, outcome = self.run_in_lanes("Deadly: dies")
+        self.assertRegex(outcome, "the process that ran .*Deadly.dies has died", printed)
 
 
 class JournalTest(unittest.TestCase):
