@@ -47,4 +47,8 @@ if sys.version_info < (3, 11):  # noqa: UP036  # in syntax that older versions c
     os._exit(2)  # sys.exit() would not end `python -m unittest`, which catches it
 
 GATEWAY_PORT = 3000
-SERVICES = {"users": 3001, "products": 3002, "orders": 3003}  # every service, and its port
+SERVICES = {  # every service, and its port
+    "users": 3001,
+    "products": 3002,
+    "orders": 3003,
+}

@@ -39,7 +39,7 @@ def add_line_in_services(top: Path) -> None:
     [found] = [node.value for node in ast.parse(source).body
                if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict)]
     old = ast.get_source_segment(source, found)
-    new = re.sub(r",?\s*\}$", f', "{NAME}": {PORT}}}', old)
+    new = re.sub(r",?\s*\}$", f',\n    "{NAME}": {PORT},\n}}', old)
     path.write_text(source.replace(old, new))
 
 

@@ -18,7 +18,8 @@ from tests.helpers import TOP, Answered, ask, clean_environment, process, servic
 from tests.source import LAYERS, size_of_layers
 
 README = (TOP / "README.md").read_text()
-TOLERANCE = 0.05  # of a stated number of lines
+TOLERANCES = {  # of the stated lines of code; a new service must not need another README for them
+    "pattern": 0.1, "chassis": 0.05, "tools": 0.05}
 CURLS = 18        # commands at least, or this test has lost sight of the README's blocks
 
 CURL = ArgumentParser("curl in the README", exit_on_error=False)
@@ -137,7 +138,7 @@ class ReadmeCommandsTest(unittest.TestCase):
 
 
 class ReadmeTextTest(unittest.TestCase):
-    def test_stated_lines_of_code_are_within_5_percent_of_the_true_ones(self):
+    def test_stated_lines_of_code_are_close_to_the_true_ones(self):
         sizes = size_of_layers()
         true = ", ".join(f"the {layer} {sizes[layer]:,}" for layer in LAYERS)
         paragraphs = [text for text in README.split("\n\n") if "lines of code" in text]
@@ -146,7 +147,7 @@ class ReadmeTextTest(unittest.TestCase):
             with self.subTest(layer):
                 self.assertTrue(stated, f"README.md should say: lines of code: {true}")
                 lines = int(stated[1].replace(",", ""))
-                self.assertLess(abs(lines / sizes[layer] - 1), TOLERANCE,
+                self.assertLess(abs(lines / sizes[layer] - 1), TOLERANCES[layer],
                                 f"README.md says {layer} {lines}; true are {true}")
 
     def test_make_knows_each_command_that_the_readme_shows(self):
