@@ -68,6 +68,8 @@ def find_breaches(folder: Path) -> list[str]:
 
 def attach_files(connection: sqlite3.Connection, folder: Path) -> None:
     """Open the file of each service, only for reading, and check that it is not damaged."""
+    if not folder.exists():
+        raise sqlite3.OperationalError("there is no such folder")
     if missing := missing_files(folder):
         raise sqlite3.OperationalError(f"there is no {', no '.join(missing)}")
     for name in SERVICES:

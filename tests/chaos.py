@@ -503,7 +503,7 @@ def run(seconds: float, seed: int, clients: int,
         tell: Callable[[str], object] = lambda text: None) -> Report:
     """Run in a temporary folder. If something is wrong it is kept, with the shop's output."""
     with contextlib.ExitStack() as stack:
-        folder = Path(tempfile.mkdtemp(prefix="microshop-chaos-"))
+        folder = Path(tempfile.mkdtemp(prefix="chaos-"))
         stack.callback(shutil.rmtree, folder)
         chaos = Run(folder, seconds, seed, clients, tell)
         report = chaos.run()

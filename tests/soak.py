@@ -552,7 +552,7 @@ SCENES = {  # in this order, each with its share of the time
 
 
 def run(seconds: float, seed: int) -> Report:
-    with tempfile.TemporaryDirectory(prefix="microshop-soak-") as folder:
+    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         soak = Soak(Path(folder), seed)
         soak.run(seconds)
     return soak.report

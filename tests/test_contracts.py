@@ -153,6 +153,8 @@ class OrdersOnStubsTest(unittest.TestCase):
 
 class GatewayOnStubsTest(unittest.TestCase):
     def test_the_gateway_asks_for_all_that_is_in_its_contracts_and_for_nothing_else(self):
+        missing = [name for name in SERVICES if f"gateway-{name}" not in NAMES]
+        self.assertEqual(missing, [], "services without a tests/contracts/gateway-NAME.json")
         contracts = {name: load(f"gateway-{name}") for name in SERVICES}
         stubs = {name: self.enterContext(served(contract)) for name, contract in contracts.items()}
         urls = {f"{name}_url": [stub.url] for name, stub in stubs.items()}

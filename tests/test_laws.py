@@ -252,6 +252,12 @@ class ServiceLawTest(LawTestCase):
     def test_each_service_has_all_its_parts(self):
         self.assert_none(sentence for name in SERVICES for sentence in missing_parts(name))
 
+    def test_services_have_the_ports_after_the_gateways_in_order_as_run_all_gives_them(self):
+        expected = range(GATEWAY_PORT + 1, GATEWAY_PORT + 1 + len(SERVICES))
+        self.assert_none(
+            f"microshop.SERVICES gives {name} port {port}: it must be {own}, the next one in order"
+            for own, (name, port) in zip(expected, SERVICES.items(), strict=True) if port != own)
+
 
 def missing_parts(name: str) -> Iterator[str]:
     """Yield a sentence for each part that a service lacks."""
@@ -265,7 +271,7 @@ def missing_parts(name: str) -> Iterator[str]:
         yield f"{named}there is no tests/test_{name}.py: add its tests (see tests/collection.py)"
     contract = f"tests/contracts/gateway-{name}.json"
     if not (TOP / contract).exists():
-        yield f"{named}there is no {contract}: add what the gateway asks it"
+        yield f"{named}there is no {contract}: add it (copy and change gateway-users.json)"
     if not re.search(rf"(?m)^.*\b{name}\b.*\b{port}\b", (TOP / "README.md").read_text()):
         yield f"{named}no line of README.md has its name and its port {port}: add one"
 
