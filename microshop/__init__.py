@@ -1,7 +1,7 @@
 """microshop: the Microservices pattern in nothing but Python's standard library.
 
-Each module in this folder is a process, except for this one, the map, and audit.py, a tool.
-What the processes share is in chassis/.
+Each module in this folder runs as a process of its own, except this one (an overview), __main__.py
+(short for run_all) and audit.py (a tool). What the processes share is in chassis/.
 
                           run_all  starts, watches and stops the others (chassis.supervisor)
                              :
@@ -22,20 +22,22 @@ The life of GET /users/1, from the client and back:
 
   1. gateway    chassis.listener accepts the connection and gives it a thread. chassis.wire reads
                 the request, strictly; chassis.handler gives it a request id
-  2.            GatewayHandler.dispatch looks at the first segment, `users`, and forwards
-  3.            chassis.client chooses an instance of the service, sends the request on a kept-alive
+  2. gateway    GatewayHandler.dispatch looks at the first segment, `users`, and forwards
+  3. gateway    chassis.client chooses an instance of the service, sends the request on a kept-alive
                 connection and reads the response; if there is none, it may retry
   4. users      chassis.handler finds the route; UsersHandler.get_user calls find_user, which asks
                 the database
-  5.            the row travels back as a return value; chassis.answer turns it into bytes, once
+  5. users      the row travels back as a return value; chassis.answer turns it into JSON bytes,
+                which the gateway passes on unchanged
   6. both       write a line to their access log, with the same request id
 
 The life of an order is the saga in orders.py. A handler returns its answer or raises a
 chassis.errors.ServiceError; it never writes to a socket.
 
 To learn the pattern in thirty minutes, read users.py, gateway.py and orders.py. To read it all, go
-on with products.py, then chassis/: handler, answer, wire, client, resilience, supervisor.
-A "Law" in a module's first docstring says what must not be in it; tests/test_laws.py checks it.
+on with products.py, then chassis/: server, listener, handler, answer, wire, resilience, client,
+connections, child, supervisor. A "Law" in a module's docstring says what must not be in the module;
+tests/test_laws.py checks it.
 """
 import os
 import sys

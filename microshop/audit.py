@@ -4,8 +4,8 @@ Since each service owns its database, no constraint spans two of them; the audit
 hold between them. It is the one tool that opens the files of all services. The shop may be running.
 
 Without --data it checks the folder `data`, and those of shops that run with --fresh. For each it
-prints one line, and a line for each breach. Exit status: 0 if all agree, 1 if there is a breach or
-a file cannot be read, 2 if there is nothing to check.
+prints one line, and one for each violation. Exit status: 0 if all agree, 1 if there is a
+violation or a file cannot be read, 2 if there is nothing to check.
 
 Law: it only reads; it changes and repairs nothing.
 """
@@ -20,12 +20,20 @@ from pathlib import Path
 from microshop import SERVICES
 from microshop.chassis import config
 
-PATIENCE = 60  # seconds in which an order must be finished
+PATIENCE = 60  # seconds within which an order must be finished
 DEFAULT = Path("data")
-DATA = config.DATA._replace(
-    default=None, help=f"folder to check (default: {DEFAULT}, and those of run_all --fresh)")
 
-BREACHES = {  # the text of each, and the query that finds it
+
+def parse_folder(text: str) -> Path | None:
+    """Return the folder to check, or None for all that can be found."""
+    return config.folder(text) if text else None
+
+
+DATA = config.DATA._replace(
+    parse=parse_folder, default="",
+    help=f"folder to check (default: {DEFAULT}, and those of run_all --fresh)")
+
+VIOLATIONS = {  # the text of each, and the query that finds it
     "product {}: {} units were supplied, but {} are free and {} reserved": """
         SELECT * FROM (
             SELECT id, supplied, stock, (
@@ -52,22 +60,22 @@ BREACHES = {  # the text of each, and the query that finds it
 }
 
 
-def find_breaches(folder: Path) -> list[str]:
-    """Return a line for each breach. Raises sqlite3.Error if a file cannot be read.
+def find_violations(folder: Path) -> list[str]:
+    """Return a line for each violation. Raises sqlite3.Error if a file cannot be read.
 
-    While the shop is running, a query may see one file before a change and another file after it.
-    That cannot happen twice in the same way, since orders only move forward: a breach is what is
-    found by each of two looks.
+    While the shop is running, a query may read one file before a change and another file after it,
+    and so find a difference that is not real. It would not find the same one again, since orders
+    only move forward. So we look twice, and keep what was found both times.
     """
     with contextlib.closing(sqlite3.connect(":memory:", uri=True)) as connection:
         attach_files(connection, folder)
-        first = look(connection)
-        second = look(connection)
+        first = run_queries(connection)
+        second = run_queries(connection)
     return [line for line in second if line in first]
 
 
 def attach_files(connection: sqlite3.Connection, folder: Path) -> None:
-    """Open the file of each service, only for reading, and check that it is not damaged."""
+    """Attach the file of each service, read-only, and check that it is not damaged."""
     if not folder.exists():
         raise sqlite3.OperationalError("there is no such folder")
     if missing := missing_files(folder):
@@ -76,26 +84,26 @@ def attach_files(connection: sqlite3.Connection, folder: Path) -> None:
         path = (folder / f"{name}.db").absolute()
         uri = f"{path.as_uri()}?mode=ro"
         if not path.with_suffix(".db-wal").exists():
-            uri += "&immutable=1"  # no process has it open; without this, SQLite would make a WAL
+            uri += "&immutable=1"  # no process has it open; else SQLite would create a WAL file
         connection.execute(f"ATTACH ? AS {name}_file", [uri])
         for (problem,) in connection.execute(f"PRAGMA {name}_file.quick_check"):
             if problem != "ok":
                 raise sqlite3.DatabaseError(f"{name}.db: {' '.join(problem.splitlines())}")
 
 
-def look(connection: sqlite3.Connection) -> list[str]:
-    """Return a line for each row that a query finds."""
+def run_queries(connection: sqlite3.Connection) -> list[str]:
+    """Run every query; return a line for each row found."""
     values = {"now": time.time(), "patience": PATIENCE}
     lines = []
-    for text, query in BREACHES.items():
+    for text, query in VIOLATIONS.items():
         lines += [text.format(*row) for row in connection.execute(query, values)]
     return lines
 
 
 def find_folders() -> list[Path]:
-    """Return the default folder if it has any database, and each temporary one that has them all.
+    """Return the default folder if it has any database, and the folders of run_all --fresh.
 
-    run_all --fresh makes its folder among the temporary ones.
+    Those are in the system's temporary folder; only the ones with all databases are returned.
     """
     temporary = sorted(Path(tempfile.gettempdir()).glob("microshop-*"))
     folders = [folder for folder in temporary if not missing_files(folder)]
@@ -111,16 +119,16 @@ def missing_files(folder: Path) -> list[str]:
 
 
 def check(folder: Path) -> bool:
-    """Print whether the databases in a folder agree; return that."""
+    """Print and return whether the databases in a folder agree."""
     try:
-        breaches = find_breaches(folder)
+        violations = find_violations(folder)
     except (sqlite3.Error, UnicodeDecodeError) as error:
         print(f"audit: cannot read the databases in {folder}: {error}", file=sys.stderr)
         return False
-    print(f"the databases in {folder} {'do not agree:' if breaches else 'agree'}")
-    for line in breaches:
+    print(f"the databases in {folder} {'do not agree:' if violations else 'agree'}")
+    for line in violations:
         print(f"  {line}")
-    return not breaches
+    return not violations
 
 
 def main() -> None:
@@ -128,7 +136,8 @@ def main() -> None:
     folders = [settings.data] if settings.data else find_folders()
     if not folders:
         print(f"audit: there is no database in {DEFAULT}; start the shop with python -m "
-              "microshop.run_all, or name its folder with --data", file=sys.stderr)
+              "microshop.run_all, or give the folder of its databases with --data",
+              file=sys.stderr)
         sys.exit(2)
     agree = [check(folder) for folder in folders]
     sys.exit(0 if all(agree) else 1)

@@ -1,11 +1,11 @@
 """The API gateway: the front door of the shop. Owns no data.
 
-The gateway is a reverse proxy: it forwards each request to a service behind it, which the first
-segment of the path names. It also does API composition, which is to answer with data from several
-services: an order contains the ids of its user and its product, and ?expand= puts those in.
+The gateway is a reverse proxy: it forwards each request to the service that the first segment of
+the path names. It also does API composition: it answers with data from several services. An order
+contains only the ids of its user and its product; ?expand= adds the user and the product.
 What to do when a service fails is decided in chassis.client.
 
-Law: the gateway knows prefixes of paths, not business.
+Law: the gateway knows path prefixes and the links between resources, but no business rules.
 """
 import json
 import math
@@ -27,9 +27,9 @@ from microshop.chassis.handler import Handler
 from microshop.chassis.server import Service
 
 IDEMPOTENT_RECEIVERS = {"orders"}  # services that honor an Idempotency-Key
-# For each service: the names that ?expand= knows there, and the service that has those resources.
+# For each service: the names that ?expand= accepts, each with the service to fetch it from.
 EXPANSIONS = {"orders": {"user": "users", "product": "products"}}
-MAX_IDS = 100      # resources to fetch with one request: a page, unless it sets a limit
+MAX_IDS = 100      # ids to ask for in one request: the size of a page if no limit is given
 HEALTH_TIME = 1.0  # seconds for a service to answer its health check
 HEALTH = {200: "ok", 503: "draining"}  # the state of a service, by the status of its answer
 READS = {"GET", "HEAD", "OPTIONS", "TRACE"}  # safe methods, RFC 9110 9.2.1
@@ -38,11 +38,11 @@ READS = {"GET", "HEAD", "OPTIONS", "TRACE"}  # safe methods, RFC 9110 9.2.1
 HOP_BY_HOP = {
     "connection", "keep-alive", "proxy-connection", "proxy-authenticate", "proxy-authorization",
     "te", "trailer", "transfer-encoding", "upgrade"}
-# Headers that the gateway itself sets, or leaves out, whatever the client sent.
-OWN = {
+# Headers that the gateway sets itself, or removes, whatever the client sent.
+SET_BY_GATEWAY = {
     "host", "content-length", "expect", "forwarded", "x-forwarded-for", "x-forwarded-host",
     "x-forwarded-proto", "x-request-id", "x-request-timeout", "traceparent", "tracestate"}
-NOT_FORWARDED = HOP_BY_HOP | OWN
+NOT_FORWARDED = HOP_BY_HOP | SET_BY_GATEWAY
 NOT_PASSED_BACK = HOP_BY_HOP | {"x-request-id", "content-length"}
 # Conditional headers apply to the composed response, not to its parts.
 CONDITIONS = {
@@ -57,8 +57,8 @@ def via(version: str) -> str:
 def in_parallel(function: Callable[[Any], Any], items: list) -> list:
     """Return [function(item) for item in items], each call but the first in a thread of its own.
 
-    The first is made here, since this thread could only wait. The threads are daemons: a call that
-    hangs must not keep the process from ending, as one in a concurrent.futures pool would.
+    The first call is made in this thread, which otherwise would only wait. The threads are daemons:
+    a call that hangs must not keep the process from ending, as a concurrent.futures pool would.
     """
     results: dict[int, Any] = {}
 
@@ -78,10 +78,10 @@ def in_parallel(function: Callable[[Any], Any], items: list) -> list:
 # --- what a composed response is made of
 
 def finite(text: str) -> float:
-    """Return the value of a JSON number, NaN or Infinity. Raises ValueError if it is not finite."""
+    """Return a JSON number as a float. Raises ValueError for NaN, Infinity and the like."""
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} cannot be written as JSON again")
+        raise ValueError(f"{text} cannot be represented in JSON")
     return number
 
 
@@ -89,14 +89,14 @@ decode = json.JSONDecoder(parse_float=finite, parse_constant=finite).decode  # 3
 
 
 def read_rows(service: str, body: bytes, *keys: str) -> list[dict]:
-    """Return the resources in a response body, in each of which these keys are integers.
+    """Return the resources in a response body: a list of them, or a single one.
 
-    Raises BadGateway if it is anything else.
+    Raises BadGateway if it is anything else, or if one of `keys` is not an integer in each of them.
     """
     try:
         value = decode(body.decode())
         if b"\\u" in body:
-            encode(value).encode()  # refuses lone surrogates, which cannot be written again
+            encode(value).encode()  # fails for a lone surrogate, which cannot be sent again
         rows = value if isinstance(value, list) else [value]
         if all(type(row[key]) is int for row in rows for key in keys):
             return rows
@@ -106,9 +106,10 @@ def read_rows(service: str, body: bytes, *keys: str) -> list[dict]:
 
 
 def read_page(service: str, reply: Reply | UpstreamError) -> tuple[list[dict], int, str]:
-    """Return the resources in a reply, and why others are not in it: a status and a detail.
+    """Return the resources in a reply, and the status and detail to report for those not in it.
 
-    A reply with status 200 has all that exist: the status of the others is 404, without a detail.
+    A reply with status 200 has every resource that exists, so the others get 404; their detail is
+    empty here, and Expansion.add() fills it in.
     """
     if isinstance(reply, Reply) and reply.status == 200:
         try:
@@ -116,6 +117,11 @@ def read_page(service: str, reply: Reply | UpstreamError) -> tuple[list[dict], i
         except BadGateway as error:
             return [], error.status, error.detail
     return [], reply.status, reply.detail
+
+
+def key_of(name: str) -> str:
+    """Return the key under which a row holds the id of the resource with this name."""
+    return f"{name}Id"
 
 
 class Expansion:
@@ -133,24 +139,22 @@ class Expansion:
         return [self.ids[start:start + MAX_IDS] for start in range(0, len(self.ids), MAX_IDS)]
 
     def add(self, ids: list[int], reply: Reply | UpstreamError) -> None:
-        """Take over what the service replied to a request for these ids."""
+        """Record the service's reply to a request for these ids."""
         rows, status, detail = read_page(self.service, reply)
         for row in rows:
             self.found[row["id"]] = row
-        for missing in ids:
-            if missing not in self.found:
-                self.missing[missing] = {
+        for item_id in ids:
+            if item_id not in self.found:
+                self.missing[item_id] = {
                     "service": self.service, "status": status,
-                    "detail": detail or f"there is no {self.name} {missing}"}
+                    "detail": detail or f"there is no {self.name} {item_id}"}
 
 
-def key_of(name: str) -> str:
-    """Return the key that holds, in a row, the id of the resource that a name stands for."""
-    return f"{name}Id"
+
 
 
 def expand(row: dict, expansions: list[Expansion]) -> int:
-    """Put the expansions into a row; return how many are missing, which its `missing` explains."""
+    """Put the expansions into a row; return how many are missing. Its `missing` says why."""
     reasons = []
     for expansion in expansions:
         wanted = row[expansion.key]
@@ -168,6 +172,7 @@ class GatewayHandler(Handler):
     server: "Gateway"
 
     def dispatch(self) -> Answer:
+        """Compose or forward. A path that names no service is one of the gateway's own."""
         path, _, query = self.path.partition("?")
         upstream = self.server.upstreams.get(path.split("/")[1])
         if not upstream:
@@ -208,9 +213,9 @@ class GatewayHandler(Handler):
                 left_out: set[str] = NOT_FORWARDED) -> Reply:
         """Forward the request, and return the service's reply. Raises UpstreamError.
 
-        Its correlation id, by which its lines in every log are found, is sent as X-Request-Id.
+        The request's correlation id is sent along as X-Request-Id, so that all logs have the same.
         """
-        named = self.headers.tokens("connection")
+        named = self.headers.tokens("connection")  # headers that are for this hop only
         headers = {name: value for name, value in self.headers.items()
                    if name not in left_out and name not in named}
         own_via = via(self.request_version)
@@ -219,9 +224,9 @@ class GatewayHandler(Handler):
         headers["x-forwarded-proto"] = "http"
         if "host" in self.headers:
             headers["x-forwarded-host"] = self.headers["host"]
-        if self.server.token:  # which concerns the client and the gateway only
+        if self.server.token:  # the token is not for the services
             headers.pop("authorization", None)
-        headers.update(self.trace())
+        headers.update(self.trace_headers())
         return self.server.client.call(
             upstream, method, self.path, headers, self.body, self.deadline)
 
@@ -231,16 +236,17 @@ class GatewayHandler(Handler):
         headers = [(name, value) for name, value in reply.fields.pairs
                    if name.lower() not in left_out]
         if self.command == "HEAD" and "content-length" in reply.fields and reply.status != 204:
-            headers.append(("Content-Length", reply.fields["content-length"]))  # of a GET
+            # the length that a GET would have
+            headers.append(("Content-Length", reply.fields["content-length"]))
         return Answer(reply.body, reply.status, [*headers, ("Via", via(reply.version))])
 
     # --- composition
 
     def compose(self, upstream: Upstream, names: list[str]) -> Answer:
-        """Answer with resources of a service, in which these names are expanded.
+        """Answer with resources of a service, and expand these names in each of them.
 
-        Expanding `user` in an order, for instance, puts its user in. What cannot be fetched is
-        null, and `missing` says why. X-Complete says how many were found, of how many.
+        For instance, expanding `user` adds to each order its user. What cannot be fetched is null,
+        and `missing` says why. X-Complete: 3/4 means that 3 of 4 were found.
         """
         services = EXPANSIONS[upstream.name]
         for name in names:
@@ -256,8 +262,8 @@ class GatewayHandler(Handler):
         total = len(rows) * len(names)
         headers = [("X-Complete", f"{total - missing}/{total}"), ("Via", via(reply.version))]
         if "link" in reply.fields:
-            headers.append(("Link", reply.fields["link"]))
-        is_page = reply.body.lstrip().startswith(b"[")
+            headers.insert(0, ("Link", reply.fields["link"]))
+        is_page = reply.body.lstrip().startswith(b"[")  # else read_rows() made a list of one
         return Answer(rows if is_page else rows[0], headers=headers)
 
     def fetch(self, expansions: list[Expansion]) -> None:
@@ -274,7 +280,7 @@ class GatewayHandler(Handler):
     def get_all(self, requests: list[tuple[Upstream, str]],
                 deadline: float) -> list[Reply | UpstreamError]:
         """Send a GET to each service and target in parallel; return the replies, or the errors."""
-        headers = self.trace()
+        headers = self.trace_headers()
 
         def get(request: tuple[Upstream, str]) -> Reply | UpstreamError:
             upstream, target = request

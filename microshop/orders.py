@@ -1,10 +1,10 @@
 """The orders service: who ordered what, and the state of each order.
 
-Database per service: this process alone opens orders.db. To confirm an order it must ask users and
+Database per service: no other service opens orders.db. To confirm an order it must ask users and
 products, and no transaction spans three databases. So an order is a saga: it is stored first, and
 then taken through small steps, each of which may be repeated safely, until it is finished.
 
-             user and stock are there           its client cancels            units released
+             user exists, units reserved          client cancels            units released
     pending -------------------------> confirmed --------------> cancelling -------------> cancelled
        |
        +--> rejected: a service said no
@@ -33,26 +33,25 @@ from microshop.chassis.client import Client, Reply, Upstream
 from microshop.chassis.content import Integer, Page, encode, parse_query
 from microshop.chassis.database import Database
 from microshop.chassis.errors import (
-    BadGateway, BadRequest, Conflict, NotFound, UnprocessableContent, UpstreamError,
+    RETRY_SOON, BadGateway, BadRequest, Conflict, NotFound, UnprocessableContent, UpstreamError,
     UpstreamUnavailable)
 from microshop.chassis.handler import Handler
 from microshop.chassis.server import Service
 
-CALL_TIME = 2.0         # seconds for another service to answer, or less if the client has less
-TAKE_OVER = 5.0         # seconds that a request has to finish an order before the background tries
-RETRY_FIRST = 0.2       # seconds before the first retry, and
-RETRY_LAST = 10.0       # the longest wait between two; jitter takes off up to half
-POLL = 0.1              # seconds between looks for orders that are due
+CALL_TIME = 2.0         # seconds for another service to answer; fewer if the deadline comes first
+TAKE_OVER = 5.0         # seconds for a request to finish an order before the background tries
+RETRY_FIRST = 0.2       # seconds of the shortest wait before a retry; jitter may halve it
+RETRY_LAST = 10.0       # seconds of the longest wait; jitter may halve it
+POLL = 0.1              # seconds between two searches for orders that are due
 KEY_LIFE = 24 * 3600.0  # seconds that an Idempotency-Key is remembered
 
 KEY = re.compile("[ -~]{1,255}")
-RETRY_SOON = ("Retry-After", "1")
 PROBLEM = ("Content-Type", "application/problem+json")
 
 PREVIOUS = {  # the status that an order must have to get this one
     "confirmed": "pending", "rejected": "pending",
     "cancelling": "confirmed", "cancelled": "cancelling"}
-STATES = ("pending", *PREVIOUS)
+STATES = ("pending", *PREVIOUS)  # the text of this tuple is valid SQL, too: see SCHEMA
 
 Response = tuple[int, Any]  # a status and a JSON value
 
@@ -89,9 +88,9 @@ FIELDS = {"userId": Integer(), "productId": Integer(), "quantity": Integer(defau
 # it atomic; products needs a transaction, since there a step reads and changes two tables.
 
 def find_orders(database: Database, status: str | None, page: Page) -> list[dict]:
-    """Return the summaries of a page, and one more if more follow.
+    """Return the summaries on a page, plus one extra row if there is a next page.
 
-    They are of the orders with a status, or, if it is None, of all but the rejected ones.
+    Only orders with this status are returned; if it is None, all except the rejected ones.
     """
     chosen = "id IN (SELECT value FROM json_each(:ids)) AND" if page.ids else ""
     listed = "status = :status" if status else "status != 'rejected'"
@@ -114,7 +113,7 @@ def add_order(database: Database, fields: dict, key: str | None) -> tuple[int, b
     """Store a new order as pending, with its key; return its id and True.
 
     If the key was used before, return the id of that order and False. Raises UnprocessableContent
-    if that order is a different one.
+    if that request had a different body. An expired key is forgotten: the order is a new one then.
     """
     now = time.time()
     added = database.write(
@@ -138,12 +137,12 @@ def add_order(database: Database, fields: dict, key: str | None) -> tuple[int, b
 
 def move_order(database: Database, order_id: int, status: str,
                response: Response | None = None, reason: str | None = None) -> bool:
-    """Move an order on to a status, and store the client's response unless one is stored already.
+    """Move an order to a status, and store the response for the client unless one is stored.
 
-    Return False if the order does not have the previous status: another worker was faster.
+    Return False if the order is not in the previous status: another worker was faster.
     """
     now = time.time()
-    is_finished = status in ("confirmed", "cancelled")
+    is_finished = status in ("confirmed", "cancelled")  # a rejected order must still release units
     moved = database.write(
         "UPDATE orders SET status = :status, since = :now, due = :due, reason = :reason, "
         "answer = coalesce(answer, :answer) WHERE id = :id AND status = :previous",
@@ -154,10 +153,10 @@ def move_order(database: Database, order_id: int, status: str,
 
 
 def postpone_order(database: Database, order: dict) -> None:
-    """Let an unfinished order wait for as long again as it has had its status.
+    """Make an unfinished order wait for as long again as it has been in its status.
 
-    So the waits double (exponential backoff). They are random to a degree (jitter), so that orders
-    which failed together are not all retried together.
+    So the waits grow exponentially (backoff). A random part is taken off (jitter), so that orders
+    that failed together are not all retried together.
     """
     database.write(
         "UPDATE orders SET due = :now + :jitter * min(max(:now - since, :first), :last) "
@@ -167,7 +166,7 @@ def postpone_order(database: Database, order: dict) -> None:
 
 
 def finish_rejected(database: Database, order_id: int) -> None:
-    """Note that a rejected order holds no units and never will."""
+    """Record that a rejected order holds no units and never will, so it needs no more steps."""
     database.write(
         "UPDATE orders SET due = NULL WHERE id = ? AND status = 'rejected'", [order_id])
 
@@ -191,7 +190,7 @@ def find_response(database: Database, order_id: int) -> Response | None:
 
 
 def store_response(database: Database, order_id: int, response: Response) -> Response:
-    """Store the client's response unless one is stored already; return the stored one."""
+    """Store the response for the client unless one is stored already; return the stored one."""
     database.write(
         "UPDATE orders SET answer = coalesce(answer, ?) WHERE id = ?", [encode(response), order_id])
     return find_response(database, order_id) or response
@@ -205,7 +204,7 @@ class Saga:
     It starts from the status in the order's row, so any worker can resume an order, wherever the
     last one stopped. Only a definite answer of another service decides; no answer, or a failure,
     leaves the order as it is, to be resumed later. Two workers on one order do no harm: each call
-    may be repeated, and only one of them can move the row on.
+    may be repeated, and only one worker can move the row on.
     """
 
     def __init__(self, service: "Orders", order_id: int, trace: dict[str, str],
@@ -273,8 +272,9 @@ class Saga:
 
     def ask(self, upstream: Upstream, method: str, target: str, definite: set[int],
             content: dict | None = None) -> Reply:
-        """Call a service. Raises UpstreamError if the answer's status is not a definite one."""
-        if self.deadline == math.inf and self.service.ending.is_set():  # no client waits for us
+        """Call a service. Raises UpstreamError if the status of its reply is not in `definite`."""
+        is_background = self.deadline == math.inf  # then no client waits for the answer
+        if is_background and self.service.ending.is_set():
             raise UpstreamUnavailable(self.service.name, "is shutting down")
         headers = {**self.trace, "content-type": "application/json"}
         body = encode(content).encode() if content else None
@@ -285,7 +285,7 @@ class Saga:
 
     def move(self, status: str, response: Response | None = None,
              reason: str | None = None) -> None:
-        """Move the order on to a status, or see to which one another worker has moved it."""
+        """Move the order to a status. If another worker has moved it already, read where to."""
         if move_order(self.database, self.order["id"], status, response, reason):
             self.log(f"{self.order['status']} -> {status}")
             self.order = {**self.order, "status": status}
@@ -311,18 +311,19 @@ class OrdersHandler(Handler):
         return Answer(find_order(self.server.database, order_id))
 
     def create_order(self) -> Answer:
-        """Store an order, take it as far as it gets now, and answer with its state.
+        """Store an order, take it as far as possible now, and answer with its state.
 
         An idempotent receiver: a repeated Idempotency-Key makes no second order, but replays the
         stored response, whatever has become of the order since
-        (draft-ietf-httpapi-idempotency-key-header). If there is none yet, it resumes the order.
+        (draft-ietf-httpapi-idempotency-key-header). If no response is stored yet, the order is
+        resumed.
         """
         database, key = self.server.database, self.headers.get("idempotency-key")
         if key is not None and not KEY.fullmatch(key):
             raise BadRequest("Idempotency-Key: must be 1 to 255 printable ASCII characters")
         order_id, is_new = add_order(database, self.read_fields(FIELDS), key)
         if is_new or not find_response(database, order_id):
-            self.saga(order_id).advance()
+            self.load_saga(order_id).advance()
         response = find_response(database, order_id)
         if not response:
             accepted = (202, find_order(database, order_id))
@@ -339,8 +340,8 @@ class OrdersHandler(Handler):
 
     def cancel_order(self, order_id: int) -> Answer:
         """Cancel a confirmed order; a pending one is decided first, if that can be done now."""
-        self.saga(order_id).advance()
-        saga = self.saga(order_id)  # reads the order anew: another worker may have moved it
+        self.load_saga(order_id).advance()
+        saga = self.load_saga(order_id)  # reads the order again: another worker may have moved it
         if saga.order["status"] == "confirmed":
             saga.move("cancelling")
             saga.advance()
@@ -352,8 +353,8 @@ class OrdersHandler(Handler):
         raise Conflict(f"order {order_id} is {status}; only a confirmed order can be cancelled",
                        [RETRY_SOON] if status == "pending" else [])
 
-    def saga(self, order_id: int) -> Saga:
-        return Saga(self.server, order_id, self.trace(), self.deadline)
+    def load_saga(self, order_id: int) -> Saga:
+        return Saga(self.server, order_id, self.trace_headers(), self.deadline)
 
     routes = {
         "/orders": {"GET": list_orders, "POST": create_order},
@@ -389,9 +390,9 @@ class Orders(Service):
                 for order_id in find_due(self.database):
                     if not self.ending.is_set():
                         Saga(self, order_id, {"x-request-id": f"order-{order_id}"}).advance()
-            except Exception as error:  # it may pass: the disk may be full for a while
-                is_file = self.database.explain(error)
-                why = f"{self.database.path}: {error}" if is_file else traceback.format_exc()
+            except Exception as error:  # the cause may go away: a disk may be full for a while
+                is_known = self.database.to_service_error(error)
+                why = f"{self.database.path}: {error}" if is_known else traceback.format_exc()
                 self.log.event(f"- cannot resume orders; next attempt in {RETRY_LAST} s\n{why}")
                 self.ending.wait(RETRY_LAST)
 

@@ -1,6 +1,6 @@
 """The products service: what is for sale, how much is in stock, and what is reserved for orders.
 
-Database per service: this process alone opens products.db; the other services ask it over HTTP.
+Database per service: no other service opens products.db; the others ask this one over HTTP.
 Read from top to bottom: the schema, the queries, the routes, the process.
 
 Law: SQL appears only in the schema and the queries. Nothing here knows about users, or what an
@@ -41,7 +41,7 @@ RESERVATION_FIELDS = {"productId": Integer(), "quantity": Integer()}
 # --- the queries
 
 def find_products(database: Database, page: Page) -> list[dict]:
-    """Return the summaries of a page, and one more if more follow."""
+    """Return the summaries on a page, plus one extra row if there is a next page."""
     chosen = "id IN (SELECT value FROM json_each(:ids)) AND" if page.ids else ""
     return database.rows(
         f"SELECT id, name FROM products WHERE {chosen} id > :after ORDER BY id LIMIT :limit + 1",
@@ -91,9 +91,9 @@ def count_reserved(transaction: Transaction, product_id: int) -> int:
 def reserve(database: Database, order_id: int, product_id: int, quantity: int) -> bool:
     """Take units out of the stock for an order; return False if that was done before.
 
-    Since it knows the order's id, a repeated request changes nothing (idempotent receiver). Raises
-    Conflict if the stock is short or the order has another or a released reservation, and
-    UnprocessableContent if there is no such product.
+    The reservation is stored under the order's id, so a repeated request changes nothing
+    (idempotent receiver). Raises Conflict if there are too few units, or if the order's reservation
+    was released or is a different one; UnprocessableContent if there is no such product.
     """
     wanted = {"productId": product_id, "quantity": quantity}
     with database.transaction() as transaction:
@@ -125,9 +125,9 @@ def take_units(transaction: Transaction, product_id: int, quantity: int) -> None
 
 
 def release(database: Database, order_id: int) -> None:
-    """Give back what is reserved for an order, if anything, and leave a marker (a tombstone).
+    """Give back what is reserved for an order, if anything, and leave a marker, a tombstone.
 
-    If a delayed reserve arrives after the release, the marker makes us refuse it.
+    If a delayed request to reserve arrives after the release, the tombstone makes us refuse it.
     """
     with database.transaction() as transaction:
         transaction.write(

@@ -21,7 +21,7 @@ from microshop.chassis.console import Console, open_missing_streams
 from microshop.chassis.supervisor import Supervisor
 
 SERVICE_HOST = "127.0.0.1"
-DRAIN_SHARE = 0.7  # of the grace period, for requests in flight; the rest is for the end itself
+DRAIN_SHARE = 0.7  # of the grace period is for requests in flight, the rest for closing down
 
 OPTIONS = [
     config.Setting("host", config.host, "127.0.0.1",
@@ -31,7 +31,8 @@ OPTIONS = [
     config.DATA,
     config.Setting("fresh", config.switch, "",
                    "use a temporary data folder instead of --data, and delete it at the end"),
-    config.Setting("workers", config.count, "1", "gateway processes that share the port"),
+    config.Setting("workers", config.count, "1",
+                   "number of gateway processes; they share the port"),
     *config.FOR_GATEWAY,
     *config.SHARED,
     config.QUIET,
@@ -47,7 +48,7 @@ def open_listener(name: str, host: str, port: int) -> socket.socket:
         listener.listen(1024)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            sys.exit(f"run_all: port {port}, which {name} needs on {host}, is already in use; "
+            sys.exit(f"run_all: port {port} on {host}, which {name} needs, is already in use; "
                      "stop the process that uses it, or choose another --port")
         sys.exit(f"run_all: {name} cannot listen on port {port} of {host}: {error.strerror}")
     return listener
@@ -63,11 +64,13 @@ def open_listeners(settings: Namespace) -> dict[str, socket.socket]:
 
 
 def plan_environment(listeners: dict[str, socket.socket]) -> dict[str, str]:
-    """Return our environment, with the URL of each service that has none there."""
+    """Return a copy of our environment, and add the URL of each service if it is not set there."""
     environment = dict(os.environ)
     for name in SERVICES:
-        host, port = listeners[name].getsockname()
-        environment.setdefault(f"MICROSHOP_{name.upper()}_URL", f"http://{host}:{port}")
+        variable = f"MICROSHOP_{name.upper()}_URL"
+        if not environment.get(variable):  # an empty one counts as not set
+            host, port = listeners[name].getsockname()
+            environment[variable] = f"http://{host}:{port}"
     return environment
 
 
@@ -76,13 +79,15 @@ def plan_children(settings: Namespace) -> tuple[list[Child], list[Child]]:
     listeners = open_listeners(settings)
     environment = plan_environment(listeners)
     without_token = environment.copy()
-    without_token.pop("MICROSHOP_TOKEN", None)  # only the gateway asks for it
+    without_token.pop("MICROSHOP_TOKEN", None)  # only the gateway checks it
 
+    # The children get a shorter grace period than ours.
     shared = [setting for setting in config.SHARED if setting.name != "grace"]
     flags = [f"--grace={settings.grace * DRAIN_SHARE:f}", *config.as_flags(settings, shared)]
     if settings.quiet:
         flags.append("--quiet")
-    service_flags = [f"--data={settings.data}", *flags]
+    timeout = config.as_flags(settings, [config.TIMEOUT])
+    service_flags = [f"--data={settings.data}", *timeout, *flags]
     gateway_flags = [*flags, *config.as_flags(settings, config.FOR_GATEWAY)]
 
     services = [Child(name, f"microshop.{name}", listeners[name], service_flags, without_token)

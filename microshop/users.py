@@ -1,6 +1,6 @@
 """The users service: the people who may order.
 
-Database per service: this process alone opens users.db; the other services ask it over HTTP.
+Database per service: no other service opens users.db; the others ask this one over HTTP.
 Read from top to bottom: the schema, the queries, the routes, the process.
 
 Law: SQL appears only in the schema and the queries. Nothing here knows about products or orders.
@@ -28,7 +28,7 @@ FIELDS = {"name": Text()}  # what a client sends to create or replace a user
 # --- the queries
 
 def find_users(database: Database, page: Page) -> list[dict]:
-    """Return the summaries of a page, and one more if more follow."""
+    """Return the summaries on a page, plus one extra row if there is a next page."""
     chosen = "id IN (SELECT value FROM json_each(:ids)) AND" if page.ids else ""
     return database.rows(
         f"SELECT id, name FROM users WHERE {chosen} id > :after ORDER BY id LIMIT :limit + 1",

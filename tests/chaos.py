@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 from urllib.request import HTTPHandler, OpenerDirector, Request
 
 from microshop import SERVICES
-from microshop.audit import find_breaches
+from microshop.audit import find_violations
 from microshop.orders import CALL_TIME
 from tests.helpers import Answered, Process
 
@@ -496,7 +496,7 @@ class Run:
         report.losses = find_losses(placed, orders)
         report.doubles = find_doubles(placed, orders)
         report.wrong_stock = find_wrong_stock(orders, free)
-        report.violations += find_breaches(self.folder)
+        report.violations += find_violations(self.folder)
 
 
 def run(seconds: float, seed: int, clients: int,

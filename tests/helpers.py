@@ -25,7 +25,7 @@ from unittest import mock
 
 from microshop import SERVICES
 from microshop import orders as orders_module
-from microshop.audit import find_breaches
+from microshop.audit import find_violations
 from microshop.chassis import database
 from microshop.chassis.server import Service
 from microshop.orders import Orders
@@ -220,8 +220,8 @@ def running_shop(**settings: Any) -> Iterator[Shop]:
         urls = {"users_url": [users.url], "products_url": [products.url]}
         with running(Orders, **{**urls, "data": Path(name), **settings}) as orders:
             yield Shop(users, products, orders)
-            if breaches := find_breaches(Path(name)):
-                raise AssertionError("the audit found:\n" + "\n".join(breaches))
+            if violations := find_violations(Path(name)):
+                raise AssertionError("the audit found:\n" + "\n".join(violations))
 
 
 def together(*functions: Callable[[], Any]) -> list[Any]:

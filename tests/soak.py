@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from microshop import SERVICES
-from microshop.audit import find_breaches
+from microshop.audit import find_violations
 from microshop.products import Products
 from tests import bench, chaos, load
 from tests.helpers import Answered, service_of
@@ -534,7 +534,7 @@ class Soak:
         doubled = [id for id in orders if id not in placed and orders[id] not in unanswered]
         return [Figure.none(f"of {len(placed)} orders lost", lost),
                 Figure.none("doubled", doubled),
-                Figure.none("breaches", find_breaches(self.folder))]
+                Figure.none("violations", find_violations(self.folder))]
 
 
 def judge_ends(what: str, ends: Sequence[tuple[float, int | None]], expected: int | None,

@@ -57,7 +57,8 @@ def imported(source: str) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            module = node.module or "microshop"  # from . import name
+            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
     return names
 
 

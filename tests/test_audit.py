@@ -23,7 +23,7 @@ from tests.helpers import (
 LAPTOPS = {"userId": 1, "productId": 101, "quantity": 2}
 CONFIRMED, NO_USER, NO_STOCK, CANCELLED = 203, 204, 205, 206  # the orders of a shop that traded
 
-BREACHES = {  # each line, with the file and the SQL that cause it
+VIOLATIONS = {  # each line, with the file and the SQL that cause it
     "product 101: 101 units were supplied, but 99 are free and 3 reserved": (
         "products", "UPDATE products SET stock = stock + 1 WHERE id = 101"),
     "product 102: 102 units were supplied, but 100 are free and 1 reserved": (
@@ -111,13 +111,13 @@ class AuditTest(unittest.TestCase):
         expected = (0, [f"the databases in {folder} agree"])
         self.assertEqual(run_audit("--data", folder), expected)
 
-    def assert_disagrees(self, folder, breaches):
+    def assert_disagrees(self, folder, violations):
         verdict = f"the databases in {folder} do not agree:"
-        expected = (1, [verdict, *(f"  {line}" for line in breaches)])
+        expected = (1, [verdict, *(f"  {line}" for line in violations)])
         self.assertEqual(run_audit("--data", folder), expected)
 
 
-class BreachTest(AuditTest):
+class ViolationTest(AuditTest):
     def test_the_databases_of_a_fresh_shop_agree(self):
         with trading(self.top / "fresh"):
             pass
@@ -128,18 +128,18 @@ class BreachTest(AuditTest):
         with trading(self.folder):
             self.assert_agrees()
 
-    def test_each_kind_of_breach_is_found(self):
-        for line, (name, script) in BREACHES.items():
+    def test_each_kind_of_violation_is_found(self):
+        for line, (name, script) in VIOLATIONS.items():
             with self.subTest(line):
                 self.copy_folder()
                 self.change(name, script)
-                self.assertEqual(audit.find_breaches(self.folder), [line])
+                self.assertEqual(audit.find_violations(self.folder), [line])
 
     def test_all_breaches_are_printed(self):
-        lines = [line for line in BREACHES
+        lines = [line for line in VIOLATIONS
                  if line.startswith("product") or f"{CANCELLED} is" in line]
         self.assertEqual(len(lines), 3)
-        for name, script in map(BREACHES.get, lines):
+        for name, script in map(VIOLATIONS.get, lines):
             self.change(name, script)
         self.assert_disagrees(self.folder, lines)
 
@@ -155,7 +155,7 @@ class BreachTest(AuditTest):
             with self.subTest(status, seconds=seconds), mock.patch.object(audit, "time", clock):
                 self.change("orders", f"UPDATE orders SET status = '{status}', since = {since}, "
                                       f"due = {since + 1000} WHERE id = {CONFIRMED}")
-                self.assertEqual(audit.find_breaches(self.folder), late)
+                self.assertEqual(audit.find_violations(self.folder), late)
         self.assert_disagrees(self.folder, late)
 
 
@@ -168,7 +168,7 @@ class UnreadableTest(AuditTest):
 
     def test_a_folder_that_does_not_exist_is_reported_and_not_made(self):
         missing = self.folder / "nowhere"
-        self.assert_unreadable(missing, "there is no users.db, no products.db")
+        self.assert_unreadable(missing, "there is no such folder")
         self.assertFalse(missing.exists())
 
     def test_a_missing_file_is_named(self):
@@ -227,8 +227,8 @@ class FolderTest(AuditTest):
             f"the databases in {self.temporary}/microshop-a agree",
             f"the databases in {self.temporary}/microshop-b agree"]))
 
-    def test_one_breach_makes_the_exit_status_1_and_the_other_folders_are_audited(self):
-        line, (name, script) = next(iter(BREACHES.items()))
+    def test_one_violation_makes_the_exit_status_1_and_the_other_folders_are_audited(self):
+        line, (name, script) = next(iter(VIOLATIONS.items()))
         self.copy_to(self.temporary / "microshop-b")
         self.change(name, script)
         self.copy_to(self.temporary / "microshop-a")
@@ -249,10 +249,14 @@ class FolderTest(AuditTest):
         verdict = f"the databases in {self.folder} agree"
         self.assertEqual(self.run_audit(MICROSHOP_DATA=str(self.folder)), (0, [verdict]))
 
+    def test_an_empty_variable_counts_as_not_set(self):
+        self.copy_to(self.working / "data")
+        self.assertEqual(self.run_audit(MICROSHOP_DATA=""), (0, ["the databases in data agree"]))
+
     def test_without_any_database_it_says_what_to_do(self):
         self.assertEqual(self.run_audit(), (2, [
             "audit: there is no database in data; start the shop with python -m "
-            "microshop.run_all, or name its folder with --data"]))
+            "microshop.run_all, or give the folder of its databases with --data"]))
 
     def test_the_folder_of_a_shop_that_runs_with_fresh_is_found(self):
         flags = ("--fresh", "--port", "0")
@@ -272,7 +276,7 @@ class ReadOnlyTest(AuditTest):
 
     def test_the_wal_that_a_killed_shop_has_left_is_read_and_not_changed(self):
         killed = self.folder.with_name("killed")
-        line, (name, script) = next(iter(BREACHES.items()))
+        line, (name, script) = next(iter(VIOLATIONS.items()))
         with trading(self.folder):
             self.change(name, script)
             shutil.copytree(self.folder, killed)
@@ -285,7 +289,7 @@ class ReadOnlyTest(AuditTest):
 
 
 class RunningShopTest(AuditTest):
-    def test_a_busy_shop_has_no_breaches(self):
+    def test_a_busy_shop_has_no_violations(self):
         with trading(self.folder) as shop:
             answers = together(*[partial(trade, shop, 12)] * 4, *[self.assert_agrees] * 2)
         self.assertEqual(answers, [[201, 200] * 12] * 4 + [None] * 2)
@@ -297,8 +301,8 @@ class RunningShopTest(AuditTest):
                 connection = overtaken(seen_first, partial(move_on, shop, placed))
                 connect = partial(sqlite3.connect, factory=connection)
                 with mock.patch.object(audit, "sqlite3", mock.Mock(connect=connect)):
-                    self.assertEqual(audit.find_breaches(self.folder), [])
-                self.assertGreaterEqual(len(placed), 2 * len(audit.BREACHES))
+                    self.assertEqual(audit.find_violations(self.folder), [])
+                self.assertGreaterEqual(len(placed), 2 * len(audit.VIOLATIONS))
 
 
 def move_on(shop, placed):

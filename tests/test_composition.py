@@ -260,7 +260,7 @@ class MissingTest(CompositionTest):
 
     def test_a_user_is_missing_if_the_response_is_not_http(self):
         self.open(ORDER, always(b"SSH-2.0\r\n\r\n"))
-        self.assert_user_is_missing(502, "not valid HTTP")
+        self.assert_user_is_missing(502, "a response that cannot be used")
 
     def test_a_user_is_missing_if_the_response_is_an_error_whose_detail_is_repeated(self):
         self.open(ORDER, always(response(b'{"detail": "no"}', 500)))

@@ -119,7 +119,7 @@ class CrashTests:
         added = self.rows("SELECT id, key, status FROM orders WHERE id > ?", [before])
         found = [(order["key"], order["status"]) for order in added]
         self.assertEqual(found, [(key, journey.end)], "the orders of this client")
-        self.assertEqual(audit.find_breaches(self.folder), [], "found by the audit")
+        self.assertEqual(audit.find_violations(self.folder), [], "found by the audit")
         if first:
             self.assertEqual((placed.status, placed.body), (first[0].status, first[0].body))
         described = placed.json.get("order", placed.json)  # a problem contains its order

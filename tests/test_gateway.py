@@ -550,8 +550,8 @@ class LogTest(GatewayTest):
             self.ask("GET", "/users", {"X-Request-Id": "my-request"})
         self.gateway.log.flush()
         events = [line.partition(" gateway ")[2] for line in log.getvalue().splitlines()]
-        self.assertRegex(events[0], r"^my-request retrying GET /users in \d+ ms: "
-                                    "the users service cannot be reached: Connection refused$")
+        self.assertEqual(events[0], f"my-request retrying GET /users at {self.users_url}: "
+                                    "the users service cannot be reached: Connection refused")
         failures = CircuitBreaker.IN_A_ROW
         self.assertEqual(events[-1], f"my-request circuit breaker for users at {self.users_url} "
                                      f"opened for 0.5 s after {failures} failures in a row")

@@ -53,8 +53,8 @@ def pattern_of(printed: str) -> str:
 def pattern_of_piece(piece: str) -> str:
     if piece == "...":
         return ".+"
-    return next((pattern for pattern in VARIABLE if re.fullmatch(pattern, piece)),
-                re.escape(piece))
+    fixed = re.sub(r"(\\ )+\\\|", r"\\ +\\|", re.escape(piece))  # labels have the longest's width
+    return next((pattern for pattern in VARIABLE if re.fullmatch(pattern, piece)), fixed)
 
 
 COMMANDS = read_commands()

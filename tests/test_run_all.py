@@ -25,8 +25,10 @@ import unittest
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from microshop import SERVICES
+from microshop import SERVICES, run_all
+from microshop.chassis import config
 from tests.helpers import PATIENCE, TOP, Process, Wire, ask, process
 from tests.lanes import LANES
 
@@ -651,7 +653,7 @@ class FailingChildTest(ShopTestCase):
             shop = self.begin("--data", folder, kind=QuickShop)
             self.assertEqual(shop.status(), 1)
         text = "\n".join(shop.lines)
-        why = shop.wait_for(rf"^users +\| users: cannot use {folder}/users\.db: .*")[0]
+        why = shop.wait_for(rf"^users +\| cannot use {folder}/users\.db: .*")[0]
         self.assertEqual(text.count(why), 5 + 1, "once for each start, and once at the end")
         again = "run_all | users ended with exit status 1 before it was ready; starting it again"
         self.assertEqual(text.count(again), 4)
@@ -810,12 +812,36 @@ class RollingRestartTest(ShopTestCase):
         for times in (1, 2):  # the second request shows that the first one has ended
             shop.popen.send_signal(signal.SIGHUP)
             shop.wait_for("^run_all .*users ended with exit status 1 before it was ready; "
-                          "the process that it should have replaced keeps running", times)
+                          "the old process keeps running", times)
             shop.wait_for("^run_all .*replacing every process", times)
         self.assert_serves(shop)
         self.assertEqual(len(shop.started("users")), 3, "one start, and one try for each request")
         self.assertEqual(len(shop.started("gateway")), 1)
         self.assertEqual(shop.children(), before)
+
+
+class PlanTest(unittest.TestCase):
+    """Which flags and which environment the children get."""
+
+    def plan(self, *flags):
+        """Return the first service and the first gateway of a shop with these flags."""
+        settings = config.read("microshop.run_all", run_all.OPTIONS, arguments=[*flags])
+        services, gateways = run_all.plan_children(settings)
+        for child in services + gateways:
+            self.addCleanup(child.listener.close)
+        return services[0], gateways[0]
+
+    def test_an_empty_url_in_the_environment_counts_as_not_set(self):
+        name = next(iter(SERVICES))
+        variable = f"MICROSHOP_{name.upper()}_URL"
+        with mock.patch.dict(os.environ, {variable: ""}):
+            service, gateway = self.plan("--port", "0")
+        port = service.listener.getsockname()[1]
+        self.assertEqual(gateway.environment[variable], f"http://127.0.0.1:{port}")
+
+    def test_the_timeout_goes_to_the_services_too(self):
+        for child in self.plan("--port", "0", "--timeout", "30"):
+            self.assertIn("--timeout=30", child.flags, child.name)
 
 
 class RefusalTest(ShopTestCase):

@@ -68,7 +68,7 @@ class JudgementTest(unittest.TestCase):
                                   ({206: "no client's"}, 1)):
             rows = [{"id": id, "key": key} for id, key in {**stored, **different}.items()]
             with (self.subTest(different), mock.patch("tests.chaos.query", return_value=rows),
-                  mock.patch("tests.soak.find_breaches", return_value=[])):
+                  mock.patch("tests.soak.find_violations", return_value=[])):
                 figures = soak.Soak.compare_orders(mock.Mock(loads=[load]))
                 self.assertEqual(len(wrong(*figures)), faults)
 

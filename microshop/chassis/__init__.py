@@ -1,4 +1,4 @@
-"""The *microservice chassis*: what all processes of the shop share, and nothing of what it sells.
+"""The *microservice chassis*: the code that all processes share; it knows nothing of the shop.
 
 A process
     server       Service: the life of a process: listen, drain, close
@@ -21,7 +21,12 @@ Messages, at both ends
     errors       exceptions that carry an HTTP status
 
 Above the processes
-    supervisor   child processes: when to start them again, and when to give up
+    supervisor   a group of child processes: start, watch, replace and stop them
+    child        one child: its processes, and when to restart it or give it up (restart policy)
+    console      what a person sees: the output of all processes
 
-Law: nothing here imports a service, or has a word for anything that one sells.
+Words: a handler returns an *Answer* to its client; a service that we call returns a *Reply*; a
+*head* is the first line of a message together with its header fields.
+
+Law: nothing here imports a service or mentions anything that the shop sells.
 """

@@ -2,12 +2,12 @@
 
     2026-11-22T20:25:41.123Z users 3f0c9a41d2b87e65 GET /users/1 200 0.4ms
 
-The third word is the request's id. It is a *correlation id*: all processes that work on a request
-log the same one, so that searching for it finds the whole story.
+The word before the method is the request's id. It is a *correlation id*: all processes that work on
+a request log the same one, so a search for it finds every line about the request.
 
-Writing each line at once would cost a system call per request, and wake the reader of the pipe. So
-one thread writes: the first line after a quiet time immediately, then every GATHER seconds the
-lines that have come meanwhile.
+If each line were written at once, every request would cost a system call and would wake the process
+that reads the pipe. So a separate thread writes. It writes the first line after a quiet time at
+once, and the lines that follow together, every GATHER seconds.
 """
 import sys
 import threading
@@ -16,11 +16,11 @@ from collections import deque
 from functools import lru_cache
 
 GATHER = 0.05          # seconds
-MAX_WAITING = 10_000   # lines; beyond that, a thread that adds one waits until they are written
+MAX_WAITING = 10_000   # lines; beyond that, a thread that adds one writes them all itself
 
 
 class AccessLog:
-    """A log whose lines name the `service`, unless that is ""; `quiet` leaves out the requests."""
+    """A log whose lines name the `service`, unless it is ""; if `quiet`, requests are left out."""
 
     def __init__(self, service: str, quiet: bool):
         self.quiet = quiet
@@ -37,7 +37,10 @@ class AccessLog:
             self._add(f"{request_id} {method} {target} {status} {seconds * 1000:.1f}ms\n")
 
     def event(self, text: str) -> None:
-        """Log anything else. All lines but the first are indented, so they cannot fake an entry."""
+        """Log anything else. The text begins with a request id, or with "-" if there is none.
+
+        All lines but the first are indented, so that none can be mistaken for an entry.
+        """
         self._add("\n    ".join(text.splitlines()) + "\n")
 
     def flush(self) -> None:

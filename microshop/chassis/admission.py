@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Rate(NamedTuple):
-    """A number of requests in a number of seconds."""
+    """How many requests are allowed in how many seconds."""
 
     requests: int
     seconds: int

@@ -1,12 +1,13 @@
 """A child: a module that serves on a listening socket, in one process after another.
 
-RestartPolicy decides when a process is started, killed and given up. Process is one process of the
-operating system. Child puts the two together, and says in words what becomes of them.
+RestartPolicy decides when to start a process, when to kill it, and when to give the child up.
+Process is one process of the operating system. Child combines the two, and reports in a sentence
+for the log what has happened.
 
 A process inherits two sockets. One is the listening socket. It stays open in the supervisor, so
-clients wait in its queue while a process is replaced. Through the other the process sends
-heartbeats, and it ends when our end of that socket is closed. So no process outlives the
-supervisor, not even when the supervisor is killed.
+clients wait in its queue while a process is replaced. Through the other, the process sends
+heartbeats; when the supervisor's side of it is closed, the process stops. So no process outlives
+the supervisor, not even when the supervisor is killed.
 
 Law: this module does not know what a child serves.
 """
@@ -27,21 +28,22 @@ from typing import NamedTuple
 
 DRAIN_TIME = 1.0   # seconds that the output of an ended process may stay open
 MAX_LINE = 2**20   # bytes of a line that are shown without waiting for its end
-MAX_UNSHOWN = 4    # blocks of output that may wait to be shown; then their process has to wait
+MAX_UNSHOWN = 4    # blocks of output that may wait to be shown; beyond that, the process waits
 LAST_LINES = 5     # lines that are shown again when a child is given up
 
-BAD_SETTING = 2    # the exit status of a process that would end in the same way again
+BAD_SETTING = 2    # the exit status for a bad setting: starting again would not help
 LISTENING = re.compile(rb"listening at (http://\S+)$", re.M)
 
 
 class RestartPolicy:
-    """Decides when a child is started, killed and given up (exponential backoff with jitter).
+    """Decides when to start, to kill and to give up a child (exponential backoff with jitter).
 
-    down      for a pause that doubles with each end, until the child was up for HEALTHY_TIME
-    starting  until it is ready. It is killed after START_TIME. It is given up after FAILED_STARTS
-              in a row, or after one that is final
-    up        while it sends heartbeats. It is killed after HANG_TIME without one
-    dying     from when it was killed until it has ended
+    down      no process runs. One is started after a pause, which doubles each time a process
+              ends; it is short again once a process has been up for HEALTHY_TIME
+    starting  a process runs, but is not ready. It is killed after START_TIME. The child is given
+              up after FAILED_STARTS failed starts in a row, or one that is final
+    up        the process is ready. It is killed after HANG_TIME without a heartbeat
+    dying     the process has been killed, but has not ended yet
     """
 
     FIRST_PAUSE, LAST_PAUSE = 0.1, 10.0  # seconds: first 0.1 to 0.2, then 0.2 to 0.4, ..., 5 to 10
@@ -61,7 +63,7 @@ class RestartPolicy:
         self.is_final = False     # another start would fail too
         self._since = clock()     # when the present state began
         self._heartbeat_at = 0.0  # when the last heartbeat came
-        self._ends = 0            # without HEALTHY_TIME between them
+        self._longest = self.FIRST_PAUSE  # the longest that the last pause could be, in seconds
 
     def next_action(self) -> str:
         """Return what to do now: "start", "kill", "give up", or "" for nothing."""
@@ -86,27 +88,32 @@ class RestartPolicy:
     def note_heartbeat(self) -> None:
         self._heartbeat_at = self._clock()
 
+    def note_supervisor_paused(self) -> None:
+        """Do not blame the child for what it could not show while the supervisor was paused."""
+        self.note_heartbeat()
+        if self.state == "starting":
+            self._since = self._clock()
+
     def note_kill(self) -> None:
         if self.state == "starting":
             self.failed_starts += 1
         self._enter("dying")
 
     def note_end(self, is_final: bool = False) -> None:
-        """Note that the process has ended.
+        """Record that the process has ended.
 
-        If it was still starting, `is_final` says that any other would end in the same way.
+        `is_final` counts only if it was still starting: then another start would fail too.
         """
         if self.state == "starting":
             self.failed_starts += 1
             self.is_final = is_final
         self._enter("down")
-        self._ends += 1
-        longest = min(self.FIRST_PAUSE * 2 ** self._ends, self.LAST_PAUSE)
-        self.pause = self._jitter(longest / 2, longest)
+        self._longest = min(self._longest * 2, self.LAST_PAUSE)
+        self.pause = self._jitter(self._longest / 2, self._longest)
 
     def _enter(self, state: str) -> None:
         if self.state == "up" and self._heartbeat_at - self._since >= self.HEALTHY_TIME:
-            self._ends = 0
+            self._longest = self.FIRST_PAUSE
         self.state, self._since = state, self._clock()
 
 
@@ -117,7 +124,7 @@ class Process:
     """
 
     def __init__(self, child: "Child"):
-        self.unshown = threading.Semaphore(MAX_UNSHOWN)  # acquired for a block until it is shown
+        self.unshown = threading.Semaphore(MAX_UNSHOWN)  # a block holds one until it is shown
         self.is_ending = False
         self.kill_at = math.inf         # when it must have ended (time.monotonic)
         self.output_ends_by = math.inf  # when its output must have ended
@@ -137,7 +144,7 @@ class Process:
                 os.sched_setaffinity(self.popen.pid, {child.core})
 
     def has_sent_heartbeat(self) -> bool:
-        """Tell whether a heartbeat has come since the last call."""
+        """Return whether a heartbeat has come since the last call."""
         try:
             return bool(self._heartbeats.recv(4096))
         except OSError:
@@ -156,16 +163,19 @@ class Process:
             os.killpg(self.popen.pid, signal.SIGKILL)
 
     def is_late(self, now: float) -> bool:
-        """Tell whether it still runs after its `kill_at`; then it gets a bit more time."""
+        """Return whether it still runs after its `kill_at`, and move that on.
+
+        So the caller, which kills the process, is not told again at once.
+        """
         if self.popen.poll() is not None or now <= self.kill_at:
             return False
         self.kill_at = now + DRAIN_TIME
         return True
 
     def has_left_output_open(self, now: float) -> bool:
-        """Tell whether it ended more than DRAIN_TIME ago, though the end of its output never came.
+        """Return whether it ended more than DRAIN_TIME ago, but its output is still open.
 
-        A process that it has started may hold the output open.
+        A process that it started may hold the output open; all of those are killed first.
         """
         if self.popen.poll() is None:
             return False
@@ -177,7 +187,7 @@ class Process:
         self._heartbeats.close()
 
     def read_output(self) -> Iterator[bytes]:
-        """Yield its output in blocks of whole lines, then wait for its end.
+        """Yield its output in blocks of whole lines, then wait until the process has ended.
 
         A line of more than MAX_LINE bytes comes in pieces.
         """
@@ -220,7 +230,7 @@ class Child:
     ):
         self.name, self.module, self.listener = name, module, listener
         self.flags, self.environment = flags, environment
-        self.core: int | None = None         # the one that its threads share
+        self.core: int | None = None         # the CPU core to run on (supervisor.assign_cores)
         self.policy = RestartPolicy()
         self.current: Process | None = None  # the newest
         self.former: Process | None = None   # the one that it replaces, until that has ended
@@ -231,7 +241,7 @@ class Child:
         return [process for process in (self.current, self.former) if process]
 
     def start(self, emit: Callable[[Event], None]) -> str:
-        """Start a process and emit its events. If there is one already, it becomes the former."""
+        """Start a process and emit its events. A process that runs already becomes `former`."""
         self.last_lines.clear()
         try:
             process = Process(self)
@@ -260,7 +270,7 @@ class Child:
         return f"{self.name} {problem}; killing it"
 
     def note_output(self, process: Process, output: bytes) -> bool:
-        """Note what a process has printed. Return True if that makes the child ready."""
+        """Record what a process has printed. Return True if that makes the child ready."""
         self.last_lines.extend(output.rsplit(b"\n", LAST_LINES)[-LAST_LINES:])
         match = LISTENING.search(output)
         if not match or process is not self.current or self.policy.state != "starting":
@@ -270,18 +280,20 @@ class Child:
         return True
 
     def note_end(self, process: Process, status: int) -> str:
-        """Note that a process has ended. `status` is as in subprocess."""
-        process.kill()  # and all that it has started
+        """Record that a process has ended. `status` is its Popen.returncode."""
+        process.kill()  # it has ended, but processes that it started may still run
         process.close()
         if process is self.former:
             self.former = None
             return ""
-        how = describe_end(status) + (" before it was ready" * (self.policy.state == "starting"))
+        how = describe_end(status)
+        if self.policy.state == "starting":
+            how += " before it was ready"
         self.current = None
         if self.former and not self.former.is_ending:  # its replacement has failed
             self.current, self.former = self.former, None
             self.policy.note_ready()
-            return f"{self.name} {how}; the process that it should have replaced keeps running"
+            return f"{self.name} {how}; the old process keeps running"
         self.policy.note_end(is_final=status == BAD_SETTING)
         if self.policy.next_action() == "give up":
             return ""
@@ -291,7 +303,7 @@ class Child:
         self.last_lines.append(problem.encode())
         if self.current:
             return f"a new process of {self.name} {problem}; the old one keeps running"
-        self.policy.note_start()
+        self.policy.note_start()  # for the policy, it started and failed at once
         self.policy.note_end()
         return f"{self.name} {problem}; trying again in {self.policy.pause:.1f} s"
 

@@ -3,13 +3,13 @@
 `Client.call` is what a service or the gateway uses. An Upstream is a service's instances, together
 with the policies for calling it (resilience.py). How bytes travel is in connections.py and wire.py.
 
-Service discovery, how a caller finds the instances of a service, is configuration here: the base
-URLs in MICROSHOP_USERS_URL and its like. Client-side load balancing, in Upstream.choose, means that
-the caller itself spreads its calls over those instances, without a load balancer in between.
+Service discovery (how a caller finds the instances of a service) is configuration here: the base
+URLs in MICROSHOP_USERS_URL and similar variables. Client-side load balancing (Upstream.choose)
+means that the caller itself spreads its calls over those instances.
 
-urllib's opener makes each request although connections.py does the work: it is the standard
-library's place to plug in how a URL is opened. With our handler alone it follows no redirect,
-raises for no status and ignores http_proxy, as it must between services.
+Requests go through urllib's opener, because that is where the standard library lets us plug in our
+own way to open a URL (connections.py). Our handler is the only one, so the opener follows no
+redirects, raises no error for a status, and ignores http_proxy. Calls between services need that.
 
 Law: no service is known here by name, and no response body is looked into.
 """
@@ -24,22 +24,21 @@ from dataclasses import dataclass, field
 
 from microshop.chassis.connections import KeepAliveHandler, Reply, Request
 from microshop.chassis.errors import (
-    BadGateway, Broken, GatewayTimeout, ServiceError, Unreachable, UpstreamError,
+    RETRY_SOON, BadGateway, Broken, GatewayTimeout, ServiceError, Unreachable, UpstreamError,
     UpstreamUnavailable)
 from microshop.chassis.resilience import Bulkhead, CircuitBreaker, Clock, LogLimit, RetryBudget
 
-BULKHEAD_TIME = 0.5   # seconds to wait for one of the calls in flight to finish
+BULKHEAD_TIME = 0.5   # seconds to wait for a place in the bulkhead
 MAX_RETRIES = 2
-BACKOFF = 0.05        # seconds to wait at most before the first retry; doubles for the next one
+BACKOFF = 0.05        # the longest wait before the first retry, in seconds; doubles for the next
 IDEMPOTENT = {"GET", "HEAD", "OPTIONS", "PUT", "DELETE"}  # harmless to repeat: RFC 9110 9.2.2
 FAILING = {500, 502, 503, 504}  # statuses that show a failing instance; a 4xx is about the request
 OUT_OF_DESCRIPTORS = {errno.EMFILE, errno.ENFILE}
-COME_BACK = ("Retry-After", "1")
 
-Tell = Callable[[str], None]  # writes one line to the log
+Log = Callable[[str], None]  # writes one line to the log
 
 
-def drop(text: str) -> None:
+def log_nothing(text: str) -> None:
     """Log nothing."""
 
 
@@ -50,7 +49,7 @@ class Instance:
         self.base_url = base_url
         self.breaker = CircuitBreaker(clock)
         self.in_flight = 0
-        self.last_choice = 0  # the number of the choice that last fell on it
+        self.last_choice = 0  # when it was last chosen, as a number that counts choices
 
 
 class Upstream:
@@ -70,9 +69,9 @@ class Upstream:
         self._bulkhead = Bulkhead(max_in_flight)
         self._rejections = LogLimit(clock)
         self._retries = RetryBudget(clock)
-        self._lock = threading.Lock()  # for changes; admits() may read what is a moment old
+        self._lock = threading.Lock()  # held for changes; admits() reads without it
 
-    def enter(self, wait: float, tell: Tell = drop) -> None:
+    def enter(self, wait: float, log: Log = log_nothing) -> None:
         """Begin a call, after waiting up to `wait` seconds for its place in the bulkhead.
 
         Raises UpstreamUnavailable if the bulkhead stays full, or if every circuit breaker is open.
@@ -80,21 +79,26 @@ class Upstream:
         if not self.admits():
             raise self._breaker_is_open()
         if not self._bulkhead.acquire(timeout=min(wait, BULKHEAD_TIME)):
-            self._tell_rejection(tell)
+            with self._lock:
+                rejected = self._rejections.note()
+            self._log_rejections(rejected, log)
             reason = f"is at its limit of {self.max_in_flight} concurrent requests"
-            raise UpstreamUnavailable(self.name, reason, [COME_BACK])
+            raise UpstreamUnavailable(self.name, reason, [RETRY_SOON])
         with self._lock:
             self._retries.note_call()
+            rejected = self._rejections.due()
+        self._log_rejections(rejected, log)
 
     def leave(self) -> None:
         """End a call."""
         self._bulkhead.release()
 
-    def choose(self, tried: list[Instance], tell: Tell = drop) -> tuple[Instance, int]:
-        """Return the instance for the next try, and the ticket of its circuit breaker.
+    def choose(self, tried: list[Instance], log: Log = log_nothing) -> tuple[Instance, int]:
+        """Return the instance for the next attempt, and the ticket of its circuit breaker.
 
-        It is one with the fewest tries in flight, and one not tried yet if there is any.
-        Raises UpstreamUnavailable if every circuit breaker is open.
+        It is one that this call has not tried yet, if possible; of those, one with the fewest calls
+        in flight; of those, the one not chosen for longest. Raises UpstreamUnavailable if every
+        circuit breaker is open.
         """
         with self._lock:
             candidates = [one for one in self.instances if one.breaker.admits()]
@@ -108,33 +112,31 @@ class Upstream:
             ticket = instance.breaker.begin()
             is_first_probe = instance.breaker.is_first_probe(ticket)
         if is_first_probe:
-            tell(f"{self._breaker_of(instance)} is half-open: this request probes the service")
+            log(f"{self._breaker_of(instance)} is half-open: this request probes the instance")
         return instance, ticket
 
     def note_end(self, instance: Instance, ticket: int, succeeded: bool | None,
-                 tell: Tell = drop) -> None:
-        """Record how a try ended; None means that its end says nothing about the instance."""
+                 log: Log = log_nothing) -> None:
+        """Record how an attempt ended; None: its end says nothing about the instance."""
         with self._lock:
             instance.in_flight -= 1
             change = instance.breaker.end(ticket, succeeded)
         if change:
-            tell(f"{self._breaker_of(instance)} {change}")
+            log(f"{self._breaker_of(instance)} {change}")
 
-    def admits(self, besides: Sequence[Instance] = ()) -> bool:
-        """Return whether any instance may be called, besides these."""
-        return any(one not in besides and one.breaker.admits() for one in self.instances)
+    def admits(self, except_for: Sequence[Instance] = ()) -> bool:
+        """Return whether any instance may be called, except for these."""
+        return any(one not in except_for and one.breaker.admits() for one in self.instances)
 
     def take_retry(self) -> bool:
         """Return whether a retry may be made; if so, it is counted."""
         with self._lock:
             return self.admits() and self._retries.take()
 
-    def _tell_rejection(self, tell: Tell) -> None:
-        with self._lock:
-            count = self._rejections.note()
+    def _log_rejections(self, count: int, log: Log) -> None:
         if count:
-            tell(f"bulkhead for {self.name} is full (limit: {self.max_in_flight} requests in "
-                 f"flight): {count} rejected since this was last logged")
+            log(f"bulkhead for {self.name} was full (limit: {self.max_in_flight} requests in "
+                f"flight): {count} rejected since this was last logged")
 
     def _breaker_of(self, instance: Instance) -> str:
         return f"circuit breaker for {self.name} at {instance.base_url}"
@@ -148,7 +150,7 @@ class Upstream:
 
 @dataclass(slots=True)
 class Call:
-    """One call: the request, and what came of the tries so far."""
+    """One call: the request, and what came of the attempts so far."""
 
     upstream: Upstream
     method: str
@@ -156,9 +158,9 @@ class Call:
     headers: dict[str, str]
     body: bytes | None
     deadline: float  # of time.monotonic
-    log: Tell
+    log: Log
     tried: list[Instance] = field(default_factory=list)
-    failures: list[Broken | Unreachable] = field(default_factory=list)
+    failures: list[UpstreamError] = field(default_factory=list)
     retries: int = 0
 
     def is_idempotent(self) -> bool:
@@ -168,24 +170,25 @@ class Call:
         return self.method in IDEMPOTENT
 
     def error(self) -> UpstreamError:
-        """Return the failure to report: the last after which the request may have been carried out.
+        """Return the failure to report.
 
-        Without one, it is the last failure.
+        A failure after which the request may have been carried out matters most: we report the last
+        of those. If there is none, we report the last failure.
         """
         broken = [failure for failure in self.failures if isinstance(failure, Broken)]
         return (broken or self.failures)[-1]
 
-    def tell(self, text: str) -> None:
+    def log_event(self, text: str) -> None:
         """Log an event of this call, with its request id."""
         self.log(f"{self.headers.get('x-request-id', '-')} {text}")
 
 
 class Client:
-    """Calls services, and gives up after `timeout` seconds. `tell` logs one event."""
+    """Calls services, and gives up after `timeout` seconds. `log` logs one event."""
 
-    def __init__(self, timeout: float, tell: Tell = drop):
+    def __init__(self, timeout: float, log: Log = log_nothing):
         self.timeout = timeout
-        self._tell = tell
+        self._log = log
         self._connections = KeepAliveHandler()
         self._opener = urllib.request.OpenerDirector()
         self._opener.add_handler(self._connections)
@@ -200,21 +203,24 @@ class Client:
         - UpstreamUnavailable if the service was not called,
         - BadGateway if no connection could be made, or if it broke, or the response was invalid,
         - GatewayTimeout if the response was not complete in time.
-        After BadGateway or GatewayTimeout, the request may have been carried out all the same
-        (but not after Unreachable).
+        After GatewayTimeout or BadGateway, the request may have been carried out all the same; not
+        after Unreachable, the kind of BadGateway for which no connection was made.
         """
         deadline = min(deadline, time.monotonic() + self.timeout)
-        call = Call(upstream, method, target, headers or {}, body, deadline, self._tell)
-        upstream.enter(deadline - time.monotonic(), call.tell)
+        call = Call(upstream, method, target, headers or {}, body, deadline, self._log)
+        upstream.enter(deadline - time.monotonic(), call.log_event)
         try:
             while True:
                 try:
                     return self._try(call)
                 except (Broken, Unreachable) as failure:
                     call.failures.append(failure)
-                pause = find_pause(call)
+                    pause = find_pause(call)
+                except UpstreamUnavailable as failure:  # but an earlier attempt may say more
+                    call.failures.append(failure)
+                    pause = None
                 if pause is None:
-                    raise call.error()
+                    raise call.error() from None
                 if pause:
                     time.sleep(pause)
         finally:
@@ -227,8 +233,11 @@ class Client:
     def _try(self, call: Call) -> Reply:
         """Send the request to one instance, and tell its circuit breaker how that ended."""
         left = call.deadline - time.monotonic()
-        had_fair_time = left > self.timeout / 2  # with less, a timeout may be its caller's fault
-        instance, ticket = call.upstream.choose(call.tried, call.tell)
+        had_fair_time = left > self.timeout / 2  # with less, a failure need not be the instance's
+        instance, ticket = call.upstream.choose(call.tried, call.log_event)
+        if call.failures:
+            call.log_event(f"retrying {call.method} {call.target} at {instance.base_url}: "
+                           f"{call.failures[-1].detail}")
         succeeded = None
         try:
             request = make_request(call, instance, left)
@@ -240,26 +249,25 @@ class Client:
                 succeeded = False
             return reply
         except (OSError, EOFError, ServiceError) as error:
-            failure = explain(error, call.upstream.name, request)
+            failure = to_upstream_error(error, call.upstream.name, request)
             is_about_instance = had_fair_time or not isinstance(error, TimeoutError)
             if is_about_instance and not isinstance(failure, UpstreamUnavailable):
                 succeeded = False
             raise failure from None
         finally:
-            call.upstream.note_end(instance, ticket, succeeded, call.tell)
+            call.upstream.note_end(instance, ticket, succeeded, call.log_event)
 
 
 def find_pause(call: Call) -> float | None:
     """Decide whether to send a call again after its last failure.
 
-    Returns the seconds to wait before, or None if it must not be sent again. That is
-    - 0 if the instance could not be reached, and there is another one that was not tried yet;
-    - a random time below a limit that doubles (exponential backoff with full jitter) if a retry
-      does no harm, and if attempts, time and the retry budget allow it.
+    Returns None if it must not be sent again; otherwise how many seconds to wait first:
+    - 0 if the instance could not be reached and there is another one not tried yet;
+    - else a random time below a limit that doubles (exponential backoff with full jitter), if a
+      retry does no harm and if the number of retries, the deadline and the retry budget allow it.
     """
     failure = call.failures[-1]
-    if isinstance(failure, Unreachable) and call.upstream.admits(besides=call.tried):
-        call.tell(f"retrying {call.method} {call.target} at another instance: {failure.detail}")
+    if isinstance(failure, Unreachable) and call.upstream.admits(except_for=call.tried):
         return 0.0
     is_harmless = isinstance(failure, Unreachable) or call.is_idempotent()
     pause = random.uniform(0, BACKOFF * 2**call.retries)
@@ -268,7 +276,7 @@ def find_pause(call: Call) -> float | None:
     if not (may_retry and call.upstream.take_retry()):
         return None
     call.retries += 1
-    call.tell(f"retrying {call.method} {call.target} in {pause * 1000:.0f} ms: {failure.detail}")
+
     return pause
 
 
@@ -282,13 +290,13 @@ def make_request(call: Call, instance: Instance, left: float) -> Request:
     return request
 
 
-def explain(error: Exception, service: str, request: Request) -> UpstreamError:
+def to_upstream_error(error: Exception, service: str, request: Request) -> UpstreamError:
     """Return the error to raise for what went wrong between here and a service."""
     if getattr(error, "errno", 0) in OUT_OF_DESCRIPTORS:  # about this process, not the instance
         reason = "cannot be called now: too many files are open in this process"
-        return UpstreamUnavailable(service, reason, [COME_BACK])
+        return UpstreamUnavailable(service, reason, [RETRY_SOON])
     if isinstance(error, ServiceError):
-        return BadGateway(service, f"returned a response that is not valid HTTP: {error.detail}")
+        return BadGateway(service, f"returned a response that cannot be used: {error.detail}")
     if isinstance(error, EOFError):
         return Broken(service, "closed the connection before its response was complete")
     if isinstance(error, TimeoutError) and request.is_sent:

@@ -4,8 +4,8 @@ on a laptop and in production.
 A flag wins over its environment variable, which wins over the default: `--data` and MICROSHOP_DATA
 are one setting. A bad value ends the process with one line that names it, and exit status 2.
 
-Law: settings are read once, in main(). Nothing else looks at the environment, except the
-supervisor, which passes it on.
+Law: settings are read once, in main(). Apart from this module, only run_all.py looks at the
+environment: it passes it on to its children, and looks for NO_COLOR and TERM.
 """
 import argparse
 import ipaddress
@@ -19,7 +19,7 @@ from microshop.chassis.admission import Rate
 
 SECONDS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 TOKEN_TEXT = re.compile(r"[0-9A-Za-z._~+/-]+=*")  # RFC 6750 section 2.1
-TOKEN_RULE = "letters, digits and -._~+/ only, and perhaps = at the end"
+TOKEN_RULE = "only letters, digits and -._~+/, optionally followed by ="
 LABEL = "[0-9A-Za-z_-]{1,63}"  # of a host name
 BASE_URL = re.compile(
     rf"http://(?:{LABEL}(?:\.{LABEL})*|\[(?P<ipv6>[0-9A-Fa-f:.]+)\])(?::(?P<port>[0-9]{{1,5}}))?")
@@ -28,7 +28,7 @@ SWITCH = {"1": True, "true": True, "yes": True, "on": True,
 
 
 class Setting(NamedTuple):
-    """A setting: `parse` returns the value of a text, or raises ValueError that quotes the text.
+    """A setting. `parse` turns its text into a value, or raises ValueError to say what is wrong.
 
     Without a default, the value is None if the setting is not given. A `secret` is never printed
     and has no flag, because every user of the machine can see the flags of a process.
@@ -41,7 +41,7 @@ class Setting(NamedTuple):
     secret: bool = False
 
 
-# --- parsers: from a text to a value, or a ValueError that quotes the text and says what it is not
+# --- parsers: each turns a text into a value, or raises a ValueError that quotes the text
 
 def port(text: str) -> int:
     if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
@@ -110,7 +110,7 @@ def base_urls(text: str) -> list[str]:
     urls = [url.strip().removesuffix("/") for url in text.split(",")]
     if not all(map(is_base_url, urls)):
         raise ValueError(f"{text!r} is not a base URL like http://localhost:3001, "
-                         "nor several of them, separated by commas")
+                         "or a comma-separated list of them")
     return urls
 
 
@@ -119,7 +119,7 @@ def is_base_url(url: str) -> bool:
     if not match or not 1 <= int(match["port"] or 80) <= 65535:
         return False
     try:
-        ipaddress.IPv6Address(match["ipv6"] or "::")
+        ipaddress.IPv6Address(match["ipv6"] or "::")  # "::" stands in if the host is no IPv6
     except ValueError:
         return False
     return True
@@ -162,7 +162,7 @@ def service_url(name: str, port: int) -> Setting:
     """
     return Setting(
         f"{name}-url", base_urls, f"http://127.0.0.1:{port}",
-        f"base URL of the {name} service; several, separated by commas, are its instances")
+        f"base URL of the {name} service, or a comma-separated list, one for each instance")
 
 
 # --- reading them
@@ -170,9 +170,9 @@ def service_url(name: str, port: int) -> Setting:
 def read(program: str, settings: Sequence[Setting],
          check: Callable[[argparse.Namespace], None] | None = None,
          arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return the value of each setting by name; `flags` has the texts of those given as flags.
+    """Return the settings by name, and in `flags` the texts of those that were given as flags.
 
-    `check` may look at all values together; it raises ValueError if they do not go together.
+    `check` may look at all values together; it raises ValueError if they contradict each other.
     Prints one line and exits with status 2 if a value is bad.
     """
     parser = _make_parser(program, settings)
@@ -195,7 +195,7 @@ def read(program: str, settings: Sequence[Setting],
 
 
 def as_flags(values: argparse.Namespace, settings: Sequence[Setting]) -> list[str]:
-    """Return those of the settings that were given as flags, as flags for another process.
+    """Return flags for another process: those of the settings that were given to us as flags.
 
     The others need not be passed on: a child process inherits the environment.
     """
@@ -204,11 +204,11 @@ def as_flags(values: argparse.Namespace, settings: Sequence[Setting]) -> list[st
 
 
 def _find_text(setting: Setting, flags: dict[str, str]) -> tuple[str, str | None]:
-    """Return where a setting comes from, for messages, and its text; None if it is not given.
+    """Return where a setting comes from (for messages) and its text, or None if it is not given.
 
-    An empty environment variable means the default. A setting without a default is parsed then,
-    and refused: if a token is wanted, but its variable was never filled in, starting without any
-    token would be worse than not starting.
+    An empty environment variable means the default. If there is no default, the empty text is
+    parsed, and so refused: if MICROSHOP_TOKEN is set but empty, not to start is better than to
+    start without a token.
     """
     if setting.name in flags:
         return f"--{setting.name}", flags[setting.name]

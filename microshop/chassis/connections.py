@@ -45,7 +45,7 @@ class Request(urllib.request.Request):
     """A request for KeepAliveHandler, and how far it got."""
 
     deadline = 0.0       # of time.monotonic
-    is_retry = False     # a retry takes a new connection: a kept one may be why a try failed
+    is_retry = False     # then use a new connection: an old one may be why an attempt failed
     is_sent = False      # whether the service may have received any of it
 
 
@@ -58,8 +58,8 @@ class KeepAliveHandler(urllib.request.BaseHandler):
     def http_open(self, request: Request) -> Reply:
         """Send a request and return the reply; urllib calls this.
 
-        Raises OSError (TimeoutError at the deadline), EOFError where the connection was closed too
-        early, and a ServiceError where the reply is not valid HTTP or too large.
+        Raises OSError (TimeoutError at the deadline), EOFError if the connection was closed too
+        early, and a ServiceError if the reply is not valid HTTP or too large.
         """
         connection = None if request.is_retry else self._take_idle(request.host)
         if not connection:
@@ -91,7 +91,10 @@ class KeepAliveHandler(urllib.request.BaseHandler):
             connection.close()
 
     def _take_idle(self, address: str) -> "Connection | None":
-        """Return the connection that was used last, if one is usable; close those that are not."""
+        """Return the usable connection that was used last, or None; close the unusable ones.
+
+        An IndexError ends the search when none is left: testing first would race with threads.
+        """
         idle, expired = self._idle[address], time.monotonic() - IDLE_TIME
         try:
             while idle[0].idle_since < expired:
@@ -101,7 +104,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
                 if not connection.is_stale():
                     return connection
                 connection.close()
-        except IndexError:  # none is left; checking first would race with other threads
+        except IndexError:
             return None
 
 
@@ -120,9 +123,9 @@ class Connection:
         self.socket.close()
 
     def is_stale(self) -> bool:
-        """Return whether an idle connection was closed, or has received bytes.
+        """Return whether an idle connection is useless: closed by its peer, or with bytes unread.
 
-        The bytes belong to no request, and would be taken for the reply to the next one.
+        Such bytes belong to no request, and would be taken for the reply to the next one.
         """
         try:
             self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
@@ -158,7 +161,11 @@ class Connection:
         return Reply(status, version, fields, body), is_reusable
 
     def _read_final_head(self) -> wire.Response:
-        """Return the next head that is not an interim response (RFC 9110 section 15.2)."""
+        """Return the next head that is not an interim response (RFC 9110 section 15.2).
+
+        Raises BadRequest if it is invalid, as wire.py does for both ends; client.to_upstream_error
+        makes that a BadGateway.
+        """
         while True:
             response = wire.parse_response(self.stream.read_head())
             if response.status >= 200:

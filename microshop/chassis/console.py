@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 STDIN, STDOUT = 0, 1
-LAST_WORDS = 1.0  # seconds that close() waits for the last lines to be printed
+CLOSE_TIME = 1.0  # seconds that close() waits for the last lines to be printed
 BOLD = 1          # the supervisor's own label
 COLOURS = (32, 33, 35, 36, 34, 92, 93, 95, 96, 94)  # of a terminal; no red, which means an error
 
@@ -19,8 +19,8 @@ Item = tuple[str, bytes, Callable[[], None] | None]  # name, lines, when_shown
 class Console:
     """Prints lines to standard output as `name | line`, in a thread of its own.
 
-    A terminal that is paused, or a pipe that is not read, blocks that thread alone: the supervisor
-    goes on deciding. `title` is the supervisor's own name, `names` are those of its children.
+    A terminal that is paused, or a pipe that is not read, blocks only that thread: the supervisor
+    keeps working. `title` is the supervisor's own name, `names` are those of its children.
     """
 
     def __init__(self, title: str, names: Sequence[str], wants_colours: bool):
@@ -43,13 +43,13 @@ class Console:
         self._items.put((name, lines, when_shown))
 
     def has_lost_terminal(self) -> bool:
-        """Tell whether we had a terminal that has been closed."""
+        """Return whether we had a terminal that has been closed."""
         return not all(map(os.isatty, self._terminals))
 
     def close(self) -> None:
-        """Print what is left, if that takes no longer than LAST_WORDS."""
+        """Print what is left, if that takes no longer than CLOSE_TIME."""
         self._items.put(None)
-        self._printer.join(LAST_WORDS)
+        self._printer.join(CLOSE_TIME)
 
     def _print_items(self) -> None:
         while item := self._items.get():
@@ -64,7 +64,7 @@ class Console:
             while rest:
                 rest = rest[os.write(STDOUT, rest):]
         except OSError as error:
-            if error.errno in (errno.EPIPE, errno.EIO):  # others may pass, such as a full disk
+            if error.errno in (errno.EPIPE, errno.EIO):  # other errors may go away: a full disk
                 os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
                 self.is_broken = True
 

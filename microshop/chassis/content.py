@@ -14,7 +14,8 @@ MAX_INTEGER = 2**53 - 1   # the largest that every JSON client can represent (RF
 MAX_PAGE = 1000           # rows, or ids, in one request
 PAGE = 100                # rows, if the request does not say
 
-# Ids as almost all clients send them: in their shortest form, and certainly at most MAX_INTEGER.
+# Ids as almost all clients send them: without leading zeros, and with at most 15 digits, so never
+# more than MAX_INTEGER. Such a list needs no further check.
 PLAIN_IDS = re.compile(r"[1-9][0-9]{0,14}+(?>(?:,[1-9][0-9]{0,14}+)*)")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
@@ -25,8 +26,8 @@ encode = json.JSONEncoder(
 def parse_json(body: bytes) -> Any:
     """Parse a body as UTF-8 JSON.
 
-    Raises BadRequest, also for what Python would accept but could not pass on safely: NaN,
-    infinite numbers, repeated names and halves of surrogate pairs.
+    Raises BadRequest, even for what Python would accept but could not pass on safely: NaN,
+    infinite numbers, repeated names and lone surrogates.
     """
     try:
         value = json.loads(body.decode(), object_pairs_hook=_make_object)
@@ -39,7 +40,7 @@ def parse_json(body: bytes) -> Any:
 
 
 def parse_query(query: str) -> dict[str, str]:
-    """Parse the part of a target after its `?`. Raises BadRequest, also for repeated names."""
+    """Parse the part of a target after its `?`. Raises BadRequest, even for a repeated name."""
     if not query:
         return {}
     try:
@@ -74,13 +75,13 @@ class Integer(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A required field that holds text of 1 to `longest` characters, without spaces around it."""
+    """A required field for text of 1 to `longest` characters; spaces around it are removed."""
 
     longest: int = 200
     default: None = None
 
     def check(self, value: Any) -> str:
-        """Return a valid value without spaces around it. Raises ValueError as Integer.check()."""
+        """Return the text without the spaces around it. Raises ValueError as Integer.check does."""
         text = value.strip() if isinstance(value, str) else ""
         if not 1 <= len(text) <= self.longest or CONTROL.search(value):
             raise ValueError(
@@ -120,7 +121,7 @@ ID = Integer()
 class Page(NamedTuple):
     """The part of a collection to show: at most `limit` rows, whose ids are greater than `after`.
 
-    `ids` is None, or a JSON list: then only rows with these ids are shown.
+    `ids` is a JSON list of the ids to which the rows are restricted, or None for no restriction.
     """
 
     limit: int

@@ -20,13 +20,14 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
-from microshop.chassis.errors import InsufficientStorage, ServiceError, ServiceUnavailable
+from microshop.chassis.errors import (
+    RETRY_SOON, InsufficientStorage, ServiceError, ServiceUnavailable)
 
-QUEUE_TIMEOUT = 1.5  # seconds that a thread waits for other threads of this process, and
-BUSY_TIMEOUT = 1.5   # then for other processes; the two together are less than callers wait
+QUEUE_TIMEOUT = 1.5  # seconds to wait for a lock or a connection that another thread holds
+BUSY_TIMEOUT = 1.5   # seconds to wait after that for a lock that another process holds
 MAX_CHECKED = 2**26  # bytes; larger files are not checked for damage: it would take over a second
 CONNECTIONS = 16     # in a pool: each holds two file descriptors and about 100 KiB of memory
-POLL = 0.001         # seconds between looks for a free connection when all are lent
+POLL = 0.001         # seconds between two attempts to get a connection when all are in use
 
 # SQLite's primary result codes that blame the file and not the statement.
 FAULTS: dict[int, type[ServiceError]] = {
@@ -65,7 +66,7 @@ class ConnectionPool:
         self.idle = [PooledConnection(self) for _ in range(CONNECTIONS)]
 
     def lend(self) -> "PooledConnection":
-        """Return a connection that is free. Raises ServiceUnavailable on a timeout."""
+        """Return a free place, to be used with `with`. Raises ServiceUnavailable on a timeout."""
         deadline = time.monotonic() + QUEUE_TIMEOUT
         while True:
             try:
@@ -80,7 +81,7 @@ class ConnectionPool:
             self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
         try:
             connection.row_factory = sqlite3.Row
-            connection.execute("PRAGMA synchronous = FULL")  # less loses commits at a power failure
+            connection.execute("PRAGMA synchronous = FULL")  # less may lose commits (power failure)
             connection.execute("PRAGMA foreign_keys = ON")
         except sqlite3.Error:
             connection.close()
@@ -89,7 +90,7 @@ class ConnectionPool:
 
     def close(self) -> None:
         """Write the WAL back into the file, and close every connection that is not in use."""
-        idle, self.idle = self.idle, []
+        idle, self.idle = self.idle, []  # so that no thread borrows one while it is closed
         for pooled in idle:
             pooled.close()
         self.idle.extend(idle)
@@ -125,7 +126,8 @@ class PooledConnection:
     def close(self) -> None:
         if self.connection:
             with contextlib.closing(self.connection), contextlib.suppress(sqlite3.Error):
-                # SQLite does so when the last connection closes, but a hung thread may hold one.
+                # SQLite does this when the last connection closes, but a thread that hangs may
+                # still hold one.
                 self.connection.execute("PRAGMA wal_checkpoint")
             self.connection = None
 
@@ -167,14 +169,14 @@ class Database:
     """The database file at `path`, upgraded to the newest version of its schema.
 
     `versions` holds the statements of each version of the schema, oldest first; `user_version` in
-    the file counts those that were executed. Raises DatabaseUnusable.
+    the file says how many versions have been executed. Raises DatabaseUnusable.
     """
 
     def __init__(self, path: Path, versions: Sequence[Sequence[str]]):
         self.path = path
         self._pool = ConnectionPool(path)
         self._write_lock = threading.RLock()  # between threads; SQLite has one between processes
-        self._queue: deque[tuple[str, Values, Future[Written]]] = deque()  # waits for the lock
+        self._queue: deque[tuple[str, Values, Future[Written]]] = deque()  # writes that wait
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.rows("PRAGMA journal_mode = WAL")
@@ -183,8 +185,9 @@ class Database:
             self._upgrade(versions)
         except (OSError, sqlite3.Error, DatabaseUnusable) as error:
             self.close()
-            is_file = isinstance(error, FileExistsError)
-            reason = f"{path.parent} is not a folder" if is_file else error
+            reason: object = error
+            if isinstance(error, FileExistsError):  # a file is where the folder should be
+                reason = f"{path.parent} is not a folder"
             advice = "repair or move it, or choose another --data"
             raise DatabaseUnusable(f"cannot use {path}: {reason}; {advice}") from error
 
@@ -211,8 +214,8 @@ class Database:
     def transaction(self) -> Iterator[Transaction]:
         """Commit what is written in the `with` block, durably; roll it back if the block raises.
 
-        Raises ServiceUnavailable on a timeout. Threads wait for each other at a lock of our own,
-        which wakes the next one at once; in SQLite they would sleep and try again.
+        Raises ServiceUnavailable on a timeout. Threads wait for a lock of ours, which wakes the
+        next one at once; if they waited in SQLite, they would sleep and poll.
         """
         if not self._write_lock.acquire(timeout=QUEUE_TIMEOUT):
             raise timed_out(self.path, "the database lock")
@@ -226,15 +229,18 @@ class Database:
         """Write the WAL back into the file, and close every connection that is not in use."""
         self._pool.close()
 
-    def explain(self, error: Exception) -> ServiceError | None:
-        """Return the error that clients get if the file is at fault; None if something else is."""
+    def to_service_error(self, error: Exception) -> ServiceError | None:
+        """Return the error for the client, or None if something else than the file is at fault.
+
+        A ServiceError is returned as it is.
+        """
         if isinstance(error, ServiceError):
             return error
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if isinstance(error, sqlite3.OperationalError) and "decode" in str(error):
             code = sqlite3.SQLITE_CORRUPT  # damaged text: sqlite3 gives that error no code
         fault = FAULTS.get(code)
-        return fault(f"{self.path.name}: {error}", [("Retry-After", "1")]) if fault else None
+        return fault(f"{self.path.name}: {error}", [RETRY_SOON]) if fault else None
 
     def _write_queued(self) -> None:
         """Execute every queued write in one transaction; then tell the waiting threads."""
@@ -270,7 +276,10 @@ class Database:
 
 
 def attempt(transaction: Transaction, statement: str, values: Values) -> Written | Exception:
-    """Execute a statement; return its result or its IntegrityError, which has undone it alone."""
+    """Execute a statement and return its result.
+
+    If it breaks a constraint, return the error: SQLite has undone only this statement.
+    """
     try:
         return transaction.write(statement, values)
     except sqlite3.IntegrityError as error:
@@ -278,4 +287,4 @@ def attempt(transaction: Transaction, statement: str, values: Values) -> Written
 
 
 def timed_out(path: Path, what: str) -> ServiceUnavailable:
-    return ServiceUnavailable(f"{path.name}: timed out waiting for {what}", [("Retry-After", "1")])
+    return ServiceUnavailable(f"{path.name}: timed out waiting for {what}", [RETRY_SOON])

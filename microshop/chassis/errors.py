@@ -1,16 +1,18 @@
 """Errors as exceptions that carry an HTTP status (RFC 9110 section 15).
 
-Raise one anywhere below a handler: one place in the chassis turns it into the answer, a problem
-document (application/problem+json, RFC 9457).
+Any code that a handler calls may raise one. A single place in the chassis turns it into the answer,
+a problem document (application/problem+json, RFC 9457).
 """
 from collections.abc import Sequence
 from http import HTTPStatus
+
+RETRY_SOON = ("Retry-After", "1")  # a header: the client may try again after a second
 
 
 class ServiceError(Exception):
     """An answer that is not a success.
 
-    `detail` says to a person what is wrong. `headers` are added to the answer. Every other keyword
+    `detail` tells a person what is wrong. `headers` are added to the answer. Every other keyword
     argument becomes a member of the problem document (RFC 9457 section 3.2).
     """
 
@@ -70,7 +72,7 @@ class InsufficientStorage(ServiceError): status = HTTPStatus.INSUFFICIENT_STORAG
 class UpstreamError(ServiceError):
     """A call to another service failed; the problem document names it as `service`.
 
-    `predicate` completes the sentence that begins with "the users service", if that is its name.
+    `predicate` is the rest of the sentence "the users service ...", like "did not respond in time".
     """
 
     def __init__(self, service: str, predicate: str, headers: Sequence[tuple[str, str]] = ()):
@@ -92,7 +94,7 @@ class Broken(BadGateway):
 
 
 class UpstreamUnavailable(UpstreamError):                                                # 503
-    """The service was not even called: its circuit breaker is open or its bulkhead is full."""
+    """The service was not called: its circuit breaker is open, its bulkhead full, or the like."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
 

@@ -1,8 +1,11 @@
 """One connection's requests: read each, find its route, answer it.
 
-A subclass of Handler has a table of routes beside its methods. Such a method returns an Answer or
-raises a ServiceError; answer.py turns either into bytes. What http.server does wrongly or slowly is
-replaced here; the comments say why.
+A subclass of Handler has methods and a table, `routes`, that says which path each method serves. A
+method returns an Answer or raises a ServiceError; answer.py turns either into bytes. Where
+http.server is too lenient or too slow, this module replaces it; the comments say why.
+
+For each request: handle_one_request -> respond -> read_request, then find_answer -> check_client,
+then dispatch -> the route's method. The gateway overrides check_client and dispatch.
 
 Law: routes write to no socket; they return or raise. Nothing here knows what a route is about.
 """
@@ -18,21 +21,21 @@ from urllib.parse import urlencode
 
 from microshop.chassis import config, wire
 from microshop.chassis.answer import (
-    IDLE_TIME, Answer, Asked, describe, entity_tag, format_answer, represent)
+    IDLE_TIME, Answer, RequestContext, problem_answer, entity_tag, format_answer, represent)
 from microshop.chassis.content import (
     MAX_INTEGER, FieldTable, Page, encode, parse_json, parse_page, parse_query, validate)
 from microshop.chassis.database import Transaction
 from microshop.chassis.errors import (
-    BadRequest, ExpectationFailed, LengthRequired, MethodNotAllowed, NotFound, PreconditionFailed,
-    RequestTimeout, ServiceError, ServiceUnavailable, UnsupportedMediaType)
+    RETRY_SOON, BadRequest, ExpectationFailed, LengthRequired, MethodNotAllowed, NotFound,
+    PreconditionFailed, RequestTimeout, ServiceError, ServiceUnavailable, UnsupportedMediaType)
 from microshop.chassis.listener import make_id
 from microshop.chassis.server import Service
 
 HEAD_TIME = 10.0     # seconds for a whole head, from its first byte
-BODY_TIME = 10.0     # seconds for a whole body, plus its size in bytes divided by
-BODY_RATE = 1024     # the bytes per second that the slowest client has to reach
+BODY_TIME = 10.0     # seconds for a whole body, and 1 s more for each BODY_RATE bytes of it
+BODY_RATE = 1024     # bytes per second: the slowest rate that is accepted
 SEND_TIME = 10.0     # seconds for a client to take a whole answer
-ANSWER_SHARE = 0.1   # of the caller's timeout: kept back for the answer's way home
+ANSWER_SHARE = 0.1   # of the caller's timeout: reserved for sending the answer back
 CLIENT_GONE = 499    # in the log only, as in nginx: the client did not wait for its answer
 
 ID = "([1-9][0-9]{0,15})"
@@ -50,16 +53,14 @@ class ConnectionHandler(BaseHTTPRequestHandler):
 
     server: Service
     headers: wire.Fields  # type: ignore[assignment]
-    disable_nagle_algorithm = True  # with it, an answer may wait 40 ms for the client's ACK
-    rbufsize = 0                    # wire.Stream buffers
+    disable_nagle_algorithm = True  # Nagle's algorithm may delay an answer by 40 ms
+    rbufsize = 0                    # no buffer here: wire.Stream has its own
 
     def setup(self) -> None:
         super().setup()
         self.stream = wire.Stream(self.connection)
 
-    def finish(self) -> None:
-        self.server.connections.forget(self.connection)
-        super().finish()
+
 
     def handle_one_request(self) -> None:
         """Read a request and answer it; handle() calls this until close_connection is true."""
@@ -75,7 +76,7 @@ class ConnectionHandler(BaseHTTPRequestHandler):
         try:
             status, message = self.respond()
             self.stream.deadline = time.monotonic() + SEND_TIME
-            self.stream.send(message)  # in one piece: two would meet Nagle's delay
+            self.stream.send(message)  # head and body in one piece: one system call
         except OSError:
             self.close_connection, status = True, CLIENT_GONE
         elapsed = time.perf_counter() - started
@@ -88,13 +89,13 @@ class ConnectionHandler(BaseHTTPRequestHandler):
         """Return the status and the bytes of the answer to the request that has begun to arrive."""
         try:
             self.read_request()
-        except ServiceError as error:  # close: where the next request would begin is unknown
-            return self.format(describe(error, self.request_id))
+        except ServiceError as error:  # close_connection stays True: where is the next request?
+            return self.format(problem_answer(error, self.request_id))
         self.close_connection = not wire.keeps_alive(self.request_version, self.headers)
         try:
             return self.format(self.find_answer())
         except Exception as error:
-            return self.format(describe(self.explain(error), self.request_id))
+            return self.format(problem_answer(self.to_service_error(error), self.request_id))
 
     def find_answer(self) -> Answer:
         """Return the answer to the request that was read. Raises ServiceError."""
@@ -103,17 +104,17 @@ class ConnectionHandler(BaseHTTPRequestHandler):
     def format(self, answer: Answer) -> tuple[int, bytes]:
         """Return an answer's status and bytes. Raises ValueError if it cannot be written safely."""
         self.close_connection = self.close_connection or self.server.draining
-        asked = Asked(self.request_id, self.command, self.request_version,
+        context = RequestContext(self.request_id, self.command, self.request_version,
                       self.headers.get("if-none-match", ""), not self.close_connection)
-        answer = represent(answer, asked)
-        return answer.status, format_answer(answer, asked)
+        answer = represent(answer, context)
+        return answer.status, format_answer(answer, context)
 
-    def explain(self, error: Exception) -> ServiceError:
-        """Return the error to tell the client; log what only we should know of it."""
+    def to_service_error(self, error: Exception) -> ServiceError:
+        """Return the error to send to the client; log the details that it must not see."""
         if isinstance(error, ServiceError):
             return error
         server = self.server
-        failure = server.database.explain(error) if server.schema else None
+        failure = server.database.to_service_error(error) if server.schema else None
         if failure:
             server.log.event(f"{self.request_id} {server.database.path}: {error}")
             return failure
@@ -150,7 +151,7 @@ class ConnectionHandler(BaseHTTPRequestHandler):
                 self.path = ascii(line[:200])[1:-1].replace(" ", r"\x20") or "-"
 
     def meet_expectation(self, length: int | None) -> None:
-        """Invite a body that the client holds back (RFC 9110 10.1.1), unless it is too large."""
+        """Answer Expect: 100-continue; ask for the body, unless too large (RFC 9110 10.1.1)."""
         if self.request_version != "HTTP/1.1":
             return
         if self.headers["expect"].lower() != "100-continue":
@@ -160,7 +161,7 @@ class ConnectionHandler(BaseHTTPRequestHandler):
 
 
 class Handler(ConnectionHandler):
-    """Finds the route of each request, and offers what routes ask of a request.
+    """Finds the route of each request, and has helpers for the methods that routes call.
 
     `routes` maps each path, in which `{id}` stands for an id, to its methods: {"GET": function}.
     The function is called with the handler and the ids. HEAD, OPTIONS, 404 and 405 follow from the
@@ -171,7 +172,10 @@ class Handler(ConnectionHandler):
     _table: list[tuple[re.Pattern, Methods]]
 
     def __init_subclass__(cls) -> None:
-        """Compile the routes; a trailing slash is the same resource, as in the Express demo."""
+        """Compile the routes when a subclass is defined.
+
+        A path with a slash at its end names the same resource, as in the Express demo.
+        """
         cls._table = []
         for path, methods in {**cls.routes, "/health": {"GET": cls.health}}.items():
             pattern = re.sub("{[a-z_]+}", ID, path.rstrip("/")) + "/?"
@@ -185,7 +189,10 @@ class Handler(ConnectionHandler):
         return self.dispatch()
 
     def check_client(self) -> None:
-        """Raise a ServiceError if the client may not ask this now. A subclass may have reasons."""
+        """Raise a ServiceError if this client may not send this request now.
+
+        Here every client may; the gateway overrides this.
+        """
 
     def dispatch(self) -> Answer:
         """Call the route's function. Raises NotFound, or MethodNotAllowed with Allow."""
@@ -209,11 +216,11 @@ class Handler(ConnectionHandler):
         raise NotFound(f"there is nothing at {path}; try {', '.join(self.known_paths())}")
 
     def known_paths(self) -> list[str]:
-        """Return the paths to suggest to a client that asked for one that does not exist."""
+        """Return the paths to suggest to a client that context for one that does not exist."""
         return [*self.routes, "/health"]
 
     def _find_deadline(self, now: float) -> float:
-        """Return when (of time.monotonic) work on the request must end.
+        """Return the time (of time.monotonic) by which the work on the request must end.
 
         X-Request-Timeout tells how many seconds the caller will wait. Raises BadRequest, or
         ServiceUnavailable if the caller has given up already.
@@ -224,18 +231,17 @@ class Handler(ConnectionHandler):
         if not config.SECONDS.fullmatch(given):
             raise BadRequest(f"X-Request-Timeout: {given!r} is not a number of seconds")
         if float(given) == 0:
-            come_back = ("Retry-After", "1")
-            raise ServiceUnavailable("the caller's deadline has already passed", [come_back])
+            raise ServiceUnavailable("the caller's deadline has already passed", [RETRY_SOON])
         return now + min(self.server.settings.timeout, float(given) * (1 - ANSWER_SHARE))
 
     def health(self) -> Answer:
         """Answer a health check: 503 while the process drains, so that it gets no new work."""
         if self.server.draining:
             body = {"status": "draining", "service": self.server.name}
-            return Answer(body, 503, [("Retry-After", "1")])
+            return Answer(body, 503, [RETRY_SOON])
         return Answer({"status": "ok", "service": self.server.name})
 
-    # --- what routes ask of a request
+    # --- helpers for routes
 
     def read_json(self) -> Any:
         """Return the JSON value in the body.
@@ -289,8 +295,8 @@ class Handler(ConnectionHandler):
         target = f"{path}?{urlencode({**query, 'after': rows[-1]['id']}, safe=',')}"
         return Answer(rows, headers=[("Link", f'<{target}>; rel="next"')])
 
-    def trace(self) -> dict[str, str]:
-        """Return the headers by which one request is followed through every service it reaches.
+    def trace_headers(self) -> dict[str, str]:
+        """Return the headers by which a request can be followed through every service it reaches.
 
         The request id is the correlation id of the logs. A trace that the client began is continued
         (https://www.w3.org/TR/trace-context/); otherwise a new one begins here.
@@ -299,7 +305,8 @@ class Handler(ConnectionHandler):
             trace_id, parent_id = random.getrandbits(128), random.getrandbits(64)
             self.headers["traceparent"] = f"00-{trace_id:032x}-{parent_id:016x}-01"
             self.headers.pop("tracestate", None)
-        fields = {"x-request-id": self.request_id, "traceparent": self.headers["traceparent"]}
+        fields = {"traceparent": self.headers["traceparent"]}
         if "tracestate" in self.headers:
             fields["tracestate"] = self.headers["tracestate"]
+        fields["x-request-id"] = self.request_id
         return fields

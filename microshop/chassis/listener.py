@@ -1,7 +1,12 @@
 """Admitting connections: at most `max_connections` of them, each in a thread of its own.
 
-What socketserver does wrongly here is replaced; the comments say why. What happens on a connection
-is in handler.py. Law: nothing here reads a request.
+Where socketserver does not fit, this module replaces it; the comments say why. What happens on a
+connection is in handler.py.
+
+socketserver calls these methods: serve_forever -> get_request -> process_request, which starts a
+thread; there, a new handler runs setup, handle and finish; then shutdown_request.
+
+Law: nothing here reads a request.
 """
 import contextlib
 import errno
@@ -18,8 +23,8 @@ from typing import Any
 
 from microshop.chassis import wire
 from microshop.chassis.access_log import AccessLog
-from microshop.chassis.answer import Asked, describe, format_answer, represent
-from microshop.chassis.errors import ServiceUnavailable
+from microshop.chassis.answer import RequestContext, problem_answer, format_answer, represent
+from microshop.chassis.errors import RETRY_SOON, ServiceUnavailable
 
 MAX_REJECTED = 64     # connections that were answered 503 and are not closed yet
 NO_ROOM_PAUSE = 0.1   # seconds without accepting when the system has no room for a connection
@@ -33,7 +38,7 @@ def make_id() -> str:
 
 
 class OpenConnections:
-    """The connections that are open: each is busy with a request, or idle since some time."""
+    """The open connections: each is busy with a request, or has been idle since some moment."""
 
     def __init__(self) -> None:
         self._busy: set[socket.socket] = set()
@@ -81,7 +86,7 @@ class OpenConnections:
             self._end_input(connection)
 
     def _end_input(self, connection: socket.socket) -> None:
-        """Wake the thread that reads a connection: it handles what came before, then closes it."""
+        """Wake the thread that reads a connection: it handles what has arrived, then closes it."""
         with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_RD)
 
@@ -90,10 +95,11 @@ class RejectedConnections:
     """Connections that were answered 503 and are closed a little later.
 
     Closing one while its client still sends would reset it, and the client might never see the 503.
+    Only the thread of the accept loop uses this.
     """
 
     def __init__(self) -> None:
-        self._rejected: deque[tuple[float, socket.socket]] = deque()  # (when it got its 503, it)
+        self._rejected: deque[tuple[float, socket.socket]] = deque()  # (rejected at, connection)
 
     def __len__(self) -> int:
         return len(self._rejected)
@@ -123,8 +129,8 @@ class RejectedConnections:
 class Listener(ThreadingHTTPServer):
     """A ThreadingHTTPServer that stays within its limits and says so when it cannot take more."""
 
-    request_queue_size = 1024  # with socketserver's 5, clients that come together get no answer
-    timeout = 0                # handle_request() must not wait: another process may be faster
+    request_queue_size = 1024  # with socketserver's 5, clients that connect at once get no answer
+    timeout = 0                # handle_request() must not wait if another process took the client
     log: AccessLog
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler],
@@ -145,7 +151,7 @@ class Listener(ThreadingHTTPServer):
                 time.sleep(NO_ROOM_PAUSE / 10 if has_closed else NO_ROOM_PAUSE)
             raise
         if sys.platform != "linux":
-            connection.setblocking(True)  # BSD lets it inherit the listener's mode
+            connection.setblocking(True)  # on BSD and macOS, it inherits the listener's mode
         return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -164,24 +170,24 @@ class Listener(ThreadingHTTPServer):
 
     def _reject(self, connection: socket.socket) -> None:
         """Answer 503 at once, without a thread."""
-        error = ServiceUnavailable("too many connections are open", [("Retry-After", "1")])
-        asked = Asked(make_id())
-        answer = represent(describe(error, asked.request_id), asked)
-        self.rejected.reject(connection, format_answer(answer, asked))
-        self.log.request(asked.request_id, "-", "-", answer.status, 0)
+        error = ServiceUnavailable("too many connections are open", [RETRY_SOON])
+        context = RequestContext(make_id())
+        answer = represent(problem_answer(error, context.request_id), context)
+        self.rejected.reject(connection, format_answer(answer, context))
+        self.log.request(context.request_id, "-", "-", answer.status, 0)
 
     def _log_no_room(self, why: str) -> None:
         now = time.monotonic()
         if now > self._no_room_quiet_until:
             self._no_room_quiet_until = now + NO_ROOM_QUIET
-            self.log.event(f"- no room for another connection: {why}; waiting for others to end")
+            self.log.event(f"- no room for another connection: {why}")
 
     def service_actions(self) -> None:
         """Close rejected connections that are due, on each turn of socketserver's accept loop."""
         self.rejected.close_due()
 
     def shutdown_request(self, request: Any) -> None:
-        self.connections.forget(request)  # if it never reached a handler; else finish() did this
+        self.connections.forget(request)
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:

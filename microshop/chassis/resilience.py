@@ -7,7 +7,7 @@
 
 Law: a policy counts and decides; it sends nothing and logs nothing. Time comes from the `clock`
 that is passed in, in seconds, so that a test can replay a history. Only Bulkhead is thread-safe:
-client.Upstream holds its lock around the others.
+client.Upstream holds its lock when it changes the others.
 """
 import threading
 import time
@@ -21,7 +21,8 @@ Clock = Callable[[], float]
 class CircuitBreaker:
     """Stop calling an instance that keeps failing: it can recover, and callers need not wait.
 
-    closed     calls pass; IN_A_ROW failures, or half of the last RECENT calls, open the breaker
+    closed     calls pass; the breaker opens after IN_A_ROW failures in a row, or if half of the
+               last RECENT calls have failed
     open       no call passes until the pause is over
     half-open  one call passes, the probe: if it succeeds, the breaker closes; if it fails, the
                breaker opens for twice the pause
@@ -56,7 +57,9 @@ class CircuitBreaker:
 
     def admits(self) -> bool:
         """Return whether a call may begin now."""
-        return not self._pause or not self._is_probing and not self.remaining()
+        if not self._pause:  # closed
+            return True
+        return not self._is_probing and not self.remaining()
 
     def begin(self) -> int:
         """Begin a call, which the breaker must admit; return its ticket, for end()."""
@@ -157,10 +160,10 @@ class _Second:
 
 
 class RetryBudget:
-    """Keep retries from overloading a service that has difficulties already.
+    """Keep retries from overloading a service that is already in trouble.
 
-    In any WINDOW seconds, retries may be a tenth (SHARE) of the calls. AT_LEAST retries are always
-    allowed: a tenth of a few calls would be none.
+    In any WINDOW seconds, there may be at most a tenth (SHARE) as many retries as calls. AT_LEAST
+    retries are always allowed, since a tenth of a few calls would be none.
     """
 
     SHARE, AT_LEAST, WINDOW = 0.1, 3, 10
@@ -205,7 +208,11 @@ class LogLimit:
     def note(self) -> int:
         """Count an event; return the number of events to report now, or 0 to write no line yet."""
         self._count += 1
-        if self._clock() < self._next:
+        return self.due()
+
+    def due(self) -> int:
+        """Return the number of events that were counted, but not reported, if a line is due."""
+        if not self._count or self._clock() < self._next:
             return 0
         count, self._count = self._count, 0
         self._next = self._clock() + self.INTERVAL

@@ -1,6 +1,7 @@
 """The life of a process: a Service starts, serves until it is told to stop, drains and closes.
 
 How connections are admitted is in listener.py, and what happens on one in handler.py.
+
 Law: nothing here knows what a request is about.
 """
 import ipaddress
@@ -23,13 +24,13 @@ from microshop.chassis.database import Database, DatabaseUnusable
 from microshop.chassis.listener import Listener
 
 LAST_LOOK = 0.25      # seconds at shutdown in which an idle connection may still bring a request
-POLL = 0.05           # seconds until the accept loop notices that it should end
+POLL = 0.05           # seconds that the accept loop may need to notice that it should stop
 HEARTBEAT = 0.25      # seconds between two heartbeats to the supervisor
-STACK_SIZE = 2**21    # bytes of a thread's stack: parsing JSON at its depth limit takes over half
+STACK_SIZE = 2**21    # bytes of a thread's stack; the deepest JSON needs more than half of it
 
 
-class Heart:
-    """Shows the supervisor that the accept loop turns, and notices when the supervisor is gone."""
+class Heartbeat:
+    """Shows the supervisor that the accept loop runs, and notices when the supervisor is gone."""
 
     def __init__(self, descriptor: int):
         self._supervisor = socket.socket(fileno=descriptor)
@@ -57,7 +58,7 @@ class Heart:
 class Service(Listener):
     """An HTTP server that is a process of its own. A subclass names it and gives it a handler.
 
-    One that owns data gives `schema` too, the versions of its database's schema (see Database).
+    A service that owns data also sets `schema`: the versions of its schema (see Database).
     """
 
     name = "service"
@@ -65,13 +66,13 @@ class Service(Listener):
     port = 0
     handler: type[BaseHTTPRequestHandler]
     schema: Sequence[Sequence[str]] = ()
-    token = ""  # what writes must show; only the gateway has one
+    token = ""  # the bearer token that writes must carry; only the gateway has one
     options: Sequence[config.Setting] = (config.HOST, config.DATA, config.TIMEOUT, config.QUIET)
 
     def __init__(self, settings: Namespace):
         self.settings = settings
         self.draining = False
-        self.heart: Heart | None = None
+        self.heartbeat: Heartbeat | None = None
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         super().__init__((settings.host, settings.port), self.handler, settings.max_connections)
         try:
@@ -96,12 +97,13 @@ class Service(Listener):
             config.Setting("supervised", config.file_descriptors, None,
                            "for run_all only: the sockets that it passes on")])
         threading.stack_size(STACK_SIZE)
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # the usual 1,024 are too few
+        _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        # The usual 1,024 open files are too few.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
         try:
             service = cls(settings)
-        except DatabaseUnusable as error:
-            sys.exit(f"{cls.name}: {error}")
+        except DatabaseUnusable as error:  # under run_all, a label names the process already
+            sys.exit(str(error) if settings.supervised else f"{cls.name}: {error}")
         except OSError as error:
             address = f"port {settings.port} of {settings.host}"
             sys.exit(f"{cls.name}: cannot listen on {address}: {error.strerror}")
@@ -113,7 +115,7 @@ class Service(Listener):
             listener, supervisor = self.settings.supervised
             self.socket = socket.socket(fileno=listener)
             self.socket.setblocking(False)  # another process that shares it may be faster to accept
-            self.heart = Heart(supervisor)
+            self.heartbeat = Heartbeat(supervisor)
             self.server_address = self.socket.getsockname()
         else:
             # HTTPServer.server_bind() looks up the host's name, which may take seconds.
@@ -129,25 +131,29 @@ class Service(Listener):
         return f"http://{host}:{self.server_port}"
 
     def run(self) -> None:
-        """Serve until a signal asks for the end, then drain and close."""
+        """Serve until a signal tells the process to stop, then drain and close."""
         signal.signal(signal.SIGINT, self._stop_on_signal)
         signal.signal(signal.SIGTERM, self._stop_on_signal)
         if not self.token and not ipaddress.ip_address(self.server_name).is_loopback:
             self.log.event(
                 f"warning: other machines can reach port {self.server_port}, and any client may "
-                "write; set MICROSHOP_TOKEN or --token-file on the gateway to ask for a token")
-        sys.stdout.write(f"{self.title} listening at {self.url}\n")  # print() may write two pieces
+                "write; set MICROSHOP_TOKEN or --token-file on the gateway to require a token")
+        # print() may write the line in two pieces.
+        sys.stdout.write(f"{self.title} listening at {self.url}\n")
         sys.stdout.flush()
         self.serve_forever(POLL)
         self.drain()
         self.close()
 
     def service_actions(self) -> None:
-        """Show on each turn of the accept loop that it turns; stop if the supervisor is gone."""
+        """Send a heartbeat if one is due; stop if the supervisor is gone.
+
+        socketserver calls this in each round of the accept loop, so it shows that the loop runs.
+        """
         super().service_actions()
-        if self.heart and not self.heart.beat():
-            self.heart.close()
-            self.heart = None
+        if self.heartbeat and not self.heartbeat.beat():
+            self.heartbeat.close()
+            self.heartbeat = None
             threading.Thread(target=self.shutdown).start()
 
     # --- end
@@ -162,10 +168,12 @@ class Service(Listener):
         self.draining = True
         began = time.monotonic()
         while select.select([self], [], [], 0)[0] and time.monotonic() < began + LAST_LOOK:
-            self.handle_request()  # of a client in the kernel's queue: closing would reset it
+            self.handle_request()  # accept a client from the kernel's queue: closing would reset it
         self.server_close()
         while self.connections and time.monotonic() < began + self.settings.grace:
             self.connections.close_idle(LAST_LOOK)
+            if self.heartbeat:
+                self.heartbeat.beat()
             time.sleep(0.01)
         if unfinished := self.connections.count_busy():
             requests = "1 request" if unfinished == 1 else f"{unfinished} requests"
@@ -174,8 +182,8 @@ class Service(Listener):
 
     def close(self) -> None:
         """Close what the process holds besides its listening socket."""
-        if self.heart:
-            self.heart.close()
+        if self.heartbeat:
+            self.heartbeat.close()
         self.rejected.close()
         if self.schema:
             self.database.close()

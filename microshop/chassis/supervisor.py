@@ -1,7 +1,8 @@
 """A group of child processes: started, watched, replaced one after another, and stopped.
 
-A Child is a role, and a Process is an instance of it (child.py). Threads only read what processes
-print. It becomes an Event in one queue, and one loop, Supervisor.run(), decides what to do:
+A Child is a role, and a Process is an instance of it (child.py). Threads do nothing but read what
+the processes print. Each piece of output becomes an Event in a queue, and a single loop,
+Supervisor.run(), decides what to do:
 
   start     RestartPolicy says "start". Child.start() runs a Process, and its line "listening at
             ..." makes the child ready.
@@ -27,15 +28,15 @@ from typing import Any
 from microshop.chassis.child import BAD_SETTING, Child, Event, Process
 from microshop.chassis.console import Console
 
-TICK = 0.05        # seconds between two looks at the clock, the signals and the heartbeats
-PAUSED_TIME = 1.0  # seconds without a look: then the supervisor itself was paused
-KILL_SHARE = 0.75  # of the grace period: a tier that still runs is killed then
+TICK = 0.05        # seconds between two checks of the clock, the signals and the heartbeats
+PAUSED_TIME = 1.0  # if a tick comes later than this many seconds, we were paused (as by Ctrl-Z)
+KILL_SHARE = 0.75  # of the grace period: when to kill a tier other than the first
 
 
 class RollingRestart:
     """Chooses the child that gets a new process next: one at a time, all in turn.
 
-    A request that comes during a rolling restart begins another one after it.
+    If another SIGHUP arrives during a rolling restart, a second one follows the first.
     """
 
     def __init__(self, children: Sequence[Child]):
@@ -45,7 +46,7 @@ class RollingRestart:
         self._tried: Child | None = None
 
     def begin(self) -> bool:
-        """Begin if that is requested and possible. Return True if so."""
+        """Begin if a restart is requested and none is under way. Return whether it has begun."""
         if not self.is_requested or self._waiting:
             return False
         self.is_requested = False
@@ -54,7 +55,10 @@ class RollingRestart:
         return True
 
     def next_child(self) -> Child | None:
-        """Return the child that must get a new process now. If its last one failed, end early."""
+        """Return the child that must get a new process now, or None.
+
+        If the new process of a child has failed, end the rolling restart.
+        """
         child = self._waiting[0] if self._waiting else None
         if not child or child.policy.state != "up" or child.former:
             return None
@@ -65,7 +69,7 @@ class RollingRestart:
         return child
 
     def note_ready(self, child: Child) -> bool:
-        """Note that a new process is ready. Return True if it was the last one."""
+        """Record that a new process is ready. Return True if no other child is waiting for one."""
         if not self._waiting or child is not self._waiting[0]:
             return False
         self._waiting.popleft()
@@ -80,7 +84,8 @@ class Shutdown:
 
     def __init__(self, tiers: Sequence[Sequence[Child]], grace: float):
         self.grace = grace            # seconds
-        self.signals: list[int] = []  # that have asked for it
+        self.signals: list[int] = []  # SIGINT or SIGTERM, as received so far
+        self.is_unwatched = False     # the terminal was closed, or nothing reads our output
         self._tiers = tiers
         self._end_by = math.inf       # when every process must have ended (time.monotonic)
 
@@ -90,11 +95,11 @@ class Shutdown:
 
     @property
     def is_requested(self) -> bool:
-        return bool(self.signals)
+        return bool(self.signals) or self.is_unwatched
 
     @property
     def is_urgent(self) -> bool:
-        """Tell whether there was a second signal, which means: stop immediately."""
+        """Return whether there was a second signal, which means: stop immediately."""
         return len(self.signals) > 1
 
     def begin(self) -> None:
@@ -115,7 +120,7 @@ class Shutdown:
 class Supervisor:
     """Keeps tiers of children running until a signal comes or one of them is given up.
 
-    A tier may need the tiers before it. The first child of the last tier has the URL for people.
+    A tier may need the tiers before it. The URL of the last tier's first child is shown to people.
     """
 
     def __init__(self, tiers: Sequence[Sequence[Child]], grace: float, console: Console):
@@ -128,7 +133,7 @@ class Supervisor:
         self.status = 0
         self.was_ready = False
         self.began_at = time.monotonic()
-        self._looked_at = -math.inf
+        self._ticked_at = -math.inf
         assign_cores(tiers)
 
     def run(self) -> int:
@@ -137,7 +142,7 @@ class Supervisor:
             signal.signal(number, self._on_signal)
         self.console.say(f"started {self.console.title} (pid {os.getpid()})")
         while not self.shutdown.has_begun or self.processes():
-            self._look()
+            self._tick()
             self._take_event()
         self.console.say("stopped")
         return self.status
@@ -146,21 +151,23 @@ class Supervisor:
         return [process for child in self.children for process in child.processes()]
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        """Note a signal, and leave it to the loop to decide."""
-        if number == signal.SIGHUP and not self.console.has_lost_terminal():
-            self.rolling_restart.is_requested = True
-        else:  # a SIGHUP may also tell that the terminal was closed
+        """Record a signal; the loop decides what to do about it."""
+        if number != signal.SIGHUP:
             self.shutdown.signals.append(number)
+        elif self.console.has_lost_terminal():  # the shell and the kernel may both send SIGHUP
+            self.shutdown.is_unwatched = True
+        else:
+            self.rolling_restart.is_requested = True
 
-    # --- what time brings
+    # --- on every tick
 
-    def _look(self) -> None:
+    def _tick(self) -> None:
         """Do what is due, at most once in a TICK."""
         now = time.monotonic()
-        if now < self._looked_at + TICK:
+        if now < self._ticked_at + TICK:
             return
-        was_paused = now > self._looked_at + PAUSED_TIME
-        self._looked_at = now
+        was_paused = now > self._ticked_at + PAUSED_TIME
+        self._ticked_at = now
         if os.getpid() == 1:
             reap_orphans([process.popen.pid for process in self.processes()])
         self._watch_processes(now, was_paused)
@@ -175,8 +182,8 @@ class Supervisor:
     def _watch_processes(self, now: float, was_paused: bool) -> None:
         for child in self.children:
             child.look_for_heartbeat()
-            if was_paused:  # then we cannot blame a child for a missing heartbeat
-                child.policy.note_heartbeat()
+            if was_paused:
+                child.policy.note_supervisor_paused()
             for process in child.processes():
                 if process.is_late(now):
                     self.console.say(f"{child.name} did not end in time; killing it")
@@ -185,8 +192,8 @@ class Supervisor:
                     self._note_end(child, process, process.popen.returncode)
 
     def _obey_signals(self) -> None:
-        if self.console.is_broken and not self.shutdown.is_requested:
-            self.shutdown.signals.append(signal.SIGTERM)
+        if self.console.is_broken:
+            self.shutdown.is_unwatched = True
         if self.shutdown.is_requested and not self.shutdown.has_begun:
             self._stop(f"stopping within {self.shutdown.grace:g} s "
                        "(a second signal kills every process at once)")
@@ -202,14 +209,14 @@ class Supervisor:
         if action == "start":
             self.console.say(child.start(self.events.put))
         elif action == "kill":
-            if time.monotonic() < self._looked_at + PAUSED_TIME:  # we were not paused just now
+            if time.monotonic() < self._ticked_at + PAUSED_TIME:  # not paused since this tick began
                 self.console.say(child.kill())
         elif action == "give up":
             self._give_up(child)
 
     def _give_up(self, child: Child) -> None:
         if child.policy.is_final:
-            self.status = BAD_SETTING  # which we have passed on
+            self.status = BAD_SETTING  # it was given to us, and we have passed it on
             self._stop(f"{child.name} cannot start with these settings; stopping")
             return
         self.status = 1
@@ -227,7 +234,7 @@ class Supervisor:
         if child := self.rolling_restart.next_child():
             self.console.say(child.start(self.events.put))
 
-    # --- what processes bring
+    # --- on events from the processes
 
     def _take_event(self) -> None:
         """Wait for an event, but no longer than a TICK, and handle it."""
@@ -261,11 +268,11 @@ class Supervisor:
 
 
 def assign_cores(tiers: Sequence[Sequence[Child]]) -> None:
-    """Choose a core for the threads of each child, where the system has such a choice.
+    """Choose a CPU core for each child, where the system allows that; the last tier chooses first.
 
-    The last tier chooses first. The interpreter's lock lets one thread run at a time anyway. On
-    several cores, passing the lock on costs an interrupt from one core to another, and a busy
-    child answers less than half of what it answers on one core.
+    Because of the interpreter's lock (GIL), only one thread of a process runs at a time. If its
+    threads are on several cores, each handover of the lock costs an interrupt from one core to
+    another, and a busy child answers less than half as many requests.
     """
     if not hasattr(os, "sched_getaffinity"):
         return

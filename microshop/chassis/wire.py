@@ -4,7 +4,7 @@ If two servers disagree about where a message ends, an attacker can hide a reque
 one (request smuggling, RFC 9112 section 11.2). They disagree because each repairs malformed input
 in its own way. So this module refuses whatever does not match the grammar exactly, and repairs
 nothing. It also replaces email.parser, with which http.server and http.client read heads: that
-parser is lenient, and it is the largest cost of a forwarded request.
+parser is lenient, and it would be the largest part of the cost of a forwarded request.
 
 A *head* is a request line or status line together with the header fields after it.
 
@@ -40,7 +40,7 @@ CHUNKED = -1                 # stands for the length of a body that comes in chu
 
 # RFC 9110 section 5.6.2
 TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-# RFC 9112 section 3.2.1, without a fragment (#), an incomplete escape (%, %4) and NUL (%00)
+# RFC 9112 section 3.2.1, but no fragment (#), incomplete escape (%, %4) or NUL (%00)
 TARGET = re.compile(r'/[!"$&-~]*+(?>(?:%(?!00)[0-9A-Fa-f]{2}[!"$&-~]*+)*)')
 # RFC 3986 sections 3.2.2 and 3.2.3: a name or an IPv4 address, or an IPv6 address; then a port
 HOST = re.compile(
@@ -192,7 +192,7 @@ def parse_length(version: str, fields: Fields) -> int | None:
 
 
 def keeps_alive(version: str, fields: Fields) -> bool:
-    """Tell whether the connection stays open after this message (RFC 9112 section 9.3)."""
+    """Return whether the connection stays open after this message (RFC 9112 section 9.3)."""
     if "connection" not in fields:
         return version == "HTTP/1.1"
     options = fields.tokens("connection")
@@ -297,7 +297,7 @@ class Stream(TimedConnection):
         self._start = 0  # of what has not been read yet
 
     def has_bytes(self) -> bool:
-        """Tell whether bytes have been received that have not been read yet."""
+        """Return whether bytes have been received that have not been read yet."""
         return self._start < len(self._buffer)
 
     def fill(self) -> None:
@@ -306,7 +306,7 @@ class Stream(TimedConnection):
         self._start = 0
 
     def await_message(self, timeout: float) -> bool:
-        """Wait at most `timeout` seconds for a message to begin, and tell whether one has.
+        """Wait at most `timeout` seconds for a message to begin; return whether one has.
 
         Empty lines before a message are skipped (RFC 9112 section 2.2).
         """

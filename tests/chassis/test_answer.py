@@ -5,10 +5,10 @@ from unittest import mock
 
 from microshop.chassis import answer as answer_module
 from microshop.chassis.answer import (
-    Answer, Asked, describe, entity_tag, format_answer, format_date, represent)
+    Answer, RequestContext, problem_answer, entity_tag, format_answer, format_date, represent)
 from microshop.chassis.errors import MethodNotAllowed, ServiceUnavailable, UnprocessableContent
 
-KEPT = Asked("id-1", "GET", keeps_alive=True)
+KEPT = RequestContext("id-1", "GET", keeps_alive=True)
 JSON = "application/json; charset=utf-8"
 TEXT = [("Content-Type", "text/plain")]
 
@@ -64,8 +64,8 @@ class FormatTest(unittest.TestCase):
 
     def test_headers_that_the_answer_has_already_are_not_added_again(self):
         given = [("content-length", "7"), ("date", "Sun, 06 Nov 1994 08:49:37 GMT")]
-        asked = KEPT._replace(method="HEAD")
-        _, headers, _ = parse(format_answer(Answer(headers=given), asked))
+        context = KEPT._replace(method="HEAD")
+        _, headers, _ = parse(format_answer(Answer(headers=given), context))
         for name, value in given:
             self.assertEqual(headers[name], [value])
 
@@ -76,8 +76,8 @@ class FormatTest(unittest.TestCase):
                 ("HTTP/1.0", True, ["keep-alive"], ["timeout=60"]),  # there the default is to close
                 ("HTTP/1.0", False, ["close"], None)):
             with self.subTest(version, keeps_alive=keeps_alive):
-                asked = Asked("id-1", "GET", version, keeps_alive=keeps_alive)
-                _, headers, _ = parse(format_answer(Answer(b"x"), asked))
+                context = RequestContext("id-1", "GET", version, keeps_alive=keeps_alive)
+                _, headers, _ = parse(format_answer(Answer(b"x"), context))
                 self.assertEqual(headers.get("connection"), connection, "Connection")
                 self.assertEqual(headers.get("keep-alive"), keep_alive, "Keep-Alive")
 
@@ -115,9 +115,9 @@ class RepresentTest(unittest.TestCase):
         item, collection = {"id": 7}, [{"id": 7}]
         for method in ("GET", "HEAD"):
             with self.subTest(method):
-                asked = KEPT._replace(method=method)
-                strong = dict(represent(Answer(item), asked).headers).get("ETag")
-                weak = dict(represent(Answer(collection), asked).headers).get("ETag")
+                context = KEPT._replace(method=method)
+                strong = dict(represent(Answer(item), context).headers).get("ETag")
+                weak = dict(represent(Answer(collection), context).headers).get("ETag")
                 self.assertEqual(strong, entity_tag(b'{"id":7}'))
                 self.assertEqual(weak, "W/" + entity_tag(b'[{"id":7}]'))
 
@@ -139,8 +139,8 @@ class RepresentTest(unittest.TestCase):
             strong = tag.removeprefix("W/")
             for known in (tag, strong, f"W/{strong}", f'"other", {tag}', f"{tag},W/{strong}", "*"):
                 with self.subTest(value=value, if_none_match=known):
-                    asked = KEPT._replace(if_none_match=known)
-                    answer = represent(Answer(value, headers=[link]), asked)
+                    context = KEPT._replace(if_none_match=known)
+                    answer = represent(Answer(value, headers=[link]), context)
                     self.assertEqual(answer, Answer(b"", 304, [link, ("ETag", tag)]))
 
     def test_a_client_that_has_another_body_gets_this_one(self):
@@ -148,16 +148,16 @@ class RepresentTest(unittest.TestCase):
         for method, known in (("GET", ""), ("GET", '"other"'), ("GET", tag.strip('"')),
                               ("GET", f'"{tag[1:-2]}"'), ("POST", tag), ("POST", "*")):
             with self.subTest(method, if_none_match=known):
-                asked = KEPT._replace(method=method, if_none_match=known)
-                answer = represent(Answer({"id": 7}), asked)
+                context = KEPT._replace(method=method, if_none_match=known)
+                answer = represent(Answer({"id": 7}), context)
                 self.assertEqual((answer.status, answer.body), (200, b'{"id":7}'))
 
 
 class DescribeTest(unittest.TestCase):
-    """describe(): from an error to a problem document (RFC 9457)."""
+    """problem_answer(): from an error to a problem document (RFC 9457)."""
 
     def test_an_error_is_a_problem_document_with_the_id_of_its_request(self):
-        answer = describe(ServiceUnavailable("it is full"), "id-1")
+        answer = problem_answer(ServiceUnavailable("it is full"), "id-1")
         self.assertEqual(answer.body, {
             "type": "about:blank", "title": "Service Unavailable", "status": 503,
             "detail": "it is full", "requestId": "id-1"})
@@ -165,17 +165,17 @@ class DescribeTest(unittest.TestCase):
         self.assertEqual(list(answer.headers), [("Content-Type", "application/problem+json")])
 
     def test_the_headers_of_an_error_are_in_its_answer(self):
-        answer = describe(MethodNotAllowed("not here", [("Allow", "OPTIONS")]), "id-1")
+        answer = problem_answer(MethodNotAllowed("not here", [("Allow", "OPTIONS")]), "id-1")
         self.assertIn(("Allow", "OPTIONS"), answer.headers)
 
     def test_each_invalid_field_is_named_in_the_problem_document(self):
-        answer = describe(UnprocessableContent({"name": "must be a text"}), "id-1")
+        answer = problem_answer(UnprocessableContent({"name": "must be a text"}), "id-1")
         self.assertEqual(answer.body["errors"], [{"field": "name", "detail": "must be a text"}])
 
     def test_a_problem_document_is_sent_as_one(self):
-        asked = Asked("id-1", if_none_match="*")
-        answer = represent(describe(ServiceUnavailable("it is full"), "id-1"), asked)
-        status_line, headers, body = parse(format_answer(answer, asked))
+        context = RequestContext("id-1", if_none_match="*")
+        answer = represent(problem_answer(ServiceUnavailable("it is full"), "id-1"), context)
+        status_line, headers, body = parse(format_answer(answer, context))
         self.assertEqual(status_line, "HTTP/1.1 503 Service Unavailable")
         self.assertEqual(headers["content-type"], ["application/problem+json"])
         self.assertEqual(body, b'{"type":"about:blank","title":"Service Unavailable","status":503,'

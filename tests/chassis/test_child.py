@@ -31,6 +31,7 @@ class RestartPolicyTest(unittest.TestCase):
             "ready": policy.note_ready,
             "heartbeat": policy.note_heartbeat,
             "kill": policy.note_kill,
+            "supervisor paused": policy.note_supervisor_paused,
             "end": policy.note_end,
             "final end": lambda: policy.note_end(is_final=True),
         }
@@ -119,6 +120,17 @@ class RestartPolicyTest(unittest.TestCase):
             self.assertGreaterEqual(policy.pause, 0.1)
             self.assertLessEqual(policy.pause, 10)
         self.assertGreaterEqual(policy.pause, 5, "the pause after 20 ends in a row")
+
+    def test_a_child_that_never_stays_up_can_be_started_again_forever(self):
+        self.replay(*["start", "ready", "end"] * 2000)
+        self.assertEqual(self.policy.pause, 10.0, "seconds before the next start")
+
+    def test_a_child_is_not_killed_for_the_time_in_which_its_supervisor_was_paused(self):
+        self.assert_actions(
+            (["start", 60.0, "supervisor paused", 10.0], ""),
+            (["start", 60.0, "supervisor paused", 10.1], "kill"),
+            (["start", "ready", 60.0, "supervisor paused", 10.0], ""),
+            (["start", "ready", 60.0, "supervisor paused", 10.1], "kill"))
 
     def test_first_pauses_differ(self):
         pauses = set()
@@ -267,7 +279,7 @@ class ChildTest(unittest.TestCase):
         replacement = self.begin()
         self.assertEqual(self.child.note_end(replacement, 1),
                          "users ended with exit status 1 before it was ready; "
-                         "the process that it should have replaced keeps running")
+                         "the old process keeps running")
         self.assertEqual((self.child.current, self.child.former), (self.process, None))
         self.assertEqual(self.child.policy.state, "up")
 

@@ -166,6 +166,17 @@ class RetryTest(ClientTest):
         self.assertEqual(outcomes, [BadGateway, BadGateway, UpstreamUnavailable])
         self.assertEqual(len(counts), 5, "tries, of which the fifth opened the circuit breaker")
 
+    def test_a_circuit_breaker_that_opens_before_the_retry_does_not_hide_that_a_try_was_sent(self):
+        users = self.serve(Stub(BROKEN[0]))
+
+        def open_the_breaker(_: float) -> None:
+            breaker = users.instances[0].breaker
+            while breaker.state == "closed":
+                breaker.end(breaker.begin(), False)
+
+        with mock.patch.object(self.time, "sleep", open_the_breaker):
+            self.assertRaises(Broken, self.call, users, "PUT")
+
 
 class LoadBalancingTest(ClientTest):
     def test_instances_are_called_in_turn(self):
@@ -454,23 +465,36 @@ class LogTest(ClientTest):
         self.call(users, headers=self.ID)
         self.assertEqual(self.log, [
             f"{breaker} opened for 0.5 s after 5 failures in a row",
-            f"{breaker} is half-open: this request probes the service",
+            f"{breaker} is half-open: this request probes the instance",
             f"{breaker} opened again for 1 s: another failure",
-            f"{breaker} is half-open: this request probes the service",
+            f"{breaker} is half-open: this request probes the instance",
             f"{breaker} closed: the probe succeeded"])
 
     def test_a_retry_is_logged_with_its_reason(self):
-        with mock.patch.object(client.random, "uniform", lambda least, most: most):
-            self.call(self.serve(Stub(BROKEN[0], ALICE)), headers=self.ID)
+        users = self.serve(Stub(BROKEN[0], ALICE))
+        self.call(users, headers=self.ID)
         self.assertEqual(self.log, [
-            "order-206 retrying GET /users in 50 ms: "
+            f"order-206 retrying GET /users at {users.instances[0].base_url}: "
             "the users service closed the connection before its response was complete"])
 
+    def test_a_retry_that_is_not_sent_after_all_is_not_logged(self):
+        users = self.serve(Stub(BROKEN[0]))
+        breaker = users.instances[0].breaker
+
+        def open_the_breaker(_: float) -> None:
+            while breaker.state == "closed":
+                breaker.end(breaker.begin(), False)
+
+        with mock.patch.object(self.time, "sleep", open_the_breaker):
+            self.assertRaises(Broken, self.call, users, headers=self.ID)
+        self.assertEqual(self.log, [])
+
     def test_a_retry_at_another_instance_is_logged_with_its_reason(self):
-        self.call(self.serve(self.refusing_url(), Stub(ALICE)), "POST")
+        users = self.serve(self.refusing_url(), Stub(ALICE))
+        self.call(users, "POST")
         self.assertEqual(self.log, [
-            "- retrying POST /users at another instance: the users service cannot be reached: "
-            "Connection refused"])
+            f"- retrying POST /users at {users.instances[1].base_url}: "
+            "the users service cannot be reached: Connection refused"])
 
     def test_a_full_bulkhead_is_logged_once_a_second_with_the_number_of_rejected_requests(self):
         users = self.serve(Stub(ALICE), max_in_flight=1)
@@ -479,9 +503,13 @@ class LogTest(ClientTest):
             for step in (0.0, 0.4, 0.4, 0.4, 0.4):
                 self.time.now += step
                 self.assertRaises(UpstreamUnavailable, self.call, users, headers=self.ID)
-        line = "order-206 bulkhead for users is full (limit: 1 requests in flight)"
+        users.leave()
+        self.time.now += 0.7
+        self.call(users, headers=self.ID)  # succeeds, and reports the rejections before it
+        line = "order-206 bulkhead for users was full (limit: 1 requests in flight)"
         self.assertEqual(self.log, [f"{line}: 1 rejected since this was last logged",
-                                    f"{line}: 3 rejected since this was last logged"])
+                                    f"{line}: 3 rejected since this was last logged",
+                                    f"{line}: 1 rejected since this was last logged"])
 
     def test_a_long_outage_does_not_flood_the_log(self):
         users = self.serve(self.refusing_url(), self.refusing_url())

@@ -181,7 +181,7 @@ class InvalidResponseTest(ClientTest):
             "an upgrade": b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
         }.items():
             with self.subTest(what):
-                self.assert_bad_gateway(self.serve(Stub(response)), "not valid HTTP")
+                self.assert_bad_gateway(self.serve(Stub(response)), "that cannot be used")
 
     def test_a_response_that_is_cut_short_is_a_bad_gateway(self):
         for what, response in {

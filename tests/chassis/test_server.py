@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 from microshop.chassis import server
-from microshop.chassis.server import HEARTBEAT, Heart, Service
+from microshop.chassis.server import HEARTBEAT, Heartbeat, Service
 from tests.chassis.things import (
     GET, GET_WAIT, ConnectionsTest, Things, ThingsHandler, stopped_clock)
 from tests.helpers import PATIENCE, Wire, ask, running, wait_until
@@ -60,29 +60,29 @@ class HeartTest(unittest.TestCase):
         self.supervisor, ours = socket.socketpair()
         self.enterContext(self.supervisor)
         self.supervisor.setblocking(False)
-        self.heart = Heart(ours.detach())
-        self.addCleanup(self.heart.close)
+        self.heartbeat = Heartbeat(ours.detach())
+        self.addCleanup(self.heartbeat.close)
 
     def test_a_heartbeat_is_sent_when_it_is_due_and_not_before(self):
         for seconds, total in ((0, 1), (0, 1), (0.9 * HEARTBEAT, 1), (0.2 * HEARTBEAT, 2),
                                (10 * HEARTBEAT, 3), (0.5 * HEARTBEAT, 3)):
             self.clock.now += seconds
-            self.assertTrue(self.heart.beat())
+            self.assertTrue(self.heartbeat.beat())
             sent = self.supervisor.recv(100, socket.MSG_PEEK)
             self.assertEqual(sent, b"." * total, f"heartbeats, {seconds:g} s after the last look")
 
     def test_a_supervisor_that_does_not_read_does_not_block_a_heartbeat(self):
         with self.assertRaises(BlockingIOError):
             while True:
-                self.heart._supervisor.send(b"." * 1000)
-        self.assertTrue(self.heart.beat(), "a stopped supervisor is not gone")
+                self.heartbeat._supervisor.send(b"." * 1000)
+        self.assertTrue(self.heartbeat.beat(), "a stopped supervisor is not gone")
 
     def test_a_heart_notices_that_the_supervisor_is_gone(self):
-        self.assertTrue(self.heart.beat())
+        self.assertTrue(self.heartbeat.beat())
         self.supervisor.close()
-        self.assertTrue(self.heart.beat(), "it was not due yet")
+        self.assertTrue(self.heartbeat.beat(), "it was not due yet")
         self.clock.now += HEARTBEAT
-        self.assertFalse(self.heart.beat())
+        self.assertFalse(self.heartbeat.beat())
 
 
 class SupervisedTest(ConnectionsTest):
@@ -114,11 +114,24 @@ class SupervisedTest(ConnectionsTest):
     def test_a_service_goes_on_serving_while_its_supervisor_is_stopped(self):
         self.enterContext(mock.patch.object(server, "HEARTBEAT", 0))
         service = self.enterContext(running(Things, supervised=self.handles(self.theirs)))
-        full = mock.Mock(wraps=service.heart._supervisor)
+        full = mock.Mock(wraps=service.heartbeat._supervisor)
         full.send.side_effect = BlockingIOError
-        with mock.patch.object(service.heart, "_supervisor", full):
+        with mock.patch.object(service.heartbeat, "_supervisor", full):
             wait_until(lambda: full.send.call_count > 3, "more than three heartbeats")
             self.assertEqual(ask(self.port, target="/things").status, 200)
+
+    def test_a_service_that_drains_still_sends_heartbeats(self):
+        service = self.enterContext(running(Things, supervised=self.handles(self.theirs)))
+        with Wire(self.port) as client:
+            client.send(b"GET /wait HTTP/1.1\r\nHost: shop\r\n\r\n")
+            self.assertTrue(service.waiting.acquire(timeout=PATIENCE), "GET /wait did not arrive")
+            service.shutdown()  # so that the accept loop sends no more of them
+            with mock.patch.object(service.heartbeat, "beat") as beat:
+                draining = threading.Thread(target=service.drain)
+                draining.start()
+                wait_until(lambda: beat.called, "a heartbeat while it drains")
+            service.go_on.set()
+            draining.join(PATIENCE)
 
     def test_the_log_of_a_supervised_service_leaves_its_name_to_the_supervisor(self):
         with contextlib.redirect_stderr(io.StringIO()) as log:

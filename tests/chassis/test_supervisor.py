@@ -132,6 +132,17 @@ class ShutdownTest(unittest.TestCase):
         self.shutdown.signals.append(2)
         self.assertTrue(self.shutdown.is_urgent)
 
+    def test_a_closed_terminal_requests_it_and_is_not_urgent_however_often_that_is_noticed(self):
+        for _ in range(2):
+            self.shutdown.is_unwatched = True
+            self.assertTrue(self.shutdown.is_requested)
+            self.assertFalse(self.shutdown.is_urgent)
+
+    def test_a_ctrl_c_after_the_terminal_was_closed_is_the_first_signal(self):
+        self.shutdown.is_unwatched = True
+        self.shutdown.signals.append(2)
+        self.assertFalse(self.shutdown.is_urgent)
+
     def test_it_has_not_begun_before_it_begins(self):
         self.assertTrue(self.shutdown.has_begun)
         self.assertFalse(Shutdown([], grace=math.inf).has_begun)
