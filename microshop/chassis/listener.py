@@ -14,11 +14,11 @@ import os
 import random
 import socket
 import sys
-import threading
 import time
 import traceback
 from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from operator import itemgetter
 from typing import Any
 
 from microshop.chassis import wire
@@ -38,52 +38,50 @@ def make_id() -> str:
 
 
 class OpenConnections:
-    """The open connections: each is busy with a request, or has been idle since some moment."""
+    """The open connections: each is busy with a request, or has been idle since some moment.
+
+    No lock is needed, since each change is one operation on a dict, which is atomic.
+    """
 
     def __init__(self) -> None:
-        self._busy: set[socket.socket] = set()
-        self._idle_since: dict[socket.socket, float] = {}
-        self._lock = threading.Lock()
+        self._idle_since: dict[socket.socket, float | None] = {}  # None: it is busy
 
     def __len__(self) -> int:
-        with self._lock:  # else one that just turns busy might be in neither
-            return len(self._busy) + len(self._idle_since)
+        return len(self._idle_since)
 
     def note_busy(self, connection: socket.socket) -> None:
-        with self._lock:
-            self._idle_since.pop(connection, None)
-            self._busy.add(connection)
+        self._idle_since[connection] = None
 
     def note_idle(self, connection: socket.socket) -> None:
-        with self._lock:
-            self._busy.discard(connection)
-            self._idle_since[connection] = time.monotonic()
+        self._idle_since[connection] = time.monotonic()
 
     def forget(self, connection: socket.socket) -> None:
-        with self._lock:
-            self._busy.discard(connection)
-            self._idle_since.pop(connection, None)
+        self._idle_since.pop(connection, None)
 
     def count_busy(self) -> int:
-        return len(self._busy)
+        return list(self._idle_since.copy().values()).count(None)
 
     def close_oldest(self) -> bool:
         """Close the connection that has been idle for longest; False if none is idle."""
-        with self._lock:
-            if not self._idle_since:
-                return False
-            oldest = min(self._idle_since, key=self._idle_since.__getitem__)
-            del self._idle_since[oldest]
+        idle = self._idle()
+        if not idle:
+            return False
+        _, oldest = min(idle, key=itemgetter(0))
+        self.forget(oldest)
         self._end_input(oldest)
         return True
 
     def close_idle(self, seconds: float) -> None:
         """Close the connections that have been idle for more than these seconds."""
         latest = time.monotonic() - seconds
-        with self._lock:
-            idle = [connection for connection, since in self._idle_since.items() if since < latest]
-        for connection in idle:
-            self._end_input(connection)
+        for since, connection in self._idle():
+            if since < latest:
+                self._end_input(connection)
+
+    def _idle(self) -> list[tuple[float, socket.socket]]:
+        """Return the idle connections, each after the time since when it has been idle."""
+        return [(since, connection) for connection, since in self._idle_since.copy().items()
+                if since is not None]
 
     def _end_input(self, connection: socket.socket) -> None:
         """Wake the thread that reads a connection: it handles what has arrived, then closes it."""

@@ -39,6 +39,28 @@ class PairTest(unittest.TestCase):
         return not can_read_end
 
 
+class CountingDict(dict):
+    """Notes its length after each operation that changes it."""
+
+    def __init__(self, items, counts):
+        super().__init__(items)
+        self.counts = counts
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value)
+        self.counts.append(len(self))
+
+    def __delitem__(self, key):
+        super().__delitem__(key)
+        self.counts.append(len(self))
+
+    def pop(self, *arguments):
+        try:
+            return super().pop(*arguments)
+        finally:
+            self.counts.append(len(self))
+
+
 class OpenConnectionsTest(PairTest):
     def setUp(self):
         super().setUp()
@@ -65,25 +87,13 @@ class OpenConnectionsTest(PairTest):
             self.assertEqual(counted, expected, f"(open, busy) after {action.__name__}()")
 
     def test_a_connection_that_turns_busy_is_counted_at_every_moment(self):
-        counted = []
-
-        class SlowSet(set):
-            """Takes an item only after another thread has had its chance to count."""
-
-            def add(self, item):
-                counter = threading.Thread(target=lambda: counted.append(len(connections)))
-                counter.start()
-                counter.join(0.05)  # it ends only if it does not wait for the lock
-                counters.append(counter)
-                super().add(item)
-
-        connections, counters = self.connections, []
-        connections._busy = SlowSet()
-        connection = self.served()
-        connections.note_idle(connection)
-        connections.note_busy(connection)
-        counters[0].join(PATIENCE)
-        self.assertEqual(counted, [1], "a drain that counted 0 would end during a request")
+        connection, counts = self.served(), []
+        for change in (self.connections.note_idle, self.connections.note_busy) * 2:
+            change(connection)
+            with mock.patch.object(self.connections, "_idle_since",
+                                   CountingDict(self.connections._idle_since, counts)):
+                change(connection)
+        self.assertEqual(set(counts), {1}, "a drain that counted 0 would end during a request")
 
     def test_the_connection_that_has_been_idle_for_longest_is_closed_first(self):
         first, second, third = [self.served() for _ in range(3)]
