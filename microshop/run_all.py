@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import shlex
+import signal
 import socket
 import sys
 import tempfile
@@ -105,9 +106,8 @@ def check(settings: Namespace) -> None:
                          "of the services above it")
 
 
-def main() -> None:
-    """Read the settings, run the shop, and exit with its status."""
-    open_missing_streams()
+def run_shop() -> int:
+    """Read the settings and run the shop; return its exit status."""
     settings = config.read("microshop.run_all", OPTIONS, check)
     with contextlib.ExitStack() as stack:
         if settings.fresh:
@@ -121,8 +121,18 @@ def main() -> None:
         if settings.fresh:
             audit = f"python -m microshop.audit --data {shlex.quote(folder)}"
             console.say(f"the data is in {folder} until the shop stops; to audit it: {audit}")
-        status = Supervisor([services, gateways], settings.grace, console).run()
-    sys.exit(status)
+        else:
+            console.say(f"the data is in {settings.data}")
+        return Supervisor([services, gateways], settings.grace, console).run()
+
+
+def main() -> None:
+    """Run the shop, and exit with its status."""
+    open_missing_streams()
+    try:
+        sys.exit(run_shop())
+    except KeyboardInterrupt:  # Ctrl-C before the supervisor handles signals
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

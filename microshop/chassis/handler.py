@@ -174,7 +174,7 @@ class Handler(ConnectionHandler):
     def __init_subclass__(cls) -> None:
         """Compile the routes when a subclass is defined.
 
-        A path with a slash at its end names the same resource, as in the Express demo.
+        A trailing slash names the same resource, as in the Express demo.
         """
         cls._table = []
         for path, methods in {**cls.routes, "/health": {"GET": cls.health}}.items():
