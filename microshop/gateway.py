@@ -12,6 +12,7 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from concurrent.futures import Future
 from threading import Thread
 from typing import Any
 
@@ -20,7 +21,7 @@ from microshop.chassis import config
 from microshop.chassis.admission import RateLimit, client_of, is_bearer
 from microshop.chassis.answer import Answer
 from microshop.chassis.client import Client, Reply, Upstream
-from microshop.chassis.content import encode, parse_query
+from microshop.chassis.content import PAGE, encode, parse_query
 from microshop.chassis.errors import (
     BadGateway, BadRequest, TooManyRequests, Unauthorized, UpstreamError)
 from microshop.chassis.handler import Handler
@@ -29,7 +30,6 @@ from microshop.chassis.server import Service
 IDEMPOTENT_RECEIVERS = {"orders"}  # services that honor an Idempotency-Key
 # For each service: the names that ?expand= accepts, each with the service to fetch it from.
 EXPANSIONS = {"orders": {"user": "users", "product": "products"}}
-MAX_IDS = 100      # ids to ask for in one request: the size of a page if no limit is given
 HEALTH_TIME = 1.0  # seconds for a service to answer its health check
 HEALTH = {200: "ok", 503: "draining"}  # the state of a service, by the status of its answer
 READS = {"GET", "HEAD", "OPTIONS", "TRACE"}  # safe methods, RFC 9110 9.2.1
@@ -60,19 +60,19 @@ def in_parallel(function: Callable[[Any], Any], items: list) -> list:
     The first call is made in this thread, which otherwise would only wait. The threads are daemons:
     a call that hangs must not keep the process from ending, as a concurrent.futures pool would.
     """
-    results: dict[int, Any] = {}
+    futures: list[Future] = [Future() for _ in items]
 
-    def run(number: int) -> None:
-        results[number] = function(items[number])
+    def run(future: Future, item: Any) -> None:
+        try:
+            future.set_result(function(item))
+        except Exception as error:  # raised again below, in the thread that waits
+            future.set_exception(error)
 
-    threads = [Thread(target=run, args=(number,), daemon=True) for number in range(1, len(items))]
-    for thread in threads:
-        thread.start()
+    for call in list(zip(futures, items, strict=True))[1:]:
+        Thread(target=run, args=call, daemon=True).start()
     if items:
-        run(0)
-    for thread in threads:
-        thread.join()
-    return [results[number] for number in range(len(items))]
+        run(futures[0], items[0])
+    return [future.result() for future in futures]
 
 
 # --- what a composed response is made of
@@ -135,8 +135,8 @@ class Expansion:
         self.missing: dict[int, dict] = {}  # the reason, for each that was not found
 
     def batches(self) -> list[list[int]]:
-        """Return the ids in lists of at most MAX_IDS."""
-        return [self.ids[start:start + MAX_IDS] for start in range(0, len(self.ids), MAX_IDS)]
+        """Return the ids in lists of at most PAGE: what one request can get without a limit."""
+        return [self.ids[start:start + PAGE] for start in range(0, len(self.ids), PAGE)]
 
     def add(self, ids: list[int], reply: Reply | UpstreamError) -> None:
         """Record the service's reply to a request for these ids."""
@@ -267,7 +267,7 @@ class GatewayHandler(Handler):
         return Answer(rows if is_page else rows[0], headers=headers)
 
     def fetch(self, expansions: list[Expansion]) -> None:
-        """Fetch the resources of all expansions in parallel, MAX_IDS with each request."""
+        """Fetch the resources of all expansions in parallel, at most PAGE with each request."""
         batches = [(expansion, ids) for expansion in expansions for ids in expansion.batches()]
         requests = []
         for expansion, ids in batches:

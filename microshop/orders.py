@@ -33,8 +33,8 @@ from microshop.chassis.client import Client, Reply, Upstream
 from microshop.chassis.content import Integer, Page, encode, parse_query
 from microshop.chassis.database import Database
 from microshop.chassis.errors import (
-    RETRY_SOON, BadGateway, BadRequest, Conflict, NotFound, UnprocessableContent, UpstreamError,
-    UpstreamUnavailable)
+    RETRY_SOON, BadGateway, BadRequest, Conflict, NotFound, ServiceError, UnprocessableContent,
+    UpstreamError, UpstreamUnavailable)
 from microshop.chassis.handler import Handler
 from microshop.chassis.server import Service
 
@@ -51,7 +51,7 @@ PROBLEM = ("Content-Type", "application/problem+json")
 PREVIOUS = {  # the status that an order must have to get this one
     "confirmed": "pending", "rejected": "pending",
     "cancelling": "confirmed", "cancelled": "cancelling"}
-STATES = ("pending", *PREVIOUS)  # the text of this tuple is valid SQL, too: see SCHEMA
+STATES = ("pending", *PREVIOUS)
 
 Response = tuple[int, Any]  # a status and a JSON value
 
@@ -59,12 +59,13 @@ Response = tuple[int, Any]  # a status and a JSON value
 # --- the schema
 
 SCHEMA = [[  # the statements of version 1; times are in seconds since 1970
-    f"""CREATE TABLE orders (
+    """CREATE TABLE orders (
             id INTEGER PRIMARY KEY,    -- orders are never deleted, so no id is used twice
             userId INTEGER NOT NULL,
             productId INTEGER NOT NULL,
             quantity INTEGER NOT NULL CHECK (quantity > 0),
-            status TEXT NOT NULL CHECK (status IN {STATES}),
+            status TEXT NOT NULL CHECK (status IN
+                ('pending', 'confirmed', 'rejected', 'cancelling', 'cancelled')),
             reason TEXT,               -- why it was rejected
             key TEXT UNIQUE,           -- the Idempotency-Key of its request
             placed REAL NOT NULL,      -- when it was placed
@@ -391,7 +392,8 @@ class Orders(Service):
                     if not self.ending.is_set():
                         Saga(self, order_id, {"x-request-id": f"order-{order_id}"}).advance()
             except Exception as error:  # the cause may go away: a disk may be full for a while
-                is_known = self.database.to_service_error(error)
+                is_file = self.database.to_service_error(error) is not None
+                is_known = is_file or isinstance(error, ServiceError)
                 why = f"{self.database.path}: {error}" if is_known else traceback.format_exc()
                 self.log.event(f"- cannot resume orders; next attempt in {RETRY_LAST} s\n{why}")
                 self.ending.wait(RETRY_LAST)

@@ -9,6 +9,7 @@ If each line were written at once, every request would cost a system call and wo
 that reads the pipe. So a separate thread writes. It writes the first line after a quiet time at
 once, and the lines that follow together, every GATHER seconds.
 """
+import random
 import sys
 import threading
 import time
@@ -17,6 +18,11 @@ from functools import lru_cache
 
 GATHER = 0.05          # seconds
 MAX_WAITING = 10_000   # lines; beyond that, a thread that adds one writes them all itself
+
+
+def make_request_id() -> str:
+    """Return a new id for a request that came without one."""
+    return f"{random.getrandbits(64):016x}"
 
 
 class AccessLog:

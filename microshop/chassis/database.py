@@ -230,12 +230,7 @@ class Database:
         self._pool.close()
 
     def to_service_error(self, error: Exception) -> ServiceError | None:
-        """Return the error for the client, or None if something else than the file is at fault.
-
-        A ServiceError is returned as it is.
-        """
-        if isinstance(error, ServiceError):
-            return error
+        """Return the error for the client, or None if something else than the file is at fault."""
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if isinstance(error, sqlite3.OperationalError) and "decode" in str(error):
             code = sqlite3.SQLITE_CORRUPT  # damaged text: sqlite3 gives that error no code

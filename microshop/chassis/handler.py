@@ -20,15 +20,15 @@ from typing import Any
 from urllib.parse import urlencode
 
 from microshop.chassis import config, wire
+from microshop.chassis.access_log import make_request_id
 from microshop.chassis.answer import (
-    IDLE_TIME, Answer, RequestContext, problem_answer, entity_tag, format_answer, represent)
+    IDLE_TIME, Answer, RequestContext, entity_tag, format_answer, problem_answer, represent)
 from microshop.chassis.content import (
     MAX_INTEGER, FieldTable, Page, encode, parse_json, parse_page, parse_query, validate)
 from microshop.chassis.database import Transaction
 from microshop.chassis.errors import (
     RETRY_SOON, BadRequest, ExpectationFailed, LengthRequired, MethodNotAllowed, NotFound,
     PreconditionFailed, RequestTimeout, ServiceError, ServiceUnavailable, UnsupportedMediaType)
-from microshop.chassis.listener import make_id
 from microshop.chassis.server import Service
 
 HEAD_TIME = 10.0     # seconds for a whole head, from its first byte
@@ -38,7 +38,7 @@ SEND_TIME = 10.0     # seconds for a client to take a whole answer
 ANSWER_SHARE = 0.1   # of the caller's timeout: reserved for sending the answer back
 CLIENT_GONE = 499    # in the log only, as in nginx: the client did not wait for its answer
 
-ID = "([1-9][0-9]{0,15})"
+ID_PATTERN = "([1-9][0-9]{0,15})"
 REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,64}")
 TRACEPARENT = re.compile(
     "(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
@@ -71,7 +71,7 @@ class ConnectionHandler(BaseHTTPRequestHandler):
             return
         self.server.connections.note_busy(self.connection)
         started = time.perf_counter()
-        self.command, self.path, self.request_id = "-", "-", make_id()
+        self.command, self.path, self.request_id = "-", "-", make_request_id()
         self.request_version, self.headers = "HTTP/1.1", NO_FIELDS
         try:
             status, message = self.respond()
@@ -102,7 +102,10 @@ class ConnectionHandler(BaseHTTPRequestHandler):
         raise NotImplementedError
 
     def format(self, answer: Answer) -> tuple[int, bytes]:
-        """Return an answer's status and bytes. Raises ValueError if it cannot be written safely."""
+        """Return an answer's status and bytes. A draining process closes the connection after it.
+
+        Raises ValueError if the answer cannot be written safely.
+        """
         self.close_connection = self.close_connection or self.server.draining
         context = RequestContext(self.request_id, self.command, self.request_version,
                       self.headers.get("if-none-match", ""), not self.close_connection)
@@ -159,6 +162,25 @@ class ConnectionHandler(BaseHTTPRequestHandler):
         if length and length <= wire.MAX_BODY:
             self.stream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
+    # --- following a request through the services
+
+    def trace_headers(self) -> dict[str, str]:
+        """Return the headers by which a request can be followed through every service it reaches.
+
+        The request id is the correlation id of the logs. A trace that the client began is continued
+        (https://www.w3.org/TR/trace-context/); otherwise a new one begins here, and self.headers
+        keeps it for the next call.
+        """
+        if not TRACEPARENT.fullmatch(self.headers.get("traceparent", "")):
+            trace_id, parent_id = random.getrandbits(128), random.getrandbits(64)
+            self.headers["traceparent"] = f"00-{trace_id:032x}-{parent_id:016x}-01"
+            self.headers.pop("tracestate", None)
+        fields = {"traceparent": self.headers["traceparent"]}
+        if "tracestate" in self.headers:
+            fields["tracestate"] = self.headers["tracestate"]
+        fields["x-request-id"] = self.request_id
+        return fields
+
 
 class Handler(ConnectionHandler):
     """Finds the route of each request, and has helpers for the methods that routes call.
@@ -178,7 +200,7 @@ class Handler(ConnectionHandler):
         """
         cls._table = []
         for path, methods in {**cls.routes, "/health": {"GET": cls.health}}.items():
-            pattern = re.sub("{[a-z_]+}", ID, path.rstrip("/")) + "/?"
+            pattern = re.sub("{[a-z_]+}", ID_PATTERN, path.rstrip("/")) + "/?"
             cls._table.append((re.compile(pattern), methods))
 
     # --- from a request to a route
@@ -294,19 +316,3 @@ class Handler(ConnectionHandler):
         path = self.path.partition("?")[0]
         target = f"{path}?{urlencode({**query, 'after': rows[-1]['id']}, safe=',')}"
         return Answer(rows, headers=[("Link", f'<{target}>; rel="next"')])
-
-    def trace_headers(self) -> dict[str, str]:
-        """Return the headers by which a request can be followed through every service it reaches.
-
-        The request id is the correlation id of the logs. A trace that the client began is continued
-        (https://www.w3.org/TR/trace-context/); otherwise a new one begins here.
-        """
-        if not TRACEPARENT.fullmatch(self.headers.get("traceparent", "")):
-            trace_id, parent_id = random.getrandbits(128), random.getrandbits(64)
-            self.headers["traceparent"] = f"00-{trace_id:032x}-{parent_id:016x}-01"
-            self.headers.pop("tracestate", None)
-        fields = {"traceparent": self.headers["traceparent"]}
-        if "tracestate" in self.headers:
-            fields["tracestate"] = self.headers["tracestate"]
-        fields["x-request-id"] = self.request_id
-        return fields

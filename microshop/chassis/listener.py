@@ -11,7 +11,7 @@ Law: nothing here reads a request.
 import contextlib
 import errno
 import os
-import random
+
 import socket
 import sys
 import time
@@ -22,7 +22,7 @@ from operator import itemgetter
 from typing import Any
 
 from microshop.chassis import wire
-from microshop.chassis.access_log import AccessLog
+from microshop.chassis.access_log import AccessLog, make_request_id
 from microshop.chassis.answer import RequestContext, problem_answer, format_answer, represent
 from microshop.chassis.errors import RETRY_SOON, ServiceUnavailable
 
@@ -30,11 +30,6 @@ MAX_REJECTED = 64     # connections that were answered 503 and are not closed ye
 NO_ROOM_PAUSE = 0.1   # seconds without accepting when the system has no room for a connection
 NO_ROOM_QUIET = 60.0  # seconds between two log lines about that
 NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
-
-
-def make_id() -> str:
-    """Return a new request id."""
-    return f"{random.getrandbits(64):016x}"
 
 
 class OpenConnections:
@@ -169,7 +164,7 @@ class Listener(ThreadingHTTPServer):
     def _reject(self, connection: socket.socket) -> None:
         """Answer 503 at once, without a thread."""
         error = ServiceUnavailable("too many connections are open", [RETRY_SOON])
-        context = RequestContext(make_id())
+        context = RequestContext(make_request_id())
         answer = represent(problem_answer(error, context.request_id), context)
         self.rejected.reject(connection, format_answer(answer, context))
         self.log.request(context.request_id, "-", "-", answer.status, 0)

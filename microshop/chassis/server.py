@@ -74,6 +74,7 @@ class Service(Listener):
         self.draining = False
         self.heartbeat: Heartbeat | None = None
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        # This calls server_bind(), which needs what was set above.
         super().__init__((settings.host, settings.port), self.handler, settings.max_connections)
         try:
             if self.schema:
@@ -154,13 +155,16 @@ class Service(Listener):
         if self.heartbeat and not self.heartbeat.beat():
             self.heartbeat.close()
             self.heartbeat = None
-            threading.Thread(target=self.shutdown).start()
+            self._shut_down_soon()
 
     # --- end
 
     def _stop_on_signal(self, number: int, frame: Any) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
-        # shutdown() waits for the accept loop, which this handler may have interrupted.
+        self._shut_down_soon()
+
+    def _shut_down_soon(self) -> None:
+        """Let the accept loop end. shutdown() waits for that, so it needs a thread of its own."""
         threading.Thread(target=self.shutdown).start()
 
     def drain(self) -> None:

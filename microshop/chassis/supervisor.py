@@ -261,7 +261,7 @@ class Supervisor:
             child.former.end(time.monotonic() + self.shutdown.grace)
         if self.rolling_restart.note_ready(child):
             self.console.say("every process has been replaced")
-        if not self.was_ready and all(child.policy.state == "up" for child in self.children):
+        if not self.was_ready and all(one.policy.state == "up" for one in self.children):
             self.was_ready = True
             took = time.monotonic() - self.began_at
             self.console.say(f"ready in {took:.2f} s: {self.front.url} (Ctrl-C stops it)")

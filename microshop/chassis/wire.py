@@ -347,11 +347,12 @@ class Stream(TimedConnection):
 
         Raises ContentTooLarge if there are more than `limit` bytes.
         """
+        body = bytearray(self.read_exactly(len(self._buffer) - self._start))
         try:
-            while len(self._buffer) - self._start <= limit:
-                self.fill()
+            while len(body) <= limit:
+                body += self.receive(RECEIVE_SIZE)
         except EOFError:
-            return self.read_exactly(len(self._buffer) - self._start)
+            return bytes(body)
         raise body_too_large(limit)
 
     def read_exactly(self, size: int) -> bytes:
