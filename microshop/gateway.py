@@ -69,7 +69,10 @@ def in_parallel(function: Callable[[Any], Any], items: list) -> list:
             future.set_exception(error)
 
     for call in list(zip(futures, items, strict=True))[1:]:
-        Thread(target=run, args=call, daemon=True).start()
+        try:
+            Thread(target=run, args=call, daemon=True).start()
+        except RuntimeError:  # the system has no room for another thread
+            run(*call)
     if items:
         run(futures[0], items[0])
     return [future.result() for future in futures]
@@ -91,7 +94,7 @@ decode = json.JSONDecoder(parse_float=finite, parse_constant=finite).decode  # 3
 def read_rows(service: str, body: bytes, *keys: str) -> list[dict]:
     """Return the resources in a response body: a list of them, or a single one.
 
-    Raises BadGateway if it is anything else, or if one of `keys` is not an integer in each of them.
+    Raises BadGateway if it is anything else, or if any of them lacks an integer for one of `keys`.
     """
     try:
         value = decode(body.decode())
@@ -148,9 +151,6 @@ class Expansion:
                 self.missing[item_id] = {
                     "service": self.service, "status": status,
                     "detail": detail or f"there is no {self.name} {item_id}"}
-
-
-
 
 
 def expand(row: dict, expansions: list[Expansion]) -> int:

@@ -154,10 +154,10 @@ def move_order(database: Database, order_id: int, status: str,
 
 
 def postpone_order(database: Database, order: dict) -> None:
-    """Make an unfinished order wait for as long again as it has been in its status.
+    """Put off an unfinished order for as long as it has had its status, at most RETRY_LAST.
 
-    So the waits grow exponentially (backoff). A random part is taken off (jitter), so that orders
-    that failed together are not all retried together.
+    So the waits double at first (exponential backoff). A random part is taken off (jitter), so that
+    orders that failed together are not all retried together.
     """
     database.write(
         "UPDATE orders SET due = :now + :jitter * min(max(:now - since, :first), :last) "
@@ -180,7 +180,7 @@ def find_due(database: Database) -> list[int]:
 
 
 def make_all_due(database: Database) -> None:
-    """Make every unfinished order due now: after a restart no worker is processing it."""
+    """Make every unfinished order due now: its worker may have ended before it was finished."""
     database.write("UPDATE orders SET due = 0 WHERE due IS NOT NULL")
 
 

@@ -15,7 +15,7 @@ from microshop.chassis import wire
 from microshop.chassis.content import encode
 from microshop.chassis.errors import ServiceError
 
-IDLE_TIME = 60.0  # seconds to wait for the next request; the Keep-Alive header announces them
+IDLE_TIME = 60.0  # seconds to wait for the next request; the Keep-Alive header announces it
 PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 

@@ -102,7 +102,7 @@ class RestartPolicy:
     def note_end(self, is_final: bool = False) -> None:
         """Record that the process has ended.
 
-        `is_final` counts only if it was still starting: then another start would fail too.
+        `is_final` (another start would fail too) counts only if it was still starting.
         """
         if self.state == "starting":
             self.failed_starts += 1
@@ -293,7 +293,7 @@ class Child:
         if self.former and not self.former.is_ending:  # its replacement has failed
             self.current, self.former = self.former, None
             self.policy.note_ready()
-            return f"{self.name} {how}; the old process keeps running"
+            return f"{self.name} {how}; the old process keeps running, and no other is replaced"
         self.policy.note_end(is_final=status == BAD_SETTING)
         if self.policy.next_action() == "give up":
             return ""

@@ -9,7 +9,7 @@ means that the caller itself spreads its calls over those instances.
 
 Requests go through urllib's opener, because that is where the standard library lets us plug in our
 own way to open a URL (connections.py). Our handler is the only one, so the opener follows no
-redirects, raises no error for a status, and ignores http_proxy. Calls between services need that.
+redirects, raises no error for a status, and ignores http_proxy. All three are wanted here.
 
 Law: no service is known here by name, and no response body is looked into.
 """
@@ -49,7 +49,7 @@ class Instance:
         self.base_url = base_url
         self.breaker = CircuitBreaker(clock)
         self.in_flight = 0
-        self.last_choice = 0  # when it was last chosen, as a number that counts choices
+        self.last_choice = 0  # Upstream.choices when it was last chosen
 
 
 class Upstream:
@@ -216,7 +216,7 @@ class Client:
                 except (Broken, Unreachable) as failure:
                     call.failures.append(failure)
                     pause = find_pause(call)
-                except UpstreamUnavailable as failure:  # but an earlier attempt may say more
+                except UpstreamUnavailable as failure:  # an earlier failure may say more
                     call.failures.append(failure)
                     pause = None
                 if pause is None:
@@ -233,7 +233,7 @@ class Client:
     def _try(self, call: Call) -> Reply:
         """Send the request to one instance, and tell its circuit breaker how that ended."""
         left = call.deadline - time.monotonic()
-        had_fair_time = left > self.timeout / 2  # with less, a failure need not be the instance's
+        had_fair_time = left > self.timeout / 2  # else the instance may not be to blame
         instance, ticket = call.upstream.choose(call.tried, call.log_event)
         if call.failures:
             call.log_event(f"retrying {call.method} {call.target} at {instance.base_url}: "
@@ -276,7 +276,6 @@ def find_pause(call: Call) -> float | None:
     if not (may_retry and call.upstream.take_retry()):
         return None
     call.retries += 1
-
     return pause
 
 

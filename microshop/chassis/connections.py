@@ -93,7 +93,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
     def _take_idle(self, address: str) -> "Connection | None":
         """Return the usable connection that was used last, or None; close the unusable ones.
 
-        An IndexError ends the search when none is left: testing first would race with threads.
+        An IndexError ends the search when none is left: a test first would race other threads.
         """
         idle, expired = self._idle[address], time.monotonic() - IDLE_TIME
         try:
@@ -133,7 +133,7 @@ class Connection:
             return False
         except OSError:
             return True
-        return True  # bytes, or b"" where the connection was closed
+        return True  # bytes, or b"" if the peer has closed it
 
     def send_request(self, request: Request) -> None:
         method = request.get_method()

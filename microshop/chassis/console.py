@@ -39,7 +39,7 @@ class Console:
     def show(
         self, name: str, lines: bytes, when_shown: Callable[[], None] | None = None
     ) -> None:
-        """Print lines of a child without waiting; call `when_shown` once they are printed."""
+        """Queue lines to print after a label; call `when_shown` once they are printed."""
         self._items.put((name, lines, when_shown))
 
     def has_lost_terminal(self) -> bool:
@@ -64,7 +64,7 @@ class Console:
             while rest:
                 rest = rest[os.write(STDOUT, rest):]
         except OSError as error:
-            if error.errno in (errno.EPIPE, errno.EIO):  # other errors may go away: a full disk
+            if error.errno in (errno.EPIPE, errno.EIO):  # other errors lose only this block
                 os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
                 self.is_broken = True
 

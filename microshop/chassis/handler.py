@@ -60,8 +60,6 @@ class ConnectionHandler(BaseHTTPRequestHandler):
         super().setup()
         self.stream = wire.Stream(self.connection)
 
-
-
     def handle_one_request(self) -> None:
         """Read a request and answer it; handle() calls this until close_connection is true."""
         self.server.connections.note_idle(self.connection)
@@ -89,7 +87,7 @@ class ConnectionHandler(BaseHTTPRequestHandler):
         """Return the status and the bytes of the answer to the request that has begun to arrive."""
         try:
             self.read_request()
-        except ServiceError as error:  # close_connection stays True: where is the next request?
+        except ServiceError as error:  # close_connection stays True: no next head can be found
             return self.format(problem_answer(error, self.request_id))
         self.close_connection = not wire.keeps_alive(self.request_version, self.headers)
         try:
@@ -107,8 +105,9 @@ class ConnectionHandler(BaseHTTPRequestHandler):
         Raises ValueError if the answer cannot be written safely.
         """
         self.close_connection = self.close_connection or self.server.draining
-        context = RequestContext(self.request_id, self.command, self.request_version,
-                      self.headers.get("if-none-match", ""), not self.close_connection)
+        context = RequestContext(
+            self.request_id, self.command, self.request_version,
+            self.headers.get("if-none-match", ""), not self.close_connection)
         answer = represent(answer, context)
         return answer.status, format_answer(answer, context)
 
@@ -147,6 +146,8 @@ class ConnectionHandler(BaseHTTPRequestHandler):
         except TimeoutError:
             raise RequestTimeout("the request was not received in time") from None
         except EOFError:
+            if self.server.connections.has_closed(self.connection):
+                raise ConnectionResetError from None  # no answer: the client may retry it
             raise BadRequest("the connection ended before the whole request was received") from None
         finally:
             if self.command == "-" and head:  # malformed: the log shows its first line, escaped
@@ -238,7 +239,7 @@ class Handler(ConnectionHandler):
         raise NotFound(f"there is nothing at {path}; try {', '.join(self.known_paths())}")
 
     def known_paths(self) -> list[str]:
-        """Return the paths to suggest to a client that context for one that does not exist."""
+        """Return the paths to suggest to a client that asked for one that does not exist."""
         return [*self.routes, "/health"]
 
     def _find_deadline(self, now: float) -> float:

@@ -11,9 +11,9 @@ Law: nothing here reads a request.
 import contextlib
 import errno
 import os
-
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -23,7 +23,7 @@ from typing import Any
 
 from microshop.chassis import wire
 from microshop.chassis.access_log import AccessLog, make_request_id
-from microshop.chassis.answer import RequestContext, problem_answer, format_answer, represent
+from microshop.chassis.answer import RequestContext, format_answer, problem_answer, represent
 from microshop.chassis.errors import RETRY_SOON, ServiceUnavailable
 
 MAX_REJECTED = 64     # connections that were answered 503 and are not closed yet
@@ -35,51 +35,62 @@ NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 class OpenConnections:
     """The open connections: each is busy with a request, or has been idle since some moment.
 
-    No lock is needed, since each change is one operation on a dict, which is atomic.
+    A lock keeps a connection from turning busy while it is being closed as idle.
     """
 
     def __init__(self) -> None:
         self._idle_since: dict[socket.socket, float | None] = {}  # None: it is busy
+        self._closed: set[socket.socket] = set()  # those whose input we have ended
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._idle_since)
 
     def note_busy(self, connection: socket.socket) -> None:
-        self._idle_since[connection] = None
+        with self._lock:
+            self._idle_since[connection] = None
 
     def note_idle(self, connection: socket.socket) -> None:
         self._idle_since[connection] = time.monotonic()
 
     def forget(self, connection: socket.socket) -> None:
         self._idle_since.pop(connection, None)
+        self._closed.discard(connection)
+
+    def has_closed(self, connection: socket.socket) -> bool:
+        """Return whether we have ended a connection's input, so that its client is not to blame."""
+        return connection in self._closed
 
     def count_busy(self) -> int:
         return list(self._idle_since.copy().values()).count(None)
 
     def close_oldest(self) -> bool:
-        """Close the connection that has been idle for longest; False if none is idle."""
-        idle = self._idle()
-        if not idle:
-            return False
-        _, oldest = min(idle, key=itemgetter(0))
-        self.forget(oldest)
-        self._end_input(oldest)
+        """Close the longest-idle connection; return False if none is idle."""
+        with self._lock:
+            idle = self._idle()
+            if not idle:
+                return False
+            _, oldest = min(idle, key=itemgetter(0))
+            del self._idle_since[oldest]
+            self._close(oldest)
         return True
 
     def close_idle(self, seconds: float) -> None:
         """Close the connections that have been idle for more than these seconds."""
         latest = time.monotonic() - seconds
-        for since, connection in self._idle():
-            if since < latest:
-                self._end_input(connection)
+        with self._lock:
+            for since, connection in self._idle():
+                if since < latest:
+                    self._close(connection)
 
     def _idle(self) -> list[tuple[float, socket.socket]]:
-        """Return the idle connections, each after the time since when it has been idle."""
+        """Return the idle connections, each after the time at which it became idle."""
         return [(since, connection) for connection, since in self._idle_since.copy().items()
                 if since is not None]
 
-    def _end_input(self, connection: socket.socket) -> None:
-        """Wake the thread that reads a connection: it handles what has arrived, then closes it."""
+    def _close(self, connection: socket.socket) -> None:
+        """End the input. That wakes the thread that reads it, which closes the connection."""
+        self._closed.add(connection)
         with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_RD)
 
@@ -105,7 +116,7 @@ class RejectedConnections:
         self._rejected.append((time.monotonic(), connection))
 
     def close_due(self) -> None:
-        """Close those that had time to read their answer, and the oldest if there are too many."""
+        """Close those that have lingered long enough, and the oldest if there are too many."""
         latest = time.monotonic() - wire.LINGER
         while self._rejected:
             rejected_at, connection = self._rejected[0]

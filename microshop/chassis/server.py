@@ -4,6 +4,7 @@ How connections are admitted is in listener.py, and what happens on one in handl
 
 Law: nothing here knows what a request is about.
 """
+import contextlib
 import ipaddress
 import resource
 import select
@@ -38,7 +39,7 @@ class Heartbeat:
         self._due_at = 0.0
 
     def beat(self) -> bool:
-        """Send a heartbeat if one is due; False if the supervisor is gone."""
+        """Send a heartbeat if one is due; return False if the supervisor is gone."""
         now = time.monotonic()
         if now < self._due_at:
             return True
@@ -89,7 +90,7 @@ class Service(Listener):
 
     @classmethod
     def main(cls) -> None:
-        """Read the settings, then serve until SIGTERM or Ctrl-C. Exits with status 1 on failure."""
+        """Serve until SIGTERM or Ctrl-C. Exits with 1 if it cannot start, 2 if a setting is bad."""
         settings = config.read(f"microshop.{cls.name}", [
             config.Setting("port", config.port, str(cls.port),
                            "port to listen on; 0 takes a free one"),
@@ -99,8 +100,9 @@ class Service(Listener):
                            "for run_all only: the sockets that it passes on")])
         threading.stack_size(STACK_SIZE)
         _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-        # The usual 1,024 open files are too few.
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
+        # The usual 1,024 open files are too few, but will do where the system refuses more.
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
         try:
             service = cls(settings)
         except DatabaseUnusable as error:  # under run_all, a label names the process already
@@ -137,7 +139,7 @@ class Service(Listener):
         signal.signal(signal.SIGTERM, self._stop_on_signal)
         if not self.token and not ipaddress.ip_address(self.server_name).is_loopback:
             self.log.event(
-                f"warning: other machines can reach port {self.server_port}, and any client may "
+                f"- warning: other machines can reach port {self.server_port}, and any client may "
                 "write; set MICROSHOP_TOKEN or --token-file on the gateway to require a token")
         # print() may write the line in two pieces.
         sys.stdout.write(f"{self.title} listening at {self.url}\n")
@@ -149,7 +151,7 @@ class Service(Listener):
     def service_actions(self) -> None:
         """Send a heartbeat if one is due; stop if the supervisor is gone.
 
-        socketserver calls this in each round of the accept loop, so it shows that the loop runs.
+        socketserver calls this in each round of the accept loop, so a beat shows that it runs.
         """
         super().service_actions()
         if self.heartbeat and not self.heartbeat.beat():

@@ -29,7 +29,7 @@ from microshop.chassis.child import BAD_SETTING, Child, Event, Process
 from microshop.chassis.console import Console
 
 TICK = 0.05        # seconds between two checks of the clock, the signals and the heartbeats
-PAUSED_TIME = 1.0  # if a tick comes later than this many seconds, we were paused (as by Ctrl-Z)
+PAUSED_TIME = 1.0  # seconds; a longer gap between ticks means that we were paused (Ctrl-Z)
 KILL_SHARE = 0.75  # of the grace period: when to kill a tier other than the first
 
 
@@ -261,7 +261,8 @@ class Supervisor:
             child.former.end(time.monotonic() + self.shutdown.grace)
         if self.rolling_restart.note_ready(child):
             self.console.say("every process has been replaced")
-        if not self.was_ready and all(one.policy.state == "up" for one in self.children):
+        is_ready = all(one.policy.state == "up" for one in self.children)
+        if is_ready and not self.was_ready and not self.shutdown.has_begun:
             self.was_ready = True
             took = time.monotonic() - self.began_at
             self.console.say(f"ready in {took:.2f} s: {self.front.url} (Ctrl-C stops it)")

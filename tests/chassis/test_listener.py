@@ -208,6 +208,21 @@ class FullServiceTest(ConnectionsTest):
         service.go_on.set()
         self.assertEqual(self.read(busy, "GET /wait").status, 200)
 
+    def test_a_request_that_begins_while_its_idle_connection_is_closed_gets_no_false_400(self):
+        service = self.enterContext(running(Things, max_connections=1))
+        [client] = self.keep(service, 1)
+        wait_until(lambda: not service.connections.count_busy(), "the connection to be idle")
+        note_busy = service.connections.note_busy
+
+        def lose_the_race(connection):
+            self.assertTrue(service.connections.close_oldest(), "the connection was not idle")
+            note_busy(connection)
+
+        with mock.patch.object(service.connections, "note_busy", lose_the_race):
+            client.send(POST + b"Content-Length: 5\r\n\r\n1")
+            self.assert_closed(client, "POST /things, whose input the service itself has ended")
+        wait_until(lambda: not len(service.connections), "the connection to be forgotten")
+
     def send_more(self, rejected: Wire) -> None:
         """Send requests as a client does that has not read its answer yet: nothing may break."""
         try:
