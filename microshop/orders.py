@@ -226,7 +226,7 @@ class Saga:
                 self.release()
                 self.move("cancelled")
         except UpstreamError as failure:
-            self.log(f"stays {self.order['status']}: {failure.detail}")
+            self.log(f"stays {self.order['status']}: {failure.detail}", "order")
             postpone_order(self.database, self.order)
 
     def decide(self) -> None:
@@ -293,8 +293,9 @@ class Saga:
         else:
             self.order = find_order(self.database, self.order["id"])
 
-    def log(self, text: str) -> None:
-        self.service.log.event(f"{self.trace['x-request-id']} order {self.order['id']} {text}")
+    def log(self, text: str, kind: str = "") -> None:
+        self.service.log.event(f"{self.trace['x-request-id']} order {self.order['id']} {text}",
+                               kind)
 
 
 # --- the routes
@@ -395,7 +396,8 @@ class Orders(Service):
                 is_file = self.database.to_service_error(error) is not None
                 is_known = is_file or isinstance(error, ServiceError)
                 why = f"{self.database.path}: {error}" if is_known else traceback.format_exc()
-                self.log.event(f"- cannot resume orders; next attempt in {RETRY_LAST} s\n{why}")
+                self.log.event(f"- cannot resume orders; next attempt in {RETRY_LAST} s\n{why}",
+                               "background")
                 self.ending.wait(RETRY_LAST)
 
     def drain(self) -> None:

@@ -14,15 +14,72 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 GATHER = 0.05          # seconds
+AT_ONCE = 10           # events of a kind that are written as they happen
+MINUTE = 60.0          # seconds after which the further events of a kind are summed up
+LOOK = 1.0             # seconds between two looks whether a minute has ended
 MAX_WAITING = 10_000   # lines; beyond that, a thread that adds one writes them all itself
 
 
 def make_request_id() -> str:
     """Return a new id for a request that came without one."""
     return f"{random.getrandbits(64):016x}"
+
+
+@dataclass(slots=True)
+class _Kind:
+    """What was counted of a kind of events; `last` is the text of the last one not written."""
+
+    minute_ends: float
+    written: int = 0
+    unwritten: int = 0
+    last: str = ""
+
+
+class EventLimit:
+    """Keeps the log short when something goes wrong again and again.
+
+    The first AT_ONCE events of a kind are written. Further ones are counted, and summed up in one
+    line a minute. After a minute without further ones, the kind begins anew. The `clock` is in
+    seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._kinds: dict[str, _Kind] = {}
+        self._lock = threading.Lock()
+
+    def admits(self, kind: str, text: str) -> bool:
+        """Return whether an event may be written now; if not, count it."""
+        with self._lock:
+            if kind not in self._kinds:
+                self._kinds[kind] = _Kind(self._clock() + MINUTE)
+            counted = self._kinds[kind]
+            if counted.written < AT_ONCE:
+                counted.written += 1
+                return True
+            counted.unwritten += 1
+            counted.last = text
+            return False
+
+    def summaries(self) -> list[str]:
+        """Return a text for each kind that has unwritten events and whose minute has ended."""
+        now, texts = self._clock(), []
+        with self._lock:
+            for kind, counted in list(self._kinds.items()):
+                if now < counted.minute_ends:
+                    continue
+                if counted.unwritten:
+                    texts.append(f"- {kind}: {counted.unwritten} more in the last minute; "
+                                 f"the last one: {counted.last}")
+                    counted.unwritten, counted.minute_ends = 0, now + MINUTE
+                else:
+                    del self._kinds[kind]
+        return texts
 
 
 class AccessLog:
@@ -32,6 +89,7 @@ class AccessLog:
         self.quiet = quiet
         self._name = f"{service} " if service else ""
         self._lines: deque[str] = deque()
+        self._limit = EventLimit()
         self._writing = threading.Lock()
         self._wake = threading.Event()
         threading.Thread(target=self._write_forever, daemon=True).start()
@@ -42,12 +100,14 @@ class AccessLog:
         if not self.quiet:
             self._add(f"{request_id} {method} {target} {status} {seconds * 1000:.1f}ms\n")
 
-    def event(self, text: str) -> None:
+    def event(self, text: str, kind: str = "") -> None:
         """Log anything else. The text begins with a request id, or with "-" if there is none.
 
-        All lines but the first are indented, so that none can be mistaken for an entry.
+        All lines but the first are indented, so that none can be mistaken for an entry. A `kind`
+        names events that may happen often: EventLimit limits how many of them are written.
         """
-        self._add("\n    ".join(text.splitlines()) + "\n")
+        if not kind or self._limit.admits(kind, text):
+            self._add("\n    ".join(text.splitlines()) + "\n")
 
     def flush(self) -> None:
         """Write the lines that are waiting."""
@@ -69,8 +129,11 @@ class AccessLog:
             self.flush()
 
     def _write_forever(self) -> None:
-        while self._wake.wait():
+        while True:
+            self._wake.wait(LOOK)
             self._wake.clear()
+            for text in self._limit.summaries():
+                self.event(text)
             self.flush()
             time.sleep(GATHER)
 

@@ -26,7 +26,7 @@ from microshop.chassis.connections import KeepAliveHandler, Reply, Request
 from microshop.chassis.errors import (
     RETRY_SOON, BadGateway, Broken, GatewayTimeout, ServiceError, Unreachable, UpstreamError,
     UpstreamUnavailable)
-from microshop.chassis.resilience import Bulkhead, CircuitBreaker, Clock, LogLimit, RetryBudget
+from microshop.chassis.resilience import Bulkhead, CircuitBreaker, Clock, RetryBudget
 
 BULKHEAD_TIME = 0.5   # seconds to wait for a place in the bulkhead
 MAX_RETRIES = 2
@@ -35,10 +35,10 @@ IDEMPOTENT = {"GET", "HEAD", "OPTIONS", "PUT", "DELETE"}  # harmless to repeat: 
 FAILING = {500, 502, 503, 504}  # statuses that show a failing instance; a 4xx is about the request
 OUT_OF_DESCRIPTORS = {errno.EMFILE, errno.ENFILE}
 
-Log = Callable[[str], None]  # writes one line to the log
+Log = Callable[[str, str], None]  # logs an event: its text, and its kind (see AccessLog)
 
 
-def log_nothing(text: str) -> None:
+def log_nothing(text: str, kind: str) -> None:
     """Log nothing."""
 
 
@@ -67,7 +67,6 @@ class Upstream:
         self.instances = [Instance(base_url, clock) for base_url in base_urls]
         self.choices = 0
         self._bulkhead = Bulkhead(max_in_flight)
-        self._rejections = LogLimit(clock)
         self._retries = RetryBudget(clock)
         self._lock = threading.Lock()  # held for changes; admits() reads without it
 
@@ -79,15 +78,12 @@ class Upstream:
         if not self.admits():
             raise self._breaker_is_open()
         if not self._bulkhead.acquire(timeout=min(wait, BULKHEAD_TIME)):
-            with self._lock:
-                rejected = self._rejections.note()
-            self._log_rejections(rejected, log)
+            log(f"bulkhead for {self.name} is full: {self.max_in_flight} requests are in flight",
+                f"bulkhead {self.name}")
             reason = f"is at its limit of {self.max_in_flight} concurrent requests"
             raise UpstreamUnavailable(self.name, reason, [RETRY_SOON])
         with self._lock:
             self._retries.note_call()
-            rejected = self._rejections.due()
-        self._log_rejections(rejected, log)
 
     def leave(self) -> None:
         """End a call."""
@@ -112,7 +108,7 @@ class Upstream:
             ticket = instance.breaker.begin()
             is_first_probe = instance.breaker.is_first_probe(ticket)
         if is_first_probe:
-            log(f"{self._breaker_of(instance)} is half-open: this request probes the instance")
+            self._log_breaker(instance, "is half-open: this request probes the instance", log)
         return instance, ticket
 
     def note_end(self, instance: Instance, ticket: int, succeeded: bool | None,
@@ -122,7 +118,7 @@ class Upstream:
             instance.in_flight -= 1
             change = instance.breaker.end(ticket, succeeded)
         if change:
-            log(f"{self._breaker_of(instance)} {change}")
+            self._log_breaker(instance, change, log)
 
     def admits(self, except_for: Sequence[Instance] = ()) -> bool:
         """Return whether any instance may be called, except for these."""
@@ -133,13 +129,9 @@ class Upstream:
         with self._lock:
             return self.admits() and self._retries.take()
 
-    def _log_rejections(self, count: int, log: Log) -> None:
-        if count:
-            log(f"bulkhead for {self.name} was full (limit: {self.max_in_flight} requests in "
-                f"flight): {count} rejected since this was last logged")
-
-    def _breaker_of(self, instance: Instance) -> str:
-        return f"circuit breaker for {self.name} at {instance.base_url}"
+    def _log_breaker(self, instance: Instance, change: str, log: Log) -> None:
+        log(f"circuit breaker for {self.name} at {instance.base_url} {change}",
+            f"breaker {self.name}")
 
     def _breaker_is_open(self) -> UpstreamUnavailable:
         wait = min(instance.breaker.remaining() for instance in self.instances)
@@ -178,9 +170,9 @@ class Call:
         broken = [failure for failure in self.failures if isinstance(failure, Broken)]
         return (broken or self.failures)[-1]
 
-    def log_event(self, text: str) -> None:
+    def log_event(self, text: str, kind: str) -> None:
         """Log an event of this call, with its request id."""
-        self.log(f"{self.headers.get('x-request-id', '-')} {text}")
+        self.log(f"{self.headers.get('x-request-id', '-')} {text}", kind)
 
 
 class Client:
@@ -237,7 +229,7 @@ class Client:
         instance, ticket = call.upstream.choose(call.tried, call.log_event)
         if call.failures:
             call.log_event(f"retrying {call.method} {call.target} at {instance.base_url}: "
-                           f"{call.failures[-1].detail}")
+                           f"{call.failures[-1].detail}", f"retry {call.upstream.name}")
         succeeded = None
         try:
             request = make_request(call, instance, left)

@@ -118,9 +118,9 @@ class ConnectionHandler(BaseHTTPRequestHandler):
         server = self.server
         failure = server.database.to_service_error(error) if server.schema else None
         if failure:
-            server.log.event(f"{self.request_id} {server.database.path}: {error}")
+            server.log.event(f"{self.request_id} {server.database.path}: {error}", "database")
             return failure
-        server.log.event(f"{self.request_id} failed\n{traceback.format_exc()}")
+        server.log.event(f"{self.request_id} failed\n{traceback.format_exc()}", "failure")
         return ServiceError("an internal error occurred; the log of the service has the details")
 
     # --- reading

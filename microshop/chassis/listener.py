@@ -28,7 +28,6 @@ from microshop.chassis.errors import RETRY_SOON, ServiceUnavailable
 
 MAX_REJECTED = 64     # connections that were answered 503 and are not closed yet
 NO_ROOM_PAUSE = 0.1   # seconds without accepting when the system has no room for a connection
-NO_ROOM_QUIET = 60.0  # seconds between two log lines about that
 NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
@@ -142,7 +141,6 @@ class Listener(ThreadingHTTPServer):
         self.max_connections = max_connections
         self.connections = OpenConnections()
         self.rejected = RejectedConnections()
-        self._no_room_quiet_until = 0.0
         super().__init__(address, handler)
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -181,10 +179,7 @@ class Listener(ThreadingHTTPServer):
         self.log.request(context.request_id, "-", "-", answer.status, 0)
 
     def _log_no_room(self, why: str) -> None:
-        now = time.monotonic()
-        if now > self._no_room_quiet_until:
-            self._no_room_quiet_until = now + NO_ROOM_QUIET
-            self.log.event(f"- no room for another connection: {why}")
+        self.log.event(f"- no room for another connection: {why}", "no room")
 
     def service_actions(self) -> None:
         """Close rejected connections that are due, on each turn of socketserver's accept loop."""
@@ -197,4 +192,4 @@ class Listener(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), OSError):  # a client that goes away is normal
             trace = traceback.format_exc()
-            self.log.event(f"- a connection from {client_address[0]} failed\n{trace}")
+            self.log.event(f"- a connection from {client_address[0]} failed\n{trace}", "connection")

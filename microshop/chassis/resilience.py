@@ -3,7 +3,6 @@
     CircuitBreaker  stops calls to an instance that keeps failing, and probes it from time to time
     Bulkhead        limits how many calls to one service are in flight
     RetryBudget     limits how many of the calls to one service may be retries
-    LogLimit        limits how often a frequent event is logged
 
 Law: a policy counts and decides; it sends nothing and logs nothing. Time comes from the `clock`
 that is passed in, in seconds, so that a test can replay a history. Only Bulkhead is thread-safe:
@@ -193,27 +192,3 @@ class RetryBudget:
             while self._seconds[0].number <= now - self.WINDOW:
                 self._seconds.popleft()
         return self._seconds[-1]
-
-
-class LogLimit:
-    """Limit an event that may happen thousands of times a second to one log line per INTERVAL."""
-
-    INTERVAL = 1.0  # seconds
-
-    def __init__(self, clock: Clock = time.monotonic):
-        self._clock = clock
-        self._count = 0
-        self._next = clock()  # when the next line may be written
-
-    def note(self) -> int:
-        """Count an event; return the number of events to report now, or 0 to write no line yet."""
-        self._count += 1
-        return self.due()
-
-    def due(self) -> int:
-        """Return the number of events that were counted, but not reported, if a line is due."""
-        if not self._count or self._clock() < self._next:
-            return 0
-        count, self._count = self._count, 0
-        self._next = self._clock() + self.INTERVAL
-        return count

@@ -97,8 +97,13 @@ class ClientTest(unittest.TestCase):
     def setUp(self) -> None:
         self.time = self.enterContext(mock.patch.object(client, "time", FakeTime()))
         self.log: list[str] = []
-        self.client = Client(TIMEOUT, self.log.append)
+        self.kinds: set[str] = set()
+        self.client = Client(TIMEOUT, self.note_event)
         self.addCleanup(self.client.close)
+
+    def note_event(self, text: str, kind: str) -> None:
+        self.log.append(text)
+        self.kinds.add(kind)
 
     def serve(self, *instances: Callable[[socket.socket], None] | str, **settings: int) -> Upstream:
         """Return a users service with these instances: stubs, or base URLs."""

@@ -4,7 +4,7 @@ import unittest
 from unittest import mock
 
 from microshop.chassis import access_log
-from microshop.chassis.access_log import AccessLog
+from microshop.chassis.access_log import AccessLog, EventLimit
 from tests.helpers import PATIENCE, wait_until
 
 MOMENT = 1795379141.5  # 2026-11-22 20:25:41.5 UTC
@@ -55,10 +55,57 @@ class FormatTest(LogTest):
         self.assertEqual([f"    {TIME} things x GET / 200 1.0ms", f"    {TIME} things y"], others)
 
 
+class EventLimitTest(unittest.TestCase):
+    """What is written of an event that happens often; the clock is moved by hand."""
+
+    def setUp(self):
+        self.now = 0.0
+        self.limit = EventLimit(lambda: self.now)
+
+    def admitted(self, count, kind="retry things"):
+        """Return how many of `count` events at this moment may be written."""
+        return [self.limit.admits(kind, f"event {n}") for n in range(count)].count(True)
+
+    def test_a_long_outage_logs_ten_events_of_a_kind_and_then_a_line_a_minute(self):
+        written, summaries = 0, []
+        for _ in range(600):  # 225 events a second, for ten minutes
+            written += self.admitted(225)
+            self.now += 1
+            summaries += self.limit.summaries()
+        self.assertEqual((written, len(summaries)), (10, 10), summaries[:3])
+        self.assertEqual(summaries[9], "- retry things: 13500 more in the last minute; "
+                                       "the last one: event 224")
+
+    def test_a_kind_begins_anew_after_a_minute_in_which_it_was_not_limited(self):
+        self.admitted(12)
+        self.now += 60
+        self.assertEqual(len(self.limit.summaries()), 1, "two events were not written")
+        self.assertEqual(self.admitted(1), 0, "the outage may go on: further events are counted")
+        self.now += 60
+        self.assertEqual(len(self.limit.summaries()), 1)
+        self.now += 60
+        self.assertEqual(self.limit.summaries(), [], "there was nothing to sum up")
+        self.assertEqual(self.admitted(12), 10, "events that are written after a quiet minute")
+
+    def test_each_kind_has_a_limit_of_its_own(self):
+        self.admitted(1000, "retry things")
+        self.assertEqual(self.admitted(1000, "breaker things"), 10)
+
+
 class WritingTest(LogTest):
     def test_lines_are_written_without_anyone_asking_for_it(self):
         AccessLog("things", quiet=False).event("- ready")
         wait_until(lambda: self.printed.getvalue().endswith("- ready\n"))
+
+    def test_events_of_a_kind_are_summed_up_when_their_minute_has_ended(self):
+        self.enterContext(mock.patch.object(access_log, "LOOK", 0.01))
+        log, clock = AccessLog("things", quiet=False), mock.Mock(return_value=0.0)
+        log._limit = EventLimit(clock)
+        for number in range(12):
+            log.event(f"- event {number}\nwith details", "fault")
+        clock.return_value = 60.0
+        wait_until(lambda: "things - fault: 2 more in the last minute; the last one: - event 11\n"
+                           "    with details\n" in self.printed.getvalue())
 
     def test_a_thread_that_adds_one_line_too_many_writes_them_all(self):
         with (mock.patch.object(access_log, "MAX_WAITING", 2),

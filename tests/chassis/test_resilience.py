@@ -3,7 +3,7 @@ import random
 import threading
 import unittest
 
-from microshop.chassis.resilience import Bulkhead, CircuitBreaker, LogLimit, RetryBudget
+from microshop.chassis.resilience import Bulkhead, CircuitBreaker, RetryBudget
 from tests.helpers import PATIENCE, wait_until
 
 
@@ -230,17 +230,6 @@ class BulkheadTest(unittest.TestCase):
             bulkhead.release()
             waiting.join(PATIENCE)
         self.assertTrue(bulkhead.acquire(0), "a slot was lost")
-
-
-class LogLimitTest(unittest.TestCase):
-    def test_one_line_a_second_reports_all_events_since_the_last(self):
-        clock = Clock()
-        limit = LogLimit(clock)
-        self.assertEqual([limit.note() for _ in range(100)], [1] + [0] * 99)
-        clock.now += 1
-        self.assertEqual(limit.note(), 100)
-        clock.now += 3600
-        self.assertEqual(limit.note(), 1)
 
 
 if __name__ == "__main__":
