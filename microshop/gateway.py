@@ -23,7 +23,7 @@ from microshop.chassis.answer import Answer
 from microshop.chassis.client import Client, Reply, Upstream
 from microshop.chassis.content import PAGE, encode, parse_query
 from microshop.chassis.errors import (
-    BadGateway, BadRequest, TooManyRequests, Unauthorized, UpstreamError)
+    BadGateway, BadRequest, TooManyRequests, Unauthorized, UpstreamError, excerpt)
 from microshop.chassis.handler import Handler
 from microshop.chassis.server import Service
 
@@ -178,7 +178,7 @@ class GatewayHandler(Handler):
         if not upstream:
             return super().dispatch()
         if query and upstream.name in EXPANSIONS and self.command in ("GET", "HEAD"):
-            names = parse_query(query).get("expand")
+            names = parse_query(query, ["expand"]).get("expand")
             if names is not None:
                 return self.compose(upstream, list(dict.fromkeys(names.split(","))))
         return self.pass_back(self.forward(upstream, self.command))
@@ -251,7 +251,7 @@ class GatewayHandler(Handler):
         services = EXPANSIONS[upstream.name]
         for name in names:
             if name not in services:
-                raise BadRequest(f"expand: {name!r} is not one of {', '.join(services)}")
+                raise BadRequest(f"expand: {excerpt(name)!r} is not one of {', '.join(services)}")
         reply = self.forward(upstream, "GET", NOT_FORWARDED | CONDITIONS)
         if reply.status != 200:
             return self.pass_back(reply)

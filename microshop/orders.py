@@ -34,7 +34,7 @@ from microshop.chassis.content import Integer, Page, encode, parse_query
 from microshop.chassis.database import Database
 from microshop.chassis.errors import (
     RETRY_SOON, BadGateway, BadRequest, Conflict, NotFound, ServiceError, UnprocessableContent,
-    UpstreamError, UpstreamUnavailable)
+    UpstreamError, UpstreamUnavailable, excerpt)
 from microshop.chassis.handler import Handler
 from microshop.chassis.server import Service
 
@@ -304,9 +304,9 @@ class OrdersHandler(Handler):
     server: "Orders"
 
     def list_orders(self) -> Answer:
-        status = parse_query(self.query_string).get("status")
-        if status not in (None, *STATES):
-            raise BadRequest(f"status: {status!r} is not one of {', '.join(STATES)}")
+        status = parse_query(self.query_string, ["status"]).get("status")
+        if status is not None and status not in STATES:
+            raise BadRequest(f"status: {excerpt(status)!r} is not one of {', '.join(STATES)}")
         return self.answer_page(partial(find_orders, self.server.database, status))
 
     def get_order(self, order_id: int) -> Answer:

@@ -202,12 +202,18 @@ class WritableCollectionTests(CollectionTests):
         self.assertEqual(answer.headers["content-type"], "application/problem+json")
         self.assertEqual(self.stored(), before, "a refused request has changed the table")
 
+    def assert_is_current(self, answer, target):
+        """Check that an answer has the body and the ETag that a GET of the item has."""
+        found = self.get(target)
+        self.assertEqual((answer.body, answer.headers.get("etag")),
+                         (found.body, found.headers["etag"]))
+
     def test_a_created_item_is_found_at_its_location_and_in_the_collection(self):
         answer = self.ask("POST", self.path, self.content)
         number = answer.json["id"]
         self.assertEqual((answer.status, answer.json), (201, {"id": number, **self.content}))
         self.assertEqual(answer.headers["location"], f"{self.path}/{number}")
-        self.assertEqual(self.get(answer.headers["location"]).body, answer.body)
+        self.assert_is_current(answer, answer.headers["location"])
         listed = [row["id"] for row in self.get(self.path).json]
         self.assertEqual(listed, [*(row["id"] for row in self.summaries), number])
 
@@ -216,7 +222,7 @@ class WritableCollectionTests(CollectionTests):
         answer = self.ask("PUT", self.one, self.content)
         replaced = {"id": self.item["id"], **self.content}
         self.assertEqual((answer.status, answer.json), (200, replaced))
-        self.assertEqual(self.get(self.one).body, answer.body)
+        self.assert_is_current(answer, self.one)
         self.assertEqual([row for row in self.stored() if row["id"] != self.item["id"]], others)
 
     def test_a_deleted_item_is_404_for_every_method(self):
@@ -293,6 +299,14 @@ class WritableCollectionTests(CollectionTests):
         fresh = self.get(target).headers["etag"]
         self.assertNotEqual(fresh, seen)
         self.assertEqual(self.ask("DELETE", target, If_Match=fresh).status, 204)
+
+    def test_a_change_that_if_none_match_excludes_is_412_and_changes_nothing(self):
+        before, known = self.stored(), self.get(self.one).headers["etag"]
+        for method, content in (("PUT", self.content), ("DELETE", None)):
+            for excluded in ("*", known):
+                with self.subTest(method, if_none_match=excluded):
+                    answer = self.ask(method, self.one, content, If_None_Match=excluded)
+                    self.assert_refused(answer, 412, before)
 
     def test_an_item_that_the_client_knows_is_304_until_it_changes(self):
         known = self.get(self.one).headers["etag"]

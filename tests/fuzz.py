@@ -428,7 +428,7 @@ class LibraryParser(BaseHTTPRequestHandler):
 # --- in a shop
 
 # 431 may come from the service behind, since the gateway adds fields.
-ANSWERS = {200, 201, 204, 304, 400, 404, 405, 409, 411, 412, 415, 422, 431}
+ANSWERS = {200, 201, 204, 304, 400, 404, 405, 409, 411, 412, 415, 422, 431, 501}
 OUTCOMES = {"accepted": ANSWERS, "short": {400}, "refused": {400, 414, 431, 505}}
 
 

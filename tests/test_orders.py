@@ -123,7 +123,7 @@ class PlacingTest(ShopTest):
         for content, *fields in (
                 *wrong_fields,
                 ({}, "userId", "productId"),
-                ({"userId": 1, "quantity": 0, "id": 7}, "id", "productId", "quantity"),
+                ({"userId": 1, "quantity": 0, "id": 7}, "productId", "quantity", "id"),
                 ({"userid": 1, "status": "confirmed", **LAPTOPS}, "userid", "status"),
                 ({"userId": "1", "productId": 1.5, "quantity": []},
                  "userId", "productId", "quantity"),

@@ -179,7 +179,7 @@ class ReservationTest(unittest.TestCase):
                     self.assertEqual([error["field"] for error in answer.json["errors"]], fields)
         answer = self.shop.ask("PUT", "/reservations/7", {"orderId": 7})
         fields = [error["field"] for error in answer.json["errors"]]
-        self.assertEqual(fields, ["orderId", "productId", "quantity"])
+        self.assertEqual(fields, ["productId", "quantity", "orderId"])
 
     def test_the_id_of_a_reservation_may_be_any_that_json_clients_can_hold(self):
         self.assertEqual(self.reserve(MOST).status, 201)

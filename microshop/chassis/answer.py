@@ -8,15 +8,19 @@ import time
 from collections.abc import Sequence
 from email.utils import formatdate
 from functools import lru_cache
-from http import HTTPStatus
 from typing import Any, NamedTuple
 
 from microshop.chassis import wire
 from microshop.chassis.content import encode
-from microshop.chassis.errors import ServiceError
+from microshop.chassis.errors import PHRASES, PreconditionFailed, ServiceError
 
 IDLE_TIME = 60.0  # seconds to wait for the next request; the Keep-Alive header announces it
-PHRASES = {status.value: status.phrase for status in HTTPStatus}
+# Keep-Alive is about one hop only, so Connection must name it (RFC 9110 section 7.6.1).
+KEPT = [("Connection", "keep-alive"), ("Keep-Alive", f"timeout={IDLE_TIME:.0f}")]
+CLOSED = [("Connection", "close")]
+NO_STORE = ("Cache-Control", "no-store")  # a header, for what may be false a moment later
+# Methods and statuses of the answers that hold what a GET would return; these have an ETag.
+TAGGED = {("GET", 200), ("HEAD", 200), ("PUT", 200), ("POST", 201)}
 
 
 class Answer(NamedTuple):
@@ -32,7 +36,7 @@ class RequestContext(NamedTuple):
 
     request_id: str
     method: str = "-"
-    version: str = "HTTP/1.1"
+    if_match: str | None = None
     if_none_match: str = ""
     keeps_alive: bool = False  # whether the connection stays open after this answer
 
@@ -49,21 +53,45 @@ def problem_answer(error: ServiceError, request_id: str) -> Answer:
 
 
 def represent(answer: Answer, context: RequestContext) -> Answer:
-    """Turn a JSON body into bytes; into a 304 if the client has them (RFC 9110 section 13.1.2)."""
+    """Turn a JSON body into bytes; into a 304 if the client of a GET has them already.
+
+    Raises PreconditionFailed if the client of a GET wants another state of the resource.
+    """
     if isinstance(answer.body, bytes):
         return answer
     body = encode(answer.body).encode()
     headers = list(answer.headers)
-    if answer.status == 200 and context.method in ("GET", "HEAD"):
-        tag = entity_tag(body)
+    if (context.method, answer.status) in TAGGED:
         is_item = isinstance(answer.body, dict)  # its tag is strong, since If-Match takes no other
-        headers.append(("ETag", tag if is_item else f"W/{tag}"))
-        # If-None-Match is a list of tags, some with W/ before them: searching its text is enough.
-        if tag in context.if_none_match or context.if_none_match == "*":
+        tag = entity_tag(body) if is_item else f"W/{entity_tag(body)}"
+        headers.append(("ETag", tag))
+        if context.method in ("GET", "HEAD") and check_preconditions(context, tag):
             return Answer(b"", 304, headers)
     if all(name != "Content-Type" for name, _ in headers):
         headers.append(("Content-Type", "application/json; charset=utf-8"))
     return Answer(body, answer.status, headers)
+
+
+def check_preconditions(context: RequestContext, tag: str) -> bool:
+    """Compare If-Match, then If-None-Match, with the ETag of the target (RFC 9110 section 13.2.2).
+
+    `tag` is empty if the target has no representation. Return whether the client has this
+    representation already: then a GET gets 304. Raises PreconditionFailed if the request must not
+    be carried out.
+    """
+    if context.if_match is not None:
+        wanted = [known.strip(" \t") for known in context.if_match.split(",")]
+        is_strong = tag.startswith('"')  # If-Match never matches a weak tag
+        is_met = bool(tag) if wanted == ["*"] else is_strong and tag in wanted
+        if not is_met:
+            raise PreconditionFailed("the resource does not match If-Match: it may have changed "
+                                     "since you fetched it; fetch it again and retry")
+    # If-None-Match is a list of tags, some with W/ before them: searching its text is enough.
+    known = context.if_none_match
+    has_it = bool(tag) and (known == "*" or tag.removeprefix("W/") in known)
+    if has_it and context.method not in ("GET", "HEAD"):
+        raise PreconditionFailed("the resource exists, in a state that If-None-Match excludes")
+    return has_it
 
 
 def format_answer(answer: Answer, context: RequestContext) -> bytes:
@@ -80,13 +108,10 @@ def format_answer(answer: Answer, context: RequestContext) -> bytes:
         headers.append(("Content-Length", str(len(body))))
     if "date" not in names:
         headers.append(("Date", format_date(int(time.time()))))
+    if "cache-control" not in names:  # no cache may choose a lifetime: the ETag is cheap to check
+        headers.append(("Cache-Control", "no-cache"))
     headers.append(("X-Request-Id", context.request_id))
-    if not context.keeps_alive:
-        headers.append(("Connection", "close"))
-    else:
-        headers.append(("Keep-Alive", f"timeout={IDLE_TIME:.0f}"))
-        if context.version == "HTTP/1.0":
-            headers.append(("Connection", "keep-alive"))
+    headers += KEPT if context.keeps_alive else CLOSED
     head = wire.format_head(f"HTTP/1.1 {status} {PHRASES.get(status, '')}", headers)
     return head if is_head else head + body
 

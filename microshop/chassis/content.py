@@ -4,11 +4,11 @@ Law: nothing here knows a socket, a header or a database.
 """
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlencode
 
-from microshop.chassis.errors import BadRequest, UnprocessableContent
+from microshop.chassis.errors import BadRequest, UnprocessableContent, excerpt
 
 MAX_INTEGER = 2**53 - 1   # the largest that every JSON client can represent (RFC 8259 section 6)
 MAX_PAGE = 1000           # rows, or ids, in one request
@@ -37,17 +37,6 @@ def parse_json(body: bytes) -> Any:
         raise BadRequest("the body is not valid JSON: it is nested too deeply") from None
     except ValueError as error:
         raise BadRequest(f"the body is not valid JSON: {error}") from None
-
-
-def parse_query(query: str) -> dict[str, str]:
-    """Parse the part of a target after its `?`. Raises BadRequest, even for a repeated name."""
-    if not query:
-        return {}
-    try:
-        pairs = parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=100)
-        return _make_object(pairs)
-    except ValueError as error:
-        raise BadRequest(f"the query is malformed: {error}") from None
 
 
 def _make_object(pairs: list[tuple[str, Any]]) -> dict:
@@ -95,23 +84,23 @@ FieldTable = Mapping[str, Integer | Text]  # the fields of a JSON object, by nam
 def validate(value: Any, fields: FieldTable) -> dict[str, Any]:
     """Return the fields of a JSON object in the order of the table, defaults filled in.
 
-    Raises UnprocessableContent, which names all fields that are invalid, missing or unknown.
+    Raises UnprocessableContent, which names the fields that are invalid, missing or unknown.
     """
     if not isinstance(value, dict):
         raise UnprocessableContent({"body": "must be a JSON object"})
-    valid = {}
-    errors = {name: "is not a known field" for name in value if name not in fields}
+    valid, errors = {}, {}
     for name, field in fields.items():
         try:
             valid[name] = field.check(value.get(name, field.default))
         except ValueError as reason:
             errors[name] = str(reason)
+    errors.update({name: "is not a known field" for name in value if name not in fields})
     if errors:
         raise UnprocessableContent(errors)
     return valid
 
 
-# --- pages
+# --- queries and pages
 
 LIMIT = Integer(least=1, most=MAX_PAGE)
 AFTER = Integer(least=0)
@@ -129,12 +118,36 @@ class Page(NamedTuple):
     ids: str | None
 
 
-def parse_page(query: dict[str, str]) -> Page:
+def parse_query(query: str, names: Collection[str]) -> dict[str, str]:
+    """Return the parameters with these names, from the part of a target after its `?`.
+
+    All others are ignored, whatever they contain: they may be meant for another process, or for
+    none. Raises BadRequest, which names the parameter, for one of these that appears twice.
+    """
+    found: dict[str, str] = {}
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        if name in found:
+            raise BadRequest(f"{name}: this parameter must not appear twice")
+        if name in names:
+            found[name] = value
+    return found
+
+
+def parse_page(query: str) -> Page:
     """Return the page that a query asks for. Raises BadRequest, which names the parameter."""
-    limit = _parse_integer("limit", query["limit"], LIMIT) if "limit" in query else PAGE
-    after = _parse_integer("after", query["after"], AFTER) if "after" in query else 0
-    ids = _parse_ids(query["ids"]) if "ids" in query else None
+    given = parse_query(query, Page._fields)
+    limit = _parse_integer("limit", given["limit"], LIMIT) if "limit" in given else PAGE
+    after = _parse_integer("after", given["after"], AFTER) if "after" in given else 0
+    ids = _parse_ids(given["ids"]) if "ids" in given else None
     return Page(limit, after, ids)
+
+
+def next_query(query: str, after: int) -> str:
+    """Return the query for the next page: another `after`, and all other parameters unchanged."""
+    # With surrogateescape, bytes that are not UTF-8 come out as they went in.
+    pairs = parse_qsl(query, keep_blank_values=True, errors="surrogateescape")
+    kept = [(name, value) for name, value in pairs if name != "after"]
+    return urlencode([*kept, ("after", after)], safe=",", errors="surrogateescape")
 
 
 def _parse_ids(text: str) -> str:
@@ -150,5 +163,6 @@ def _parse_ids(text: str) -> str:
 def _parse_integer(name: str, text: str, field: Integer) -> int:
     is_number = text.isascii() and text.isdigit() and len(text) <= 16
     if not is_number or not field.least <= int(text) <= field.most:
-        raise BadRequest(f"{name}: {text!r} is not an integer from {field.least} to {field.most}")
+        raise BadRequest(
+            f"{name}: {excerpt(text)!r} is not an integer from {field.least} to {field.most}")
     return int(text)

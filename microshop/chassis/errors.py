@@ -5,8 +5,21 @@ a problem document (application/problem+json, RFC 9457).
 """
 from collections.abc import Sequence
 from http import HTTPStatus
+from itertools import islice
 
 RETRY_SOON = ("Retry-After", "1")  # a header: the client may try again after a second
+MAX_QUOTED = 100  # characters of a client's text that a message repeats
+MAX_ERRORS = 20   # invalid fields that an answer lists; it says how many more there are
+
+# Names of statuses as in RFC 9110: Python before 3.13 has older ones for four of them.
+PHRASES = {status.value: status.phrase for status in HTTPStatus} | {
+    413: "Content Too Large", 414: "URI Too Long", 416: "Range Not Satisfiable",
+    422: "Unprocessable Content"}
+
+
+def excerpt(text: str) -> str:
+    """Return a client's text as far as a message repeats it: an answer must not grow with it."""
+    return text if len(text) <= MAX_QUOTED else text[:MAX_QUOTED] + "..."
 
 
 class ServiceError(Exception):
@@ -24,7 +37,7 @@ class ServiceError(Exception):
 
     def problem(self) -> dict:
         """Return the problem document, without the request's id."""
-        return {"type": "about:blank", "title": self.status.phrase, "status": self.status.value,
+        return {"type": "about:blank", "title": PHRASES[self.status], "status": self.status.value,
                 "detail": self.detail, **self.members}
 
 
@@ -47,21 +60,26 @@ class FieldsTooLarge(ServiceError): status = HTTPStatus.REQUEST_HEADER_FIELDS_TO
 
 
 class UnprocessableContent(ServiceError):                                                # 422
-    """A body that is well-formed but invalid; `errors` says what is wrong, by name of the field."""
+    """A body that is well-formed but invalid; `errors` says what is wrong, by name of the field.
+
+    The answer lists the first MAX_ERRORS of them.
+    """
 
     status = HTTPStatus.UNPROCESSABLE_ENTITY
 
     def __init__(self, errors: dict[str, str]):
-        details = [{"field": field, "detail": detail} for field, detail in errors.items()]
-        summary = f"{details[0]['field']}: {details[0]['detail']}"
-        if len(details) > 1:
-            summary += f" (and {len(details) - 1} more)"
-        super().__init__(summary, errors=details)
+        listed = [{"field": excerpt(field), "detail": detail}
+                  for field, detail in islice(errors.items(), MAX_ERRORS)]
+        summary = f"{listed[0]['field']}: {listed[0]['detail']}"
+        if len(errors) > 1:
+            summary += f" (and {len(errors) - 1} more)"
+        super().__init__(summary, errors=listed)
 
 
 # --- 5xx: the service cannot do it, or not now
 
 class CodingNotImplemented(ServiceError): status = HTTPStatus.NOT_IMPLEMENTED            # 501
+class MethodNotImplemented(ServiceError): status = HTTPStatus.NOT_IMPLEMENTED            # 501
 class ServiceUnavailable(ServiceError): status = HTTPStatus.SERVICE_UNAVAILABLE          # 503
 class VersionNotSupported(ServiceError): status = HTTPStatus.HTTP_VERSION_NOT_SUPPORTED  # 505
 class InsufficientStorage(ServiceError): status = HTTPStatus.INSUFFICIENT_STORAGE        # 507

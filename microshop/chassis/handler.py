@@ -15,20 +15,22 @@ import re
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from http import HTTPMethod
 from http.server import BaseHTTPRequestHandler
 from typing import Any
-from urllib.parse import urlencode
 
 from microshop.chassis import config, wire
 from microshop.chassis.access_log import make_request_id
 from microshop.chassis.answer import (
-    IDLE_TIME, Answer, RequestContext, entity_tag, format_answer, problem_answer, represent)
+    IDLE_TIME, NO_STORE, Answer, RequestContext, check_preconditions, entity_tag, format_answer,
+    problem_answer, represent)
 from microshop.chassis.content import (
-    MAX_INTEGER, FieldTable, Page, encode, parse_json, parse_page, parse_query, validate)
+    MAX_INTEGER, FieldTable, Page, encode, next_query, parse_json, parse_page, validate)
 from microshop.chassis.database import Transaction
 from microshop.chassis.errors import (
-    RETRY_SOON, BadRequest, ExpectationFailed, LengthRequired, MethodNotAllowed, NotFound,
-    PreconditionFailed, RequestTimeout, ServiceError, ServiceUnavailable, UnsupportedMediaType)
+    RETRY_SOON, BadRequest, ExpectationFailed, LengthRequired, MethodNotAllowed,
+    MethodNotImplemented, NotFound, RequestTimeout, ServiceError, ServiceUnavailable,
+    UnsupportedMediaType, excerpt)
 from microshop.chassis.server import Service
 
 HEAD_TIME = 10.0     # seconds for a whole head, from its first byte
@@ -42,7 +44,9 @@ ID_PATTERN = "([1-9][0-9]{0,15})"
 REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,64}")
 TRACEPARENT = re.compile(
     "(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
-JSON_TYPE = re.compile(r'application/json(\s*;\s*charset="?utf-8"?)?', re.I)
+# RFC 9110 section 5.6.6: a parameter may be missing after its semicolon
+JSON_TYPE = re.compile(r'application/json(?>[ \t]*;[ \t]*(?:charset="?utf-8"?)?)*', re.I)
+KNOWN_METHODS = frozenset(HTTPMethod)  # with an unknown one, the answer is 501, not 405
 NO_FIELDS = wire.Fields([])
 
 Methods = dict[str, Callable[..., Answer]]  # the functions of a path, by HTTP method
@@ -105,11 +109,14 @@ class ConnectionHandler(BaseHTTPRequestHandler):
         Raises ValueError if the answer cannot be written safely.
         """
         self.close_connection = self.close_connection or self.server.draining
-        context = RequestContext(
-            self.request_id, self.command, self.request_version,
-            self.headers.get("if-none-match", ""), not self.close_connection)
+        context = self.context()
         answer = represent(answer, context)
         return answer.status, format_answer(answer, context)
+
+    def context(self) -> RequestContext:
+        return RequestContext(
+            self.request_id, self.command, self.headers.get("if-match"),
+            self.headers.get("if-none-match", ""), not self.close_connection)
 
     def to_service_error(self, error: Exception) -> ServiceError:
         """Return the error to send to the client; log the details that it must not see."""
@@ -200,7 +207,8 @@ class Handler(ConnectionHandler):
         A trailing slash names the same resource, as in the Express demo.
         """
         cls._table = []
-        for path, methods in {**cls.routes, "/health": {"GET": cls.health}}.items():
+        own = {"/health": {"GET": cls.health}, "/health/live": {"GET": cls.live}}
+        for path, methods in {**cls.routes, **own}.items():
             pattern = re.sub("{[a-z_]+}", ID_PATTERN, path.rstrip("/")) + "/?"
             cls._table.append((re.compile(pattern), methods))
 
@@ -208,7 +216,8 @@ class Handler(ConnectionHandler):
 
     def find_answer(self) -> Answer:
         self.check_client()
-        self.deadline = self._find_deadline(time.monotonic())
+        given = self.headers.get("x-request-timeout")
+        self.deadline = find_deadline(given, self.server.settings.timeout)
         return self.dispatch()
 
     def check_client(self) -> None:
@@ -218,17 +227,33 @@ class Handler(ConnectionHandler):
         """
 
     def dispatch(self) -> Answer:
-        """Call the route's function. Raises NotFound, or MethodNotAllowed with Allow."""
+        """Call the route's function.
+
+        Raises NotFound, MethodNotAllowed with Allow, or MethodNotImplemented.
+        """
+        if self.command not in KNOWN_METHODS:
+            raise MethodNotImplemented(f"the method {excerpt(self.command)} is not supported")
         path, _, self.query_string = self.path.partition("?")
         methods, ids = self._find_route(path)
         function = methods.get("GET" if self.command == "HEAD" else self.command)
         if function:
+            if self.command == "POST":
+                self._check_target(methods.get("GET"), ids)
             return function(self, *ids)
         names = ["OPTIONS", *["GET, HEAD" if name == "GET" else name for name in methods]]
         allow = ("Allow", ", ".join(names))
         if self.command == "OPTIONS":
             return Answer(status=204, headers=[allow])
-        raise MethodNotAllowed(f"{path} does not support {self.command}", [allow])
+        raise MethodNotAllowed(f"{excerpt(path)} does not support {self.command}", [allow])
+
+    def _check_target(self, get: Callable[..., Answer] | None, ids: list[int]) -> None:
+        """Check the preconditions of a POST: they are about what `get` returns for its target.
+
+        changing() checks those of PUT and DELETE.
+        """
+        if "if-match" in self.headers or "if-none-match" in self.headers:
+            seen = represent(get(self, *ids) if get else Answer(), RequestContext("", "GET"))
+            check_preconditions(self.context(), dict(seen.headers).get("ETag", ""))
 
     def _find_route(self, path: str) -> tuple[Methods, list[int]]:
         for pattern, methods in self._table:
@@ -236,33 +261,25 @@ class Handler(ConnectionHandler):
                 ids = [int(text) for text in match.groups()]
                 if max(ids, default=0) <= MAX_INTEGER:
                     return methods, ids
-        raise NotFound(f"there is nothing at {path}; try {', '.join(self.known_paths())}")
+        raise NotFound(f"there is nothing at {excerpt(path)}; try {', '.join(self.known_paths())}")
 
     def known_paths(self) -> list[str]:
         """Return the paths to suggest to a client that asked for one that does not exist."""
         return [*self.routes, "/health"]
 
-    def _find_deadline(self, now: float) -> float:
-        """Return the time (of time.monotonic) by which the work on the request must end.
-
-        X-Request-Timeout tells how many seconds the caller will wait. Raises BadRequest, or
-        ServiceUnavailable if the caller has given up already.
-        """
-        given = self.headers.get("x-request-timeout")
-        if given is None:
-            return now + self.server.settings.timeout
-        if not config.SECONDS.fullmatch(given):
-            raise BadRequest(f"X-Request-Timeout: {given!r} is not a number of seconds")
-        if float(given) == 0:
-            raise ServiceUnavailable("the caller's deadline has already passed", [RETRY_SOON])
-        return now + min(self.server.settings.timeout, float(given) * (1 - ANSWER_SHARE))
-
     def health(self) -> Answer:
-        """Answer a health check: 503 while the process drains, so that it gets no new work."""
-        if self.server.draining:
+        """Answer a health check: 503 while the process drains, so that it gets no new work.
+
+        While one is replaced, the port stays open, and its successor accepts: that is 200.
+        """
+        if self.server.draining and not self.server.is_replaced:
             body = {"status": "draining", "service": self.server.name}
-            return Answer(body, 503, [RETRY_SOON])
-        return Answer({"status": "ok", "service": self.server.name})
+            return Answer(body, 503, [RETRY_SOON, NO_STORE])
+        return self.live()
+
+    def live(self) -> Answer:
+        """Answer that the process is alive, whatever the state of anything else."""
+        return Answer({"status": "ok", "service": self.server.name}, headers=[NO_STORE])
 
     # --- helpers for routes
 
@@ -274,9 +291,11 @@ class Handler(ConnectionHandler):
         if "content-length" not in self.headers and "transfer-encoding" not in self.headers:
             raise LengthRequired("this request needs a body")
         if not JSON_TYPE.fullmatch(self.headers.get("content-type", "")):
-            raise UnsupportedMediaType("the body must have Content-Type: application/json")
-        if "content-encoding" in self.headers:
-            raise UnsupportedMediaType("the body must not have a Content-Encoding")
+            raise UnsupportedMediaType("the body must have Content-Type: application/json",
+                                       [("Accept", "application/json")])
+        if self.headers.get("content-encoding", "identity").lower() != "identity":
+            raise UnsupportedMediaType("the body must not have a Content-Encoding",
+                                       [("Accept-Encoding", "identity")])
         return parse_json(self.body)
 
     def read_fields(self, fields: FieldTable) -> dict[str, Any]:
@@ -291,15 +310,12 @@ class Handler(ConnectionHandler):
                  item_id: int) -> Iterator[Transaction]:
         """Yield a transaction in which an item may be changed, if it is as the client expects it.
 
-        Raises what `find` raises if there is no such item, and PreconditionFailed if If-Match does
-        not name its present state (RFC 9110 section 13.1.1).
+        Raises what `find` raises if there is no such item, and PreconditionFailed if the client
+        wants no change in its present state (see check_preconditions).
         """
-        wanted = [tag.strip() for tag in self.headers.get("if-match", "*").split(",")]
         with self.server.database.transaction() as transaction:
             item = find(transaction, item_id)
-            if wanted != ["*"] and entity_tag(encode(item).encode()) not in wanted:
-                raise PreconditionFailed(
-                    "the resource has changed since you fetched it; fetch it again and retry")
+            check_preconditions(self.context(), entity_tag(encode(item).encode()))
             yield transaction
 
     def answer_page(self, find: Callable[[Page], list[dict]]) -> Answer:
@@ -308,12 +324,27 @@ class Handler(ConnectionHandler):
         `find` takes a Page and returns its rows in order of id, and one more if there are more:
         then a Link leads to the next page (RFC 8288).
         """
-        query = parse_query(self.query_string)
-        page = parse_page(query)
+        page = parse_page(self.query_string)
         rows = find(page)
         if len(rows) <= page.limit:
             return Answer(rows)
         rows = rows[:page.limit]
         path = self.path.partition("?")[0]
-        target = f"{path}?{urlencode({**query, 'after': rows[-1]['id']}, safe=',')}"
+        target = f"{path}?{next_query(self.query_string, rows[-1]['id'])}"
         return Answer(rows, headers=[("Link", f'<{target}>; rel="next"')])
+
+
+def find_deadline(given: str | None, timeout: float) -> float:
+    """Return the time (of time.monotonic) by which the work on a request must end.
+
+    That is after `timeout` seconds, or earlier if X-Request-Timeout tells that the caller waits for
+    fewer. Raises BadRequest, or ServiceUnavailable if the caller has given up already.
+    """
+    now = time.monotonic()
+    if given is None:
+        return now + timeout
+    if not config.SECONDS.fullmatch(given):
+        raise BadRequest(f"X-Request-Timeout: {excerpt(given)!r} is not a number of seconds")
+    if float(given) == 0:
+        raise ServiceUnavailable("the caller's deadline has already passed", [RETRY_SOON])
+    return now + min(timeout, float(given) * (1 - ANSWER_SHARE))

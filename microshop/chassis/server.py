@@ -73,6 +73,7 @@ class Service(Listener):
     def __init__(self, settings: Namespace):
         self.settings = settings
         self.draining = False
+        self.is_replaced = False  # whether another process takes over while this one drains
         self.heartbeat: Heartbeat | None = None
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         # This calls server_bind(), which needs what was set above.

@@ -5,8 +5,10 @@ from unittest import mock
 
 from microshop.chassis import answer as answer_module
 from microshop.chassis.answer import (
-    Answer, RequestContext, problem_answer, entity_tag, format_answer, format_date, represent)
-from microshop.chassis.errors import MethodNotAllowed, ServiceUnavailable, UnprocessableContent
+    Answer, RequestContext, check_preconditions, entity_tag, format_answer, format_date,
+    problem_answer, represent)
+from microshop.chassis.errors import (
+    MethodNotAllowed, PreconditionFailed, ServiceError, ServiceUnavailable, UnprocessableContent)
 
 KEPT = RequestContext("id-1", "GET", keeps_alive=True)
 JSON = "application/json; charset=utf-8"
@@ -35,7 +37,9 @@ class FormatTest(unittest.TestCase):
             b"Content-Type: text/plain\r\n"
             b"Content-Length: 5\r\n"
             b"Date: Thu, 01 Jan 1970 00:00:00 GMT\r\n"
+            b"Cache-Control: no-cache\r\n"
             b"X-Request-Id: id-1\r\n"
+            b"Connection: keep-alive\r\n"
             b"Keep-Alive: timeout=60\r\n"
             b"\r\n"
             b"hello"))
@@ -43,6 +47,7 @@ class FormatTest(unittest.TestCase):
     def test_the_status_line_has_the_phrase_of_its_status(self):
         for status, line in ((201, "HTTP/1.1 201 Created"),
                              (HTTPStatus.CONFLICT, "HTTP/1.1 409 Conflict"),
+                             (413, "HTTP/1.1 413 Content Too Large"),
                              (503, "HTTP/1.1 503 Service Unavailable"),
                              (299, "HTTP/1.1 299 ")):  # RFC 9112 4: the space stays
             with self.subTest(status=int(status)):
@@ -63,23 +68,27 @@ class FormatTest(unittest.TestCase):
                 self.assertEqual(sent, b"" if method == "HEAD" else body, "body")
 
     def test_headers_that_the_answer_has_already_are_not_added_again(self):
-        given = [("content-length", "7"), ("date", "Sun, 06 Nov 1994 08:49:37 GMT")]
+        given = [("content-length", "7"), ("date", "Sun, 06 Nov 1994 08:49:37 GMT"),
+                 ("cache-control", "no-store")]
         context = KEPT._replace(method="HEAD")
         _, headers, _ = parse(format_answer(Answer(headers=given), context))
         for name, value in given:
             self.assertEqual(headers[name], [value])
 
     def test_a_client_learns_whether_the_connection_stays_open(self):
-        for version, keeps_alive, connection, keep_alive in (
-                ("HTTP/1.1", True, None, ["timeout=60"]),
-                ("HTTP/1.1", False, ["close"], None),
-                ("HTTP/1.0", True, ["keep-alive"], ["timeout=60"]),  # there the default is to close
-                ("HTTP/1.0", False, ["close"], None)):
-            with self.subTest(version, keeps_alive=keeps_alive):
-                context = RequestContext("id-1", "GET", version, keeps_alive=keeps_alive)
+        for keeps_alive, connection, keep_alive in ((True, ["keep-alive"], ["timeout=60"]),
+                                                    (False, ["close"], None)):
+            with self.subTest(keeps_alive=keeps_alive):
+                context = KEPT._replace(keeps_alive=keeps_alive)
                 _, headers, _ = parse(format_answer(Answer(b"x"), context))
                 self.assertEqual(headers.get("connection"), connection, "Connection")
                 self.assertEqual(headers.get("keep-alive"), keep_alive, "Keep-Alive")
+
+    def test_a_cache_asks_again_before_it_uses_an_answer_whatever_the_status(self):
+        for status in (200, 201, 204, 304, 404, 503):
+            with self.subTest(status=status):
+                _, headers, _ = parse(format_answer(Answer(status=status), KEPT))
+                self.assertEqual(headers.get("cache-control"), ["no-cache"])
 
     def test_a_header_that_would_break_the_message_is_refused(self):
         for name, value in (("Location", "/x\r\nSet-Cookie: a=b"), ("Location", "/x\nb"),
@@ -100,8 +109,8 @@ class RepresentTest(unittest.TestCase):
         for value, body in (({"id": 1, "name": "Zoë"}, '{"id":1,"name":"Zoë"}'), ([], "[]"),
                             ("€", '"€"'), (None, "null"), (0.5, "0.5")):
             with self.subTest(value):
-                answer = represent(Answer(value, 201), KEPT._replace(method="POST"))
-                self.assertEqual(answer, Answer(body.encode(), 201, [("Content-Type", JSON)]))
+                answer = represent(Answer(value, 202), KEPT._replace(method="POST"))
+                self.assertEqual(answer, Answer(body.encode(), 202, [("Content-Type", JSON)]))
 
     def test_bytes_and_their_headers_stay_as_they_are(self):
         answer = Answer(b"API Gateway", 200, TEXT)
@@ -113,11 +122,11 @@ class RepresentTest(unittest.TestCase):
 
     def test_an_item_has_a_strong_etag_and_a_collection_a_weak_one(self):
         item, collection = {"id": 7}, [{"id": 7}]
-        for method in ("GET", "HEAD"):
-            with self.subTest(method):
+        for method, status in (("GET", 200), ("HEAD", 200), ("PUT", 200), ("POST", 201)):
+            with self.subTest(f"{method}, {status}"):
                 context = KEPT._replace(method=method)
-                strong = dict(represent(Answer(item), context).headers).get("ETag")
-                weak = dict(represent(Answer(collection), context).headers).get("ETag")
+                strong = dict(represent(Answer(item, status), context).headers).get("ETag")
+                weak = dict(represent(Answer(collection, status), context).headers).get("ETag")
                 self.assertEqual(strong, entity_tag(b'{"id":7}'))
                 self.assertEqual(weak, "W/" + entity_tag(b'[{"id":7}]'))
 
@@ -126,8 +135,8 @@ class RepresentTest(unittest.TestCase):
         self.assertEqual(entity_tag(b"a"), entity_tag(b"a"))
         self.assertNotEqual(entity_tag(b"a"), entity_tag(b"b"))
 
-    def test_only_a_200_to_get_or_head_has_an_etag(self):
-        for method, status in (("POST", 200), ("PUT", 200), ("GET", 503), ("GET", 202)):
+    def test_an_answer_that_is_not_what_a_get_would_return_has_no_etag(self):
+        for method, status in (("POST", 200), ("POST", 202), ("PUT", 412), ("GET", 503)):
             with self.subTest(f"{method}, {status}"):
                 answer = represent(Answer({"id": 7}, status), KEPT._replace(method=method))
                 self.assertNotIn("ETag", dict(answer.headers))
@@ -146,11 +155,52 @@ class RepresentTest(unittest.TestCase):
     def test_a_client_that_has_another_body_gets_this_one(self):
         tag = entity_tag(b'{"id":7}')
         for method, known in (("GET", ""), ("GET", '"other"'), ("GET", tag.strip('"')),
-                              ("GET", f'"{tag[1:-2]}"'), ("POST", tag), ("POST", "*")):
+                              ("GET", f'"{tag[1:-2]}"'), ("PUT", tag), ("PUT", "*")):
             with self.subTest(method, if_none_match=known):
                 context = KEPT._replace(method=method, if_none_match=known)
                 answer = represent(Answer({"id": 7}), context)
                 self.assertEqual((answer.status, answer.body), (200, b'{"id":7}'))
+
+
+class PreconditionsTest(unittest.TestCase):
+    """check_preconditions(): If-Match first, then If-None-Match (RFC 9110 section 13.2.2)."""
+
+    ITEM, PAGE, NOTHING = '"a"', 'W/"a"', ""  # the tags of targets
+
+    def outcome(self, method: str, tag: str, if_match: str | None, if_none_match: str) -> int:
+        """Return the status that the preconditions lead to: 200 where they change nothing."""
+        context = RequestContext("id-1", method, if_match, if_none_match)
+        try:
+            return 304 if check_preconditions(context, tag) else 200
+        except PreconditionFailed as error:
+            return error.status
+
+    def test_if_match_allows_a_request_only_if_it_has_the_strong_tag_of_the_target(self):
+        for tag, if_match, status in (
+                (self.ITEM, None, 200), (self.ITEM, "*", 200), (self.ITEM, '"a"', 200),
+                (self.ITEM, '"b",\t"a"', 200), (self.ITEM, '"b"', 412), (self.ITEM, 'W/"a"', 412),
+                (self.ITEM, "", 412), (self.PAGE, "*", 200), (self.PAGE, 'W/"a"', 412),
+                (self.PAGE, '"a"', 412), (self.NOTHING, None, 200), (self.NOTHING, "*", 412),
+                (self.NOTHING, '"a"', 412), (self.NOTHING, "", 412)):
+            for method in ("GET", "PUT", "DELETE", "POST"):
+                with self.subTest(f"{method}, If-Match: {if_match}, ETag: {tag}"):
+                    self.assertEqual(self.outcome(method, tag, if_match, ""), status)
+
+    def test_if_none_match_excludes_the_tag_of_the_target_whether_strong_or_weak(self):
+        for tag, if_none_match, is_excluded in (
+                (self.ITEM, '"a"', True), (self.ITEM, 'W/"a"', True), (self.ITEM, "*", True),
+                (self.ITEM, '"b", "a"', True), (self.ITEM, '"b"', False), (self.ITEM, "", False),
+                (self.PAGE, '"a"', True), (self.PAGE, 'W/"a"', True), (self.PAGE, "*", True),
+                (self.NOTHING, "*", False), (self.NOTHING, '"a"', False)):
+            for method, status in (("GET", 304), ("HEAD", 304), ("PUT", 412), ("POST", 412)):
+                with self.subTest(f"{method}, If-None-Match: {if_none_match}, ETag: {tag}"):
+                    expected = status if is_excluded else 200
+                    self.assertEqual(self.outcome(method, tag, None, if_none_match), expected)
+
+    def test_if_match_comes_before_if_none_match(self):
+        for if_match, status in (('"b"', 412), ('"a"', 304)):
+            with self.subTest(if_match=if_match):
+                self.assertEqual(self.outcome("GET", '"a"', if_match, '"a"'), status)
 
 
 class DescribeTest(unittest.TestCase):
@@ -163,6 +213,18 @@ class DescribeTest(unittest.TestCase):
             "detail": "it is full", "requestId": "id-1"})
         self.assertEqual(answer.status, 503)
         self.assertEqual(list(answer.headers), [("Content-Type", "application/problem+json")])
+
+    def test_the_title_of_a_problem_is_the_name_of_its_status_whatever_the_version_of_python(self):
+        names = {400: "Bad Request", 408: "Request Timeout", 413: "Content Too Large",
+                 414: "URI Too Long", 415: "Unsupported Media Type", 416: "Range Not Satisfiable",
+                 422: "Unprocessable Content", 505: "HTTP Version Not Supported"}  # RFC 9110 15
+        for status, name in names.items():
+            error = ServiceError("")
+            error.status = HTTPStatus(status)
+            answer = problem_answer(error, "id-1")
+            status_line, _, _ = parse(format_answer(represent(answer, KEPT), KEPT))
+            self.assertEqual((answer.body["title"], status_line),
+                             (name, f"HTTP/1.1 {status} {name}"))
 
     def test_the_headers_of_an_error_are_in_its_answer(self):
         answer = problem_answer(MethodNotAllowed("not here", [("Allow", "OPTIONS")]), "id-1")

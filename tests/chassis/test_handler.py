@@ -46,17 +46,35 @@ class RouteTest(ThingsTest):
             self.assertEqual(headed.headers[name], got.headers[name], name)
 
     def test_a_method_that_a_path_does_not_support_is_405_with_allow(self):
-        for method in ("PUT", "BREW", "TRACE", "get"):
+        for method in ("PUT", "PATCH", "TRACE"):
             with self.subTest(f"{method} /things"):
                 answer = self.ask(method, "/things")
                 self.assertEqual(answer.status, 405)
                 self.assertEqual(answer.headers.get("allow"), "OPTIONS, GET, HEAD, POST")
+
+    def test_a_method_that_http_does_not_have_is_501_on_every_path(self):
+        for method in ("BREW", "get"):
+            for path in ("/things", "/nothing"):
+                with self.subTest(f"{method} {path}"):
+                    self.assertEqual(self.ask(method, path).status, 501)
 
     def test_options_lists_the_methods_of_a_path(self):
         answer = self.ask("OPTIONS", "/things/5")
         self.assertEqual((answer.status, answer.body), (204, b""))
         self.assertEqual(answer.headers.get("allow"), "OPTIONS, GET, HEAD, DELETE")
         self.assertNotIn("content-length", answer.headers)
+
+    def test_an_answer_repeats_no_more_than_a_hundred_characters_of_what_a_client_sent(self):
+        long = "x" * 4000
+        for method, target, name, value in (
+                ("GET", f"/{long}", "Accept", "*/*"), (long, "/things", "Accept", "*/*"),
+                ("GET", f"/pages?limit={long}", "Accept", "*/*"),
+                ("GET", "/things", "X-Request-Timeout", long)):
+            with self.subTest(f"{method} {target} {name}: {value}"[:60]):
+                answer = self.ask(method, target, {name: value})
+                self.assertGreaterEqual(answer.status, 400)
+                self.assertLess(len(answer.body), 500, answer.json["detail"][:200])
+                self.assertIn("xxx...", answer.json["detail"])
 
     def test_an_unknown_path_is_404_with_a_problem_document_that_names_the_known_paths(self):
         answer = self.ask("GET", "/nothing")
@@ -67,18 +85,28 @@ class RouteTest(ThingsTest):
             "detail": f"there is nothing at /nothing; {TRY}",
             "requestId": answer.headers["x-request-id"]})
 
-    def test_a_health_check_is_answered_with_ok(self):
-        answer = self.ask("GET", "/health")
-        self.assertEqual((answer.status, answer.json), (200, {"status": "ok", "service": "things"}))
+    def test_a_health_check_is_answered_with_ok_and_never_from_a_cache(self):
+        for path in ("/health", "/health/live"):
+            with self.subTest(path):
+                answer = self.ask("GET", path)
+                self.assertEqual((answer.status, answer.json),
+                                 (200, {"status": "ok", "service": "things"}))
+                self.assertEqual(answer.headers.get("cache-control"), "no-store")
 
-    def test_a_health_check_gets_503_while_the_service_drains(self):
-        with running(Things) as service, Wire(service.server_port) as connection:
-            self.get_things(connection, "a client before the drain")
-            service.draining = True
-            connection.send(b"GET /health HTTP/1.1\r\nHost: shop\r\n\r\n")
-            answer = self.read(connection, "GET /health during the drain")
-        self.assertEqual((answer.status, answer.json["status"]), (503, "draining"))
-        self.assertEqual(answer.headers["content-type"], "application/json; charset=utf-8")
+    def test_only_the_health_of_a_service_that_drains_without_a_successor_is_503(self):
+        for path, is_replaced, status in (("/health", False, 503), ("/health", True, 200),
+                                          ("/health/live", False, 200)):
+            with (self.subTest(f"GET {path}", is_replaced=is_replaced), running(Things) as service,
+                  Wire(service.server_port) as connection):
+                self.get_things(connection, "a client before the drain")
+                service.draining, service.is_replaced = True, is_replaced
+                connection.send(f"GET {path} HTTP/1.1\r\nHost: shop\r\n\r\n".encode())
+                answer = self.read(connection, f"GET {path} during the drain")
+                state = "draining" if status == 503 else "ok"
+                self.assertEqual((answer.status, answer.json["status"]), (status, state))
+                self.assertEqual(answer.headers["content-type"], "application/json; charset=utf-8")
+                self.assertEqual(answer.headers.get("cache-control"), "no-store")
+                self.assertEqual(answer.headers.get("connection"), "close")
 
     def test_an_answer_does_not_tell_versions_of_software(self):
         self.assertNotIn("server", self.ask("GET", "/things").headers)
@@ -113,10 +141,19 @@ class RouteTest(ThingsTest):
         self.assertNotIn("set-cookie", answers[0].headers)
 
 
-class IfMatchTest(unittest.TestCase):
+class PreconditionsTest(unittest.TestCase):
+    def setUp(self):
+        self.service = self.enterContext(running(StoredThings))
+        self.tag = self.ask("GET", "/things/7").headers["etag"]
+
+    def ask(self, method, target, **headers):
+        """Send a request; If_Match="x" sends a header."""
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        fields = {"Content-Type": "application/json", **headers}
+        return ask(self.service.server_port, method, target, fields, b"[]")
+
     def test_a_change_is_made_only_if_if_match_has_the_strong_etag_of_the_item(self):
-        service = self.enterContext(running(StoredThings))
-        tag = ask(service.server_port, "GET", "/things/7").headers["etag"]
+        tag = self.tag
         self.assertRegex(tag, '^"[0-9a-f]{16}"$')
         made = (tag, "*", f'"old", {tag}', f'{tag},"old"', f'W/"old", {tag}',
                 f'"old"\r\nIf-Match: {tag}', f'"a, b" , {tag}')
@@ -126,10 +163,35 @@ class IfMatchTest(unittest.TestCase):
             for wanted in values:
                 with self.subTest(if_match=wanted):
                     head = f"PUT /things/7 HTTP/1.1\r\nHost: shop\r\nIf-Match: {wanted}\r\n\r\n"
-                    [answer] = exchange(service.server_port, head.encode())
+                    [answer] = exchange(self.service.server_port, head.encode())
                     self.assertEqual(answer.status, status)
-        answer = ask(service.server_port, "PUT", "/things/7")
-        self.assertEqual(answer.status, 204, "PUT without If-Match")
+        self.assertEqual(self.ask("PUT", "/things/7").status, 204, "PUT without If-Match")
+
+    def test_a_change_is_not_made_if_if_none_match_excludes_the_state_of_the_item(self):
+        for excluded, status in (("*", 412), (self.tag, 412), (f'"old", W/{self.tag}', 412),
+                                 ('"old"', 204)):
+            with self.subTest(if_none_match=excluded):
+                answer = self.ask("PUT", "/things/7", If_None_Match=excluded)
+                self.assertEqual(answer.status, status)
+
+    def test_a_get_with_an_outdated_if_match_is_412(self):
+        for wanted, status in ((self.tag, 200), ('"old"', 412)):
+            with self.subTest(if_match=wanted):
+                self.assertEqual(self.ask("GET", "/things/7", If_Match=wanted).status, status)
+
+    def test_the_preconditions_of_a_post_are_about_what_a_get_of_its_target_returns(self):
+        page = self.ask("GET", "/things").headers["etag"]
+        for target, headers, status in (
+                ("/things", {"If_Match": "*"}, 201),
+                ("/things", {"If_Match": page}, 412),  # a weak tag, which If-Match never takes
+                ("/things", {"If_None_Match": '"old"'}, 201),
+                ("/things", {"If_None_Match": page}, 412),
+                ("/things", {"If_None_Match": "*"}, 412),
+                ("/echo", {"If_Match": "*"}, 412),     # a GET finds nothing, so nothing matches
+                ("/echo", {"If_Match": '"old"'}, 412),
+                ("/echo", {"If_None_Match": "*"}, 201)):
+            with self.subTest(f"POST {target}", **headers):
+                self.assertEqual(self.ask("POST", target, **headers).status, status)
 
 
 class BodyTest(ThingsTest):
@@ -161,12 +223,19 @@ class BodyTest(ThingsTest):
                 self.assertEqual(answer.status, 415)
         answer = self.ask("POST", "/things", {}, b"{}")
         self.assertEqual(answer.status, 415, "no Content-Type")
+        self.assertEqual(answer.headers.get("accept"), "application/json")
+
+    def test_a_body_with_a_content_coding_is_415_and_the_answer_says_that_none_is_accepted(self):
         answer = self.post(b"{}", **{"Content-Encoding": "gzip"})
         self.assertEqual(answer.status, 415, "Content-Encoding: gzip")
+        self.assertEqual(answer.headers.get("accept-encoding"), "identity")
+        answer = self.post(b"{}", **{"Content-Encoding": "Identity"})
+        self.assertEqual(answer.status, 201, "Content-Encoding: Identity")
 
     def test_the_media_type_of_json_is_accepted_in_every_spelling(self):
         for given in ("application/json", "Application/JSON;charset=UTF-8",
-                      'application/json; charset="utf-8"'):
+                      'application/json; charset="utf-8"', "application/json;",
+                      "application/json ;; charset=utf-8 ;"):  # RFC 9110 5.6.6
             with self.subTest(given):
                 answer = self.ask("POST", "/things", {"Content-Type": given}, b"{}")
                 self.assertEqual(answer.status, 201)
@@ -234,9 +303,9 @@ class BodyTest(ThingsTest):
 
 class PageTest(ThingsTest):
     def test_a_page_of_a_collection_links_to_the_next_page(self):
-        answer = self.ask("GET", "/pages?limit=2&after=5&ids=6,7,8")
+        answer = self.ask("GET", "/pages?limit=2&after=5&ids=6,7,8&x=%E9&x=>")
         self.assertEqual(answer.json, [{"id": 6}, {"id": 7}])
-        link = '</pages?limit=2&after=7&ids=6,7,8>; rel="next"'
+        link = '</pages?limit=2&ids=6,7,8&x=%E9&x=%3E&after=7>; rel="next"'
         self.assertEqual(answer.headers["link"], link)
 
     def test_a_page_has_a_hundred_rows_unless_limit_says_otherwise(self):
@@ -250,13 +319,19 @@ class PageTest(ThingsTest):
                 ("ids", ("ids=", "ids=1,,2", "ids=0", "ids=1%202", "ids=1,0",
                          "ids=9007199254740992", "ids=1,9007199254740992",
                          "ids=" + "1," * 1000 + "1")),
-                ("twice", ("limit=1&limit=2",)),
-                ("query", ("a=%ff", "&".join(f"a{number}=1" for number in range(101))))):
+                ("limit", ("limit=1&limit=2", "limit=1&%6cimit=1", "limit=%ff"))):
             for query in queries:
                 with self.subTest(f"GET /pages?{query[:30]}"):
                     answer = self.ask("GET", f"/pages?{query}")
                     self.assertEqual(answer.status, 400)
                     self.assertIn(name, answer.json["detail"])
+
+
+    def test_a_parameter_that_a_route_does_not_know_is_ignored_whatever_it_contains(self):
+        for query in ("a=1&a=2", "a=%ff", "%ff=a", "&".join(f"a{n}=1" for n in range(101))):
+            for path in ("/pages?limit=1&", "/things?", "/things/7?limit=x&"):
+                with self.subTest(f"GET {path}{query[:30]}"):
+                    self.assertEqual(self.ask("GET", path + query).status, 200)
 
 
 class DeadlineTest(ThingsTest):

@@ -95,7 +95,11 @@ class StoredThingsHandler(ThingsHandler):
         with self.changing(lambda _, number: {"id": number}, thing_id):
             return Answer(status=204)
 
-    routes = {"/things/{id}": {"GET": ThingsHandler.get_thing, "PUT": change_thing}}
+    routes = {
+        "/things": ThingsHandler.routes["/things"],
+        "/things/{id}": {"GET": ThingsHandler.get_thing, "PUT": change_thing},
+        "/echo": {"POST": ThingsHandler.echo},
+    }
 
 
 class StoredThings(Things):
