@@ -24,15 +24,17 @@ from dataclasses import dataclass, field
 
 from microshop.chassis.connections import KeepAliveHandler, Reply, Request
 from microshop.chassis.errors import (
-    RETRY_SOON, BadGateway, Broken, GatewayTimeout, ServiceError, Unreachable, UpstreamError,
-    UpstreamUnavailable)
-from microshop.chassis.resilience import Bulkhead, CircuitBreaker, Clock, RetryBudget
+    RETRY_SOON, BadGateway, Broken, GatewayTimeout, ServiceError, Stale, Unreachable,
+    UpstreamError, UpstreamUnavailable)
+from microshop.chassis.resilience import Bulkhead, CircuitBreaker, Clock, Outcome, RetryBudget
 
-BULKHEAD_TIME = 0.5   # seconds to wait for a place in the bulkhead
+BULKHEAD_TIME = 0.5   # seconds to wait for a place in the bulkhead, and then for a probe to end
 MAX_RETRIES = 2
 BACKOFF = 0.05        # the longest wait before the first retry, in seconds; doubles for the next
 IDEMPOTENT = {"GET", "HEAD", "OPTIONS", "PUT", "DELETE"}  # harmless to repeat: RFC 9110 9.2.2
-FAILING = {500, 502, 503, 504}  # statuses that show a failing instance; a 4xx is about the request
+FAILING = {500, 502, 504}  # show a failing instance; 503 comes from a live one that is busy
+# By method: how a retry is answered if an attempt before it was carried out.
+OWN_EFFECTS = {("DELETE", 404), ("DELETE", 412), ("POST", 412), ("PUT", 412)}
 OUT_OF_DESCRIPTORS = {errno.EMFILE, errno.ENFILE}
 
 Log = Callable[[str, str], None]  # logs an event: its text, and its kind (see AccessLog)
@@ -68,14 +70,15 @@ class Upstream:
         self.choices = 0
         self._bulkhead = Bulkhead(max_in_flight)
         self._retries = RetryBudget(clock)
-        self._lock = threading.Lock()  # held for changes; admits() reads without it
+        self._lock = threading.Lock()  # held for changes; admits() and is_open() read without it
+        self._probe_ended = threading.Condition(self._lock)
 
     def enter(self, wait: float, log: Log = log_nothing) -> None:
         """Begin a call, after waiting up to `wait` seconds for its place in the bulkhead.
 
         Raises UpstreamUnavailable if the bulkhead stays full, or if every circuit breaker is open.
         """
-        if not self.admits():
+        if self.is_open():
             raise self._breaker_is_open()
         if not self._bulkhead.acquire(timeout=min(wait, BULKHEAD_TIME)):
             log(f"bulkhead for {self.name} is full: {self.max_in_flight} requests are in flight",
@@ -89,15 +92,17 @@ class Upstream:
         """End a call."""
         self._bulkhead.release()
 
-    def choose(self, tried: list[Instance], log: Log = log_nothing) -> tuple[Instance, int]:
+    def choose(self, tried: list[Instance], wait: float,
+               log: Log = log_nothing) -> tuple[Instance, int]:
         """Return the instance for the next attempt, and the ticket of its circuit breaker.
 
         It is one that this call has not tried yet, if possible; of those, one with the fewest calls
-        in flight; of those, the one not chosen for longest. Raises UpstreamUnavailable if every
-        circuit breaker is open.
+        in flight; of those, the one not chosen for longest. If there is none because other calls
+        are probing, waits up to `wait` seconds for a probe to end. Raises UpstreamUnavailable if
+        every circuit breaker is open.
         """
         with self._lock:
-            candidates = [one for one in self.instances if one.breaker.admits()]
+            candidates = self._probe_ended.wait_for(self._candidates, min(wait, BULKHEAD_TIME))
             if not candidates:
                 raise self._breaker_is_open()
             instance = min(
@@ -106,17 +111,19 @@ class Upstream:
             instance.last_choice = self.choices
             instance.in_flight += 1
             ticket = instance.breaker.begin()
-            is_first_probe = instance.breaker.is_first_probe(ticket)
+            is_first_probe = instance.breaker.probes == 1
         if is_first_probe:
             self._log_breaker(instance, "is half-open: this request probes the instance", log)
         return instance, ticket
 
-    def note_end(self, instance: Instance, ticket: int, succeeded: bool | None,
+    def note_end(self, instance: Instance, ticket: int, outcome: Outcome,
                  log: Log = log_nothing) -> None:
-        """Record how an attempt ended; None: its end says nothing about the instance."""
+        """Record how an attempt ended."""
         with self._lock:
             instance.in_flight -= 1
-            change = instance.breaker.end(ticket, succeeded)
+            change = instance.breaker.end(ticket, outcome)
+            if change or outcome is Outcome.UNKNOWN:  # it may have been a probe
+                self._probe_ended.notify_all()
         if change:
             self._log_breaker(instance, change, log)
 
@@ -124,10 +131,24 @@ class Upstream:
         """Return whether any instance may be called, except for these."""
         return any(one not in except_for and one.breaker.admits() for one in self.instances)
 
+    def is_open(self) -> bool:
+        """Return whether every circuit breaker is open."""
+        return all(one.breaker.remaining() for one in self.instances)
+
     def take_retry(self) -> bool:
         """Return whether a retry may be made; if so, it is counted."""
         with self._lock:
-            return self.admits() and self._retries.take()
+            return not self.is_open() and self._retries.take()
+
+    def _candidates(self) -> list[Instance]:
+        """Return the instances that may be called now; none if each that is not open is probed.
+
+        Raises UpstreamUnavailable if every circuit breaker is open.
+        """
+        candidates = [one for one in self.instances if one.breaker.admits()]
+        if not candidates and self.is_open():
+            raise self._breaker_is_open()
+        return candidates
 
     def _log_breaker(self, instance: Instance, change: str, log: Log) -> None:
         log(f"circuit breaker for {self.name} at {instance.base_url} {change}",
@@ -160,6 +181,13 @@ class Call:
         if self.method == "POST" and self.upstream.idempotent_receiver:
             return bool(self.headers.get("idempotency-key"))
         return self.method in IDEMPOTENT
+
+    def may_be_own_effect(self, status: int) -> bool:
+        """Return whether the status of a retry may be due to an attempt whose response was lost.
+
+        What that attempt deleted is not found, and what it changed no longer meets If-Match.
+        """
+        return (self.method, status) in OWN_EFFECTS and isinstance(self.error(), Broken)
 
     def error(self) -> UpstreamError:
         """Return the failure to report.
@@ -204,19 +232,27 @@ class Client:
         try:
             while True:
                 try:
-                    return self._try(call)
+                    reply = self._try(call)
                 except (Broken, Unreachable) as failure:
                     call.failures.append(failure)
                     pause = find_pause(call)
                 except UpstreamUnavailable as failure:  # an earlier failure may say more
                     call.failures.append(failure)
                     pause = None
+                else:
+                    if call.failures and call.may_be_own_effect(reply.status):
+                        raise call.error()
+                    return reply
                 if pause is None:
                     raise call.error() from None
                 if pause:
                     time.sleep(pause)
         finally:
             upstream.leave()
+
+    def trim(self) -> None:
+        """Close idle connections that are of no use any more; to be called from time to time."""
+        self._connections.trim()
 
     def close(self) -> None:
         """Close the idle connections."""
@@ -226,28 +262,28 @@ class Client:
         """Send the request to one instance, and tell its circuit breaker how that ended."""
         left = call.deadline - time.monotonic()
         had_fair_time = left > self.timeout / 2  # else the instance may not be to blame
-        instance, ticket = call.upstream.choose(call.tried, call.log_event)
+        instance, ticket = call.upstream.choose(call.tried, left, call.log_event)
         if call.failures:
             call.log_event(f"retrying {call.method} {call.target} at {instance.base_url}: "
                            f"{call.failures[-1].detail}", f"retry {call.upstream.name}")
-        succeeded = None
+        outcome = Outcome.UNKNOWN
         try:
             request = make_request(call, instance, left)
             call.tried.append(instance)
             reply: Reply = self._opener.open(request)
             if reply.status not in FAILING:
-                succeeded = True
+                outcome = Outcome.SUCCEEDED
             elif had_fair_time:
-                succeeded = False
+                outcome = Outcome.FAILED
             return reply
         except (OSError, EOFError, ServiceError) as error:
             failure = to_upstream_error(error, call.upstream.name, request)
             is_about_instance = had_fair_time or not isinstance(error, TimeoutError)
-            if is_about_instance and not isinstance(failure, UpstreamUnavailable):
-                succeeded = False
+            if is_about_instance and not isinstance(failure, Stale | UpstreamUnavailable):
+                outcome = Outcome.BROKE if isinstance(failure, Broken) else Outcome.FAILED
             raise failure from None
         finally:
-            call.upstream.note_end(instance, ticket, succeeded, call.log_event)
+            call.upstream.note_end(instance, ticket, outcome, call.log_event)
 
 
 def find_pause(call: Call) -> float | None:
@@ -255,6 +291,7 @@ def find_pause(call: Call) -> float | None:
 
     Returns None if it must not be sent again; otherwise how many seconds to wait first:
     - 0 if the instance could not be reached and there is another one not tried yet;
+    - 0 if a kept connection broke and a retry does no harm: the next attempt makes a new one;
     - else a random time below a limit that doubles (exponential backoff with full jitter), if a
       retry does no harm and if the number of retries, the deadline and the retry budget allow it.
     """
@@ -262,6 +299,8 @@ def find_pause(call: Call) -> float | None:
     if isinstance(failure, Unreachable) and call.upstream.admits(except_for=call.tried):
         return 0.0
     is_harmless = isinstance(failure, Unreachable) or call.is_idempotent()
+    if is_harmless and isinstance(failure, Stale):
+        return 0.0
     pause = random.uniform(0, BACKOFF * 2**call.retries)
     is_in_time = time.monotonic() + pause <= call.deadline
     may_retry = is_harmless and is_in_time and call.retries < MAX_RETRIES
@@ -288,11 +327,12 @@ def to_upstream_error(error: Exception, service: str, request: Request) -> Upstr
         return UpstreamUnavailable(service, reason, [RETRY_SOON])
     if isinstance(error, ServiceError):
         return BadGateway(service, f"returned a response that cannot be used: {error.detail}")
+    broken = Stale if request.is_reuse else Broken
     if isinstance(error, EOFError):
-        return Broken(service, "closed the connection before its response was complete")
+        return broken(service, "closed the connection before its response was complete")
     if isinstance(error, TimeoutError) and request.is_sent:
         return GatewayTimeout(service, "did not respond in time")
     cause = getattr(error, "strerror", None) or error
     if request.is_sent:
-        return Broken(service, f"broke the connection: {cause}")
+        return broken(service, f"broke the connection: {cause}")
     return Unreachable(service, f"cannot be reached: {cause}")

@@ -20,6 +20,7 @@ from microshop.chassis.errors import BadRequest
 MAX_REPLY = 8 * 1024 * 1024   # bytes of a reply's body
 MAX_IDLE = 128                 # idle connections kept per address
 IDLE_TIME = 30.0               # seconds to keep one: less than a service does (answer.IDLE_TIME)
+TRIM_PAUSE = 5.0               # seconds between two looks for idle connections of no use
 CONNECT_TIME = 1.0             # seconds to connect, so that time is left to try another instance
 
 
@@ -46,6 +47,7 @@ class Request(urllib.request.Request):
 
     deadline = 0.0       # of time.monotonic
     is_retry = False     # then use a new connection: an old one may be why an attempt failed
+    is_reuse = False     # whether it was sent on a connection that had been kept
     is_sent = False      # whether the service may have received any of it
 
 
@@ -54,6 +56,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
 
     def __init__(self) -> None:
         self._idle: defaultdict[str, deque[Connection]] = defaultdict(deque)  # by address
+        self._trim_at = 0.0  # of time.monotonic
 
     def http_open(self, request: Request) -> Reply:
         """Send a request and return the reply; urllib calls this.
@@ -62,6 +65,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
         early, and a ServiceError if the reply is not valid HTTP or too large.
         """
         connection = None if request.is_retry else self._take_idle(request.host)
+        request.is_reuse = connection is not None
         if not connection:
             timeout = min(request.deadline - time.monotonic(), CONNECT_TIME)
             connection = Connection(request.host, max(timeout, 0.001))
@@ -75,6 +79,19 @@ class KeepAliveHandler(urllib.request.BaseHandler):
                 self._keep(request.host, connection)
             else:
                 connection.close()
+
+    def trim(self) -> None:
+        """Close the unusable idle connections, if the last look for them was some time ago."""
+        now = time.monotonic()
+        if now < self._trim_at:
+            return
+        self._trim_at = now + TRIM_PAUSE
+        for idle in list(self._idle.values()):
+            for connection in idle.copy():
+                if not connection.is_usable():
+                    with contextlib.suppress(ValueError):  # another thread has taken it meanwhile
+                        idle.remove(connection)
+                        connection.close()
 
     def close(self) -> None:
         """Close the idle connections."""
@@ -91,19 +108,15 @@ class KeepAliveHandler(urllib.request.BaseHandler):
             connection.close()
 
     def _take_idle(self, address: str) -> "Connection | None":
-        """Return the usable connection that was used last, or None; close the unusable ones.
+        """Return the usable connection that was used last, or None; close unusable ones before it.
 
         An IndexError ends the search when none is left: a test first would race other threads.
         """
-        idle, expired = self._idle[address], time.monotonic() - IDLE_TIME
+        idle = self._idle[address]
         try:
-            while idle[0].idle_since < expired:
-                idle.popleft().close()
-            while True:
-                connection = idle.pop()
-                if not connection.is_stale():
-                    return connection
+            while not (connection := idle.pop()).is_usable():
                 connection.close()
+            return connection
         except IndexError:
             return None
 
@@ -122,18 +135,18 @@ class Connection:
     def close(self) -> None:
         self.socket.close()
 
-    def is_stale(self) -> bool:
-        """Return whether an idle connection is useless: closed by its peer, or with bytes unread.
+    def is_usable(self) -> bool:
+        """Return whether an idle connection is young enough, still open, and has no bytes unread.
 
         Such bytes belong to no request, and would be taken for the reply to the next one.
         """
         try:
             self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:  # open, and nothing has arrived
-            return False
+            return time.monotonic() < self.idle_since + IDLE_TIME
         except OSError:
-            return True
-        return True  # bytes, or b"" if the peer has closed it
+            return False
+        return False  # bytes, or b"" if the peer has closed it
 
     def send_request(self, request: Request) -> None:
         method = request.get_method()

@@ -111,6 +111,10 @@ class Broken(BadGateway):
     """The connection broke, so it is unknown whether the request was carried out."""
 
 
+class Stale(Broken):
+    """It was a kept connection, perhaps of a process that is gone: a new one will show."""
+
+
 class UpstreamUnavailable(UpstreamError):                                                # 503
     """The service was not called: its circuit breaker is open, its bulkhead full, or the like."""
 

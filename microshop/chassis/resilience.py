@@ -13,8 +13,18 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 
 Clock = Callable[[], float]
+
+
+class Outcome(Enum):
+    """How a call ended, for the circuit breaker of the instance that was called."""
+
+    SUCCEEDED = "it was answered"
+    FAILED = "the answer showed a failing instance, or none came"
+    BROKE = "its connection broke, perhaps together with others"
+    UNKNOWN = "its end says nothing about the instance"
 
 
 class CircuitBreaker:
@@ -26,8 +36,9 @@ class CircuitBreaker:
     half-open  one call passes, the probe: if it succeeds, the breaker closes; if it fails, the
                breaker opens for twice the pause
 
-    A call that begins in one state and ends in another says nothing about the new state, so each
-    call gets a ticket: the number of the state in which it began.
+    Each call gets a ticket, its number, since two kinds of ends must not count:
+    - a call that begins in one state and ends in another says nothing about the new state;
+    - a process that dies breaks all its connections: of the calls in flight then, one counts.
     """
 
     IN_A_ROW = 5
@@ -40,8 +51,9 @@ class CircuitBreaker:
         self._pause = 0.0    # seconds; zero while closed
         self._until = 0.0    # when the pause ends
         self._is_probing = False
-        self._probes = 0     # since the breaker opened
-        self._changes = 0
+        self.probes = 0      # since the breaker opened
+        self._calls = 0      # that have begun
+        self._last_change = self._last_break = 0  # how many calls had begun then
 
     @property
     def state(self) -> str:
@@ -64,23 +76,24 @@ class CircuitBreaker:
         """Begin a call, which the breaker must admit; return its ticket, for end()."""
         if self._pause:
             self._is_probing = True
-            self._probes += 1
-        return self._changes
+            self.probes += 1
+        self._calls += 1
+        return self._calls
 
-    def is_first_probe(self, ticket: int) -> bool:
-        """Return whether the call with this ticket made the breaker half-open."""
-        return self._probes == 1 and ticket == self._changes
-
-    def end(self, ticket: int, succeeded: bool | None) -> str:
-        """Record how a call ended; None means that its end says nothing about the instance.
+    def end(self, ticket: int, outcome: Outcome) -> str:
+        """Record how a call ended.
 
         Returns how the breaker's state has changed, in words for the log, or "" if it has not.
         """
-        if ticket != self._changes:
+        if ticket <= self._last_change:
             return ""
         was_probe, self._is_probing = self._is_probing, False
-        if succeeded is None:
+        if outcome is Outcome.BROKE and ticket > self._last_break:
+            self._last_break = self._calls
+            outcome = Outcome.FAILED
+        if outcome not in (Outcome.SUCCEEDED, Outcome.FAILED):
             return ""
+        succeeded = outcome is Outcome.SUCCEEDED
         if was_probe and succeeded:
             self._change(pause=0.0)
             return "closed: the probe succeeded"
@@ -106,8 +119,8 @@ class CircuitBreaker:
     def _change(self, pause: float) -> None:
         """Open for `pause` seconds, or close if that is zero."""
         self._pause, self._until = pause, self._clock() + pause
-        self._changes += 1
-        self._probes = 0
+        self._last_change = self._calls
+        self.probes = 0
         self._outcomes.clear()
 
 
