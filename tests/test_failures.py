@@ -1,6 +1,9 @@
 """The failure contract: what a client gets when a service fails, as a table in the README says."""
 import contextlib
+import os
 import re
+import selectors
+import signal
 import socket
 import threading
 import time
@@ -14,9 +17,11 @@ from microshop.chassis import client
 from microshop.chassis.errors import UpstreamUnavailable
 from microshop.chassis.resilience import CircuitBreaker
 from microshop.gateway import Gateway
+from tests import load
 from tests.chassis.calls import reset_when_closed
 from tests.helpers import (
     NOBODY, PATIENCE, TOP, Answered, ask, read_request, running, upstream, wait_until)
+from tests.test_run_all import SmallShop
 
 OK = b"HTTP/1.1 200 OK\r\n"
 WELL = OK + b"Content-Length: 4\r\n\r\nwell"
@@ -162,6 +167,39 @@ class FailureTest(unittest.TestCase):
         expected = {**{name: ["closed"] for name in SERVICES}, "users": ["open"]}
         self.assertEqual(health["breakers"], expected)
         self.assertEqual((health["status"], health["services"]["users"]), ("degraded", "away"))
+
+
+class DeathTest(unittest.TestCase):
+    """A service is killed under load. The supervisor keeps its port open, so that clients wait."""
+
+    def exchange(self, connections: list[load.Connection], answers: int) -> None:
+        """Send a GET after each answer, until `answers` came. Raises ValueError for a failure."""
+        with selectors.DefaultSelector() as selector:
+            for connection in connections:
+                selector.register(connection.socket, selectors.EVENT_READ, connection)
+            while answers > 0:
+                ready = selector.select(PATIENCE)
+                self.assertTrue(ready, f"no answer came; {answers} are still to come")
+                for connection in (key.data for key, _ in ready):
+                    if connection.receive():
+                        connection.send(self.request)
+                        answers -= 1
+
+    def test_no_get_fails_when_the_process_of_its_service_is_killed(self):
+        shop = SmallShop("--fresh", "--quiet", "--timeout", str(PATIENCE))
+        self.addCleanup(shop.kill)
+        shop.wait_until_ready()
+        self.request = next(load.requests(shop.first, "/users/1"))
+        for clients in (16, 64):
+            connections = [load.Connection(shop.first) for _ in range(clients)]
+            for connection in connections:
+                self.addCleanup(connection.socket.close)
+                connection.send(self.request)
+            with self.subTest(clients=clients):
+                self.exchange(connections, 10 * clients)  # so many that retries are affordable
+                os.kill(shop.child("users"), signal.SIGKILL)
+                self.exchange(connections, 10 * clients)
+        self.assertFalse(shop.has_said("circuit breaker"), shop.last_lines())
 
 
 def test_of(row: tuple[str, str, int, bool, int]) -> Callable[[FailureTest], None]:

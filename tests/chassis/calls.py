@@ -10,6 +10,7 @@ from unittest import mock
 from microshop.chassis import client
 from microshop.chassis.client import Client, Reply, Upstream
 from microshop.chassis.errors import BadGateway, UpstreamError
+from microshop.chassis.resilience import CircuitBreaker, Outcome
 from tests.helpers import PATIENCE, read_request, upstream
 
 TIMEOUT = PATIENCE / 2  # of a client: it gives up before the stub does, which fails more clearly
@@ -89,6 +90,12 @@ class FakeTime:
     def sleep(self, seconds: float) -> None:
         self.pauses.append(seconds)
         self.now += seconds
+
+
+def open_breaker(breaker: CircuitBreaker) -> None:
+    """Let so many calls fail that the circuit breaker opens."""
+    for _ in range(breaker.IN_A_ROW):
+        breaker.end(breaker.begin(), Outcome.FAILED)
 
 
 class ClientTest(unittest.TestCase):

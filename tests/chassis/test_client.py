@@ -11,9 +11,9 @@ from microshop.chassis import client, connections
 from microshop.chassis.client import Client, Upstream
 from microshop.chassis.errors import (
     BadGateway, Broken, GatewayTimeout, Unreachable, UpstreamUnavailable)
-from microshop.chassis.resilience import Bulkhead, CircuitBreaker, RetryBudget
+from microshop.chassis.resilience import Bulkhead, CircuitBreaker, Outcome, RetryBudget
 from tests.chassis.calls import (
-    ALICE, BOB, BROKEN, CLOSING, OK, TIMEOUT, ClientTest, Stub, status)
+    ALICE, BOB, BROKEN, CLOSING, OK, TIMEOUT, ClientTest, Stub, open_breaker, status)
 from tests.helpers import PATIENCE, read_request, upstream, wait_until
 
 
@@ -153,6 +153,25 @@ class RetryTest(ClientTest):
             self.assertEqual(self.call_in_turn([BROKEN[0]], "GET"), ([BadGateway], [1]))
         self.assertEqual(self.time.pauses, [])
 
+    def test_what_a_lost_attempt_may_have_caused_is_not_reported_as_the_answer(self):
+        key = {"idempotency-key": "k"}
+        for method, number, is_broken in (
+                ("DELETE", 404, True), ("DELETE", 412, True), ("PUT", 412, True),
+                ("POST", 412, True), ("DELETE", 204, False), ("DELETE", 409, False),
+                ("PUT", 404, False), ("GET", 404, False), ("GET", 412, False)):
+            with self.subTest(method, status=number):
+                users = self.serve(Stub(BROKEN[0], status(number)), idempotent_receiver=True)
+                if is_broken:
+                    with self.assertRaisesRegex(Broken, "closed the connection"):
+                        self.call(users, method, headers=key)
+                else:
+                    self.assertEqual(self.call(users, method, headers=key).status, number)
+
+    def test_a_404_to_a_delete_is_the_answer_if_no_attempt_before_was_sent(self):
+        gone = Stub(status(404))
+        for users in (self.serve(gone), self.serve(self.refusing_url(), gone)):
+            self.assertEqual(self.call(users, "DELETE").status, 404)
+
     def test_retries_stop_when_their_budget_is_spent(self):
         with mock.patch.multiple(CircuitBreaker, IN_A_ROW=1000, RECENT=1000):
             _, counts = self.call_in_turn([BROKEN[0]], *["GET"] * 20)
@@ -168,13 +187,8 @@ class RetryTest(ClientTest):
 
     def test_a_circuit_breaker_that_opens_before_the_retry_does_not_hide_that_a_try_was_sent(self):
         users = self.serve(Stub(BROKEN[0]))
-
-        def open_the_breaker(_: float) -> None:
-            breaker = users.instances[0].breaker
-            while breaker.state == "closed":
-                breaker.end(breaker.begin(), False)
-
-        with mock.patch.object(self.time, "sleep", open_the_breaker):
+        breaker = users.instances[0].breaker
+        with mock.patch.object(self.time, "sleep", lambda _: open_breaker(breaker)):
             self.assertRaises(Broken, self.call, users, "PUT")
 
 
@@ -287,7 +301,7 @@ class CircuitBreakerTest(ClientTest):
                          "5 requests that failed, and the probe")
 
     def test_retry_after_says_when_the_pause_is_over(self):
-        users = self.serve(Stub(status(503)))
+        users = self.serve(Stub(status(500)))
         self.call_times(5, users)
         for pause in (0.5, 1, 2, 4):
             self.time.now += pause + 0.001
@@ -297,10 +311,10 @@ class CircuitBreakerTest(ClientTest):
             self.call(users)
         self.assertEqual(raised.exception.headers, [("Retry-After", "8")])
 
-    def test_a_5xx_that_shows_a_failing_instance_opens_the_circuit_breaker_and_a_4xx_does_not(self):
+    def test_500_502_and_504_open_the_circuit_breaker_and_no_other_status_does(self):
         for number, state in (
                 (400, "closed"), (404, "closed"), (409, "closed"), (429, "closed"), (501, "closed"),
-                (500, "open"), (502, "open"), (503, "open"), (504, "open")):
+                (503, "closed"), (500, "open"), (502, "open"), (504, "open")):
             with self.subTest(number):
                 users = self.serve(Stub(status(number)))
                 self.call_times(5, users)
@@ -328,10 +342,57 @@ class CircuitBreakerTest(ClientTest):
                     self.assertRaises(GatewayTimeout, self.call, users, deadline=deadline)
             self.assertEqual(users.instances[0].breaker.state, state, f"with {share} of the time")
 
-    def test_a_503_to_a_call_with_little_time_does_not_open_the_circuit_breaker(self):
-        users = self.serve(Stub(status(503)))
+    def test_a_504_to_a_call_with_little_time_does_not_open_the_circuit_breaker(self):
+        users = self.serve(Stub(status(504)))
         self.call_times(5, users, deadline=self.time.now + 0.3 * TIMEOUT)
         self.assertEqual(users.instances[0].breaker.state, "closed")
+
+    def test_a_call_waits_for_the_probe_of_another_call_to_end(self):
+        for outcome, is_called in ((Outcome.SUCCEEDED, True), (Outcome.UNKNOWN, True),
+                                   (Outcome.FAILED, False), (Outcome.BROKE, False)):
+            users = self.serve(Stub(ALICE))
+            open_breaker(users.instances[0].breaker)
+            self.time.now += 1
+            probe = users.choose([], 0)
+            with (self.subTest(outcome), ThreadPoolExecutor(1) as pool,
+                  mock.patch.object(client, "BULKHEAD_TIME", PATIENCE)):
+                calling = pool.submit(self.call, users)
+                wait_until(lambda users=users: users._probe_ended._waiters or calling.done(),
+                           "the call to wait for the probe")
+                users.note_end(*probe, outcome)
+                if is_called:
+                    self.assertEqual(calling.result(PATIENCE).body, b"Alice")
+                else:
+                    self.assertRaises(UpstreamUnavailable, calling.result, PATIENCE)
+
+    def test_a_call_waits_for_a_probe_no_longer_than_for_the_bulkhead(self):
+        users = self.serve(Stub(ALICE))
+        open_breaker(users.instances[0].breaker)
+        self.time.now += 1
+        users.choose([], 0)
+        for limit, left in ((0.02, TIMEOUT), (3600.0, 0.02)):
+            with (mock.patch.object(client, "BULKHEAD_TIME", limit),
+                  self.assertRaises(UpstreamUnavailable) as raised):
+                self.call(users, deadline=self.time.now + left)
+            self.assertEqual(raised.exception.headers, [("Retry-After", "1")])
+
+    def test_a_burst_of_calls_after_the_pause_waits_for_the_first_to_succeed(self):
+        go_on, stub = threading.Event(), Stub(ALICE)
+        self.addCleanup(go_on.set)
+
+        def hang(connection: socket.socket) -> None:
+            go_on.wait(PATIENCE)
+            stub(connection)
+
+        users = self.serve(hang)
+        open_breaker(users.instances[0].breaker)
+        self.time.now += 30
+        with (mock.patch.object(client, "BULKHEAD_TIME", PATIENCE),
+              ThreadPoolExecutor(16) as pool):
+            burst = [pool.submit(self.call, users) for _ in range(16)]
+            wait_until(lambda: len(users._probe_ended._waiters) == 15, "15 of 16 calls to wait")
+            go_on.set()
+            self.assertEqual([call.result(PATIENCE).body for call in burst], [b"Alice"] * 16)
 
     def test_a_lack_of_file_descriptors_here_says_nothing_about_the_service(self):
         users = self.serve(Stub(ALICE))
@@ -482,12 +543,7 @@ class LogTest(ClientTest):
     def test_a_retry_that_is_not_sent_after_all_is_not_logged(self):
         users = self.serve(Stub(BROKEN[0]))
         breaker = users.instances[0].breaker
-
-        def open_the_breaker(_: float) -> None:
-            while breaker.state == "closed":
-                breaker.end(breaker.begin(), False)
-
-        with mock.patch.object(self.time, "sleep", open_the_breaker):
+        with mock.patch.object(self.time, "sleep", lambda _: open_breaker(breaker)):
             self.assertRaises(Broken, self.call, users, headers=self.ID)
         self.assertEqual(self.log, [])
 

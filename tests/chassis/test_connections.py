@@ -10,6 +10,7 @@ from unittest import mock
 from microshop.chassis import connections
 from microshop.chassis.client import Client, Upstream
 from microshop.chassis.errors import BadGateway, GatewayTimeout, Unreachable
+from microshop.chassis.resilience import RetryBudget
 from microshop.users import Users
 from tests.chassis.calls import (
     ALICE, BOB, CHUNKED, CLOSING, MALLORY, OK, TIMEOUT, ClientTest, Last, Reset, Stub)
@@ -85,6 +86,36 @@ class KeepAliveTest(ClientTest):
                                 "the client did not close the connection")
                 self.assertEqual(len(stub.connections), 2, "the closed connection was used again")
 
+    def test_trimming_closes_the_idle_connections_that_are_of_no_use(self):
+        for what, response, idle_time, is_closed in (
+                ("a young one", ALICE, 30.0, False), ("an old one", ALICE, -1.0, True),
+                ("one that the service closed", Last(ALICE), 30.0, True)):
+            users = self.serve(Stub(response))
+            self.client = Client(TIMEOUT)
+            self.addCleanup(self.client.close)
+            self.call(users)
+            [connection] = self.idle_connections()
+            if response is not ALICE:
+                select.select([connection.socket], [], [], PATIENCE)
+            with self.subTest(what), mock.patch.object(connections, "IDLE_TIME", idle_time):
+                self.client.trim()
+                self.assertEqual(connection.socket.fileno() == -1, is_closed, "it is closed")
+                self.assertEqual(self.idle_connections(), [] if is_closed else [connection])
+
+    def test_trimming_looks_at_the_connections_only_from_time_to_time(self):
+        self.enterContext(mock.patch.object(connections, "time", self.time))
+        self.call(self.serve(Stub(ALICE)))
+        self.client.trim()
+        with mock.patch.object(connections, "IDLE_TIME", -1.0):  # it is too old from now on
+            for passed, expected in ((0.0, 1), (4.9, 1), (0.1, 0)):
+                self.time.now += passed
+                self.client.trim()
+                self.assertEqual(len(self.idle_connections()), expected, "idle connections")
+
+    def idle_connections(self) -> list[connections.Connection]:
+        kept = self.client._connections._idle.values()
+        return [connection for one in kept for connection in one]
+
     def test_closing_the_client_closes_every_kept_connection(self):
         stub = Stub(ALICE)
         self.call(self.serve(stub))
@@ -124,11 +155,10 @@ class KeepAliveTest(ClientTest):
 
         users = self.serve(send_a_response_nobody_asked_for)
         self.call(users)
-        kept = self.client._connections._idle.values()
-        [idle] = [connection.socket for connections in kept for connection in connections]
+        [idle] = self.idle_connections()
         go_on.set()
-        readable, _, _ = select.select([idle], [], [], PATIENCE)
-        self.assertEqual(readable, [idle], "the unwanted response did not arrive")
+        readable, _, _ = select.select([idle.socket], [], [], PATIENCE)
+        self.assertEqual(readable, [idle.socket], "the unwanted response did not arrive")
         self.assertEqual(self.call(users).body, b"Alice")
 
     def test_an_idempotent_request_is_retried_if_the_kept_connection_is_dead(self):
@@ -137,6 +167,15 @@ class KeepAliveTest(ClientTest):
                 with self.subTest(method, death=type(death).__name__):
                     self.assertEqual(self.call_in_turn([ALICE, death, BOB], "GET", method),
                                      ([b"Alice", b"Bob"], [2, 1]))
+
+    def test_a_kept_connection_that_breaks_says_nothing_about_the_service(self):
+        for method, body in (("GET", b"Alice"), ("POST", BadGateway)):
+            deaths = [ALICE, Last(b"")] * 20
+            with self.subTest(method), mock.patch.object(RetryBudget, "AT_LEAST", 0):
+                bodies, _ = self.call_in_turn([*deaths, ALICE], *["GET", method] * 20)
+                self.assertEqual(bodies, [b"Alice", body] * 20,
+                                 "each second request came on a kept connection, which broke")
+        self.assertEqual(self.time.pauses, [], "a retry on a new connection needs no pause")
 
     def test_a_retry_does_not_use_a_kept_connection(self):
         both_are_open, requests = threading.Barrier(2), []

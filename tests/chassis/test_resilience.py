@@ -3,8 +3,10 @@ import random
 import threading
 import unittest
 
-from microshop.chassis.resilience import Bulkhead, CircuitBreaker, RetryBudget
+from microshop.chassis.resilience import Bulkhead, CircuitBreaker, Outcome, RetryBudget
 from tests.helpers import PATIENCE, wait_until
+
+OUTCOMES = {"+": Outcome.SUCCEEDED, "-": Outcome.FAILED, "x": Outcome.BROKE, "?": Outcome.UNKNOWN}
 
 
 class Clock:
@@ -23,7 +25,7 @@ class CircuitBreakerTest(unittest.TestCase):
         self.breaker = CircuitBreaker(self.clock)
 
     def replay(self, history):
-        """Replay a history: numbers are seconds that pass, "+" and "-" calls that succeed and fail.
+        """Replay a history: numbers are seconds that pass, the rest are calls (see OUTCOMES).
 
         Return what the breaker says of its changes.
         """
@@ -34,7 +36,7 @@ class CircuitBreakerTest(unittest.TestCase):
                 continue
             for outcome in event:
                 self.assertTrue(self.breaker.admits(), f"it opens too early in {history}")
-                changes.append(self.breaker.end(self.breaker.begin(), outcome == "+"))
+                changes.append(self.breaker.end(self.breaker.begin(), OUTCOMES[outcome]))
         return [change for change in changes if change]
 
     def test_the_state_follows_from_the_history(self):
@@ -80,13 +82,10 @@ class CircuitBreakerTest(unittest.TestCase):
             "closed: the probe succeeded",
             "opened for 0.5 s after 10 failures in 20 calls"])
 
-    def test_only_the_first_probe_of_an_open_breaker_is_the_one_that_makes_it_half_open(self):
-        self.assertFalse(self.breaker.is_first_probe(self.breaker.begin()), "it is closed")
-        self.replay(["-----", 0.5])
-        for expected in (True, False):
-            ticket = self.breaker.begin()
-            self.assertEqual(self.breaker.is_first_probe(ticket), expected)
-            self.breaker.end(ticket, None)
+    def test_probes_are_counted_from_one_after_each_change_of_state(self):
+        for history, expected in ((["++"], 0), (["-----", 0.5, "?"], 1), (["?"], 2), (["+"], 0)):
+            self.replay(history)
+            self.assertEqual(self.breaker.probes, expected, f"after {history}")
 
     def test_an_open_breaker_says_how_long_it_stays_open(self):
         self.assertEqual(self.breaker.remaining(), 0)
@@ -101,32 +100,48 @@ class CircuitBreakerTest(unittest.TestCase):
         self.clock.now += 100
         self.assertFalse(self.breaker.admits(), "a second probe was let through")
         self.assertEqual(self.breaker.state, "half-open")
-        self.breaker.end(ticket, None)  # it says nothing, so another call may probe
+        self.breaker.end(ticket, Outcome.UNKNOWN)  # so another call may probe
         self.assertEqual((self.breaker.admits(), self.breaker.state), (True, "half-open"))
-        self.breaker.end(self.breaker.begin(), True)
+        self.replay(["+"])
         self.assertEqual(self.breaker.state, "closed")
 
     def test_an_outcome_that_says_nothing_does_not_count(self):
-        for outcome in (False, False, False, False, None, False):
-            self.assertEqual(self.breaker.state, "closed")
-            self.breaker.end(self.breaker.begin(), outcome)
-        self.assertEqual(self.breaker.state, "open", "five failures in a row, not counting None")
+        self.replay(["----???"])
+        self.assertEqual(self.breaker.state, "closed")
+        self.replay(["-"])
+        self.assertEqual(self.breaker.state, "open", "five failures in a row, apart from those")
+
+    def test_connections_that_break_together_count_as_one_failure(self):
+        for _ in range(4):
+            in_flight = [self.breaker.begin() for _ in range(64)]
+            for ticket in in_flight:
+                self.breaker.end(ticket, Outcome.BROKE)
+            self.assertEqual(self.breaker.state, "closed", "a process died; 64 calls noticed")
+        self.replay(["x"])
+        self.assertEqual(self.breaker.state, "open", "five processes died, one after another")
+
+    def test_calls_that_time_out_together_count_each(self):
+        in_flight = [self.breaker.begin() for _ in range(6)]
+        self.breaker.end(in_flight.pop(), Outcome.BROKE)
+        for ticket in in_flight[:4]:
+            self.breaker.end(ticket, Outcome.FAILED)
+        self.assertEqual(self.breaker.state, "open")
 
     def test_a_call_that_began_in_an_earlier_state_does_not_count(self):
         late = [self.breaker.begin() for _ in range(10)]
         self.replay(["-----"])
-        self.breaker.end(late.pop(), True)
+        self.breaker.end(late.pop(), Outcome.SUCCEEDED)
         self.assertEqual(self.breaker.state, "open")
         self.clock.now += 0.5
         self.breaker.begin()
-        for outcome in (True, False, None):
+        for outcome in Outcome:
             self.breaker.end(late.pop(), outcome)
             self.assertFalse(self.breaker.admits(), "its probe has not ended yet")
         self.setUp()
         late = [self.breaker.begin() for _ in range(5)]
         self.replay(["-----", 0.5, "+"])
         for ticket in late:
-            self.breaker.end(ticket, False)
+            self.breaker.end(ticket, Outcome.FAILED)
         self.assertEqual(self.breaker.state, "closed")
 
 
