@@ -98,7 +98,7 @@ class Upstream:
 
         It is one that this call has not tried yet, if possible; of those, one with the fewest calls
         in flight; of those, the one not chosen for longest. If there is none because other calls
-        are probing, waits up to `wait` seconds for a probe to end. Raises UpstreamUnavailable if
+        are probing, it waits up to `wait` seconds for a probe to end. Raises UpstreamUnavailable if
         every circuit breaker is open.
         """
         with self._lock:
@@ -127,8 +127,8 @@ class Upstream:
         if change:
             self._log_breaker(instance, change, log)
 
-    def admits(self, except_for: Sequence[Instance] = ()) -> bool:
-        """Return whether any instance may be called, except for these."""
+    def admits(self, except_for: Sequence[Instance]) -> bool:
+        """Return whether any instance may be called now, except for these."""
         return any(one not in except_for and one.breaker.admits() for one in self.instances)
 
     def is_open(self) -> bool:
@@ -260,9 +260,10 @@ class Client:
 
     def _try(self, call: Call) -> Reply:
         """Send the request to one instance, and tell its circuit breaker how that ended."""
+        wait = call.deadline - time.monotonic()
+        instance, ticket = call.upstream.choose(call.tried, wait, call.log_event)
         left = call.deadline - time.monotonic()
         had_fair_time = left > self.timeout / 2  # else the instance may not be to blame
-        instance, ticket = call.upstream.choose(call.tried, left, call.log_event)
         if call.failures:
             call.log_event(f"retrying {call.method} {call.target} at {instance.base_url}: "
                            f"{call.failures[-1].detail}", f"retry {call.upstream.name}")
