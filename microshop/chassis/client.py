@@ -33,7 +33,7 @@ MAX_RETRIES = 2
 BACKOFF = 0.05        # the longest wait before the first retry, in seconds; doubles for the next
 IDEMPOTENT = {"GET", "HEAD", "OPTIONS", "PUT", "DELETE"}  # harmless to repeat: RFC 9110 9.2.2
 FAILING = {500, 502, 504}  # show a failing instance; 503 comes from a live one that is busy
-# By method: how a retry is answered if an attempt before it was carried out.
+# Methods, and statuses that a retry may get because an earlier attempt was carried out.
 OWN_EFFECTS = {("DELETE", 404), ("DELETE", 412), ("POST", 412), ("PUT", 412)}
 OUT_OF_DESCRIPTORS = {errno.EMFILE, errno.ENFILE}
 
@@ -183,11 +183,12 @@ class Call:
         return self.method in IDEMPOTENT
 
     def may_be_own_effect(self, status: int) -> bool:
-        """Return whether the status of a retry may be due to an attempt whose response was lost.
+        """Return whether this status may be due to an earlier attempt whose response was lost.
 
-        What that attempt deleted is not found, and what it changed no longer meets If-Match.
+        What that attempt deleted is not found, and what it changed no longer matches If-Match.
         """
-        return (self.method, status) in OWN_EFFECTS and isinstance(self.error(), Broken)
+        return (self.method, status) in OWN_EFFECTS and any(
+            isinstance(failure, Broken) for failure in self.failures)
 
     def error(self) -> UpstreamError:
         """Return the failure to report.
@@ -240,7 +241,7 @@ class Client:
                     call.failures.append(failure)
                     pause = None
                 else:
-                    if call.failures and call.may_be_own_effect(reply.status):
+                    if call.may_be_own_effect(reply.status):
                         raise call.error()
                     return reply
                 if pause is None:

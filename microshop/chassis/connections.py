@@ -108,7 +108,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
             connection.close()
 
     def _take_idle(self, address: str) -> "Connection | None":
-        """Return the usable connection that was used last, or None; close unusable ones before it.
+        """Return the connection that was used last, or None; close those that are of no use.
 
         An IndexError ends the search when none is left: a test first would race other threads.
         """

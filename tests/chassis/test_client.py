@@ -4,6 +4,7 @@ import errno
 import re
 import socket
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -360,6 +361,7 @@ class CircuitBreakerTest(ClientTest):
                 wait_until(lambda users=users: users._probe_ended._waiters or calling.done(),
                            "the call to wait for the probe")
                 users.note_end(*probe, outcome)
+                self.assertFalse(users._probe_ended._waiters, "the call still waits")
                 if is_called:
                     self.assertEqual(calling.result(PATIENCE).body, b"Alice")
                 else:
@@ -367,14 +369,13 @@ class CircuitBreakerTest(ClientTest):
 
     def test_a_call_waits_for_a_probe_no_longer_than_for_the_bulkhead(self):
         users = self.serve(Stub(ALICE))
-        open_breaker(users.instances[0].breaker)
-        self.time.now += 1
-        users.choose([], 0)
-        for limit, left in ((0.02, TIMEOUT), (3600.0, 0.02)):
-            with (mock.patch.object(client, "BULKHEAD_TIME", limit),
-                  self.assertRaises(UpstreamUnavailable) as raised):
+        for left, expected in ((TIMEOUT, client.BULKHEAD_TIME), (0.05, 0.05)):
+            probe = mock.patch.object(users._probe_ended, "wait_for", return_value=[])
+            with probe as wait_for, self.assertRaises(UpstreamUnavailable) as raised:
                 self.call(users, deadline=self.time.now + left)
             self.assertEqual(raised.exception.headers, [("Retry-After", "1")])
+            self.assertAlmostEqual(wait_for.call_args.args[1], expected,
+                                   msg=f"seconds to wait, with {left} s left")
 
     def test_a_burst_of_calls_after_the_pause_waits_for_the_first_to_succeed(self):
         go_on, stub = threading.Event(), Stub(ALICE)
@@ -493,6 +494,18 @@ class DeadlineTest(ClientTest):
         with mock.patch.object(client.random, "uniform", lambda *_: 0.02):
             self.call(self.serve(stub), deadline=self.time.now + 2)
         self.assertEqual(self.left(stub), [2.0, 1.98, 1.96])
+
+    def test_a_wait_for_a_probe_is_not_part_of_the_time_left(self):
+        stub = Stub(ALICE)
+        users = self.serve(stub)
+
+        def wait_for_probe(candidates: Callable[[], list], _: float) -> list:
+            self.time.now += 0.4
+            return candidates()
+
+        with mock.patch.object(users._probe_ended, "wait_for", wait_for_probe):
+            self.call(users, deadline=self.time.now + 2)
+        self.assertEqual(self.left(stub), [1.6])
 
     def test_a_deadline_may_shorten_the_timeout_but_not_extend_it(self):
         stub = Stub(ALICE)
