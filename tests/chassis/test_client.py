@@ -358,8 +358,8 @@ class CircuitBreakerTest(ClientTest):
             with (self.subTest(outcome), ThreadPoolExecutor(1) as pool,
                   mock.patch.object(client, "BULKHEAD_TIME", PATIENCE)):
                 calling = pool.submit(self.call, users)
-                wait_until(lambda users=users: users._probe_ended._waiters or calling.done(),
-                           "the call to wait for the probe")
+                wait_until(lambda users=users, calling=calling:
+                           users._probe_ended._waiters or calling.done(), "the call to wait")
                 users.note_end(*probe, outcome)
                 self.assertFalse(users._probe_ended._waiters, "the call still waits")
                 if is_called:
