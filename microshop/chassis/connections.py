@@ -149,12 +149,12 @@ class Connection:
         return False  # bytes, or b"" if the peer has closed it
 
     def send_request(self, request: Request) -> None:
-        method = request.get_method()
         body: bytes = request.data or b""  # type: ignore[assignment]
         headers = [("Host", request.host), *request.header_items()]
-        if body or method not in ("GET", "HEAD", "DELETE", "OPTIONS"):
+        if request.data is not None:  # b"" is a body, too
             headers.append(("Content-Length", str(len(body))))
-        message = wire.format_head(f"{method} {request.selector} HTTP/1.1", headers) + body
+        line = f"{request.get_method()} {request.selector} HTTP/1.1"
+        message = wire.format_head(line, headers) + body
         self.stream.deadline = request.deadline
         request.is_sent = True
         self.stream.send(message)

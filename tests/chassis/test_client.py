@@ -27,7 +27,8 @@ class RequestTest(ClientTest):
         for method, headers, body, fields in [
             ("GET", {"Accept": "*/*"}, None, ["Accept: */*", host, left]),
             ("PUT", {"Etag": "x"}, b"\0\xff", ["Content-Length: 2", "Etag: x", host, left]),
-            ("POST", {}, None, ["Content-Length: 0", host, left]),
+            ("POST", {}, b"", ["Content-Length: 0", host, left]),
+            ("POST", {}, None, [host, left]),
         ]:
             self.client.call(users, method, target, headers, body)
             head, _, content = stub.connections[-1][0].partition(b"\r\n\r\n")
