@@ -18,7 +18,8 @@ from typing import Any
 
 from microshop import GATEWAY_PORT, SERVICES
 from microshop.chassis import config
-from microshop.chassis.admission import RateLimit, client_of, is_bearer
+from microshop.chassis.admission import (
+    SAFE_METHODS, RateLimit, bearer_token, client_of, is_same)
 from microshop.chassis.answer import Answer
 from microshop.chassis.client import Client, Reply, Upstream
 from microshop.chassis.content import PAGE, encode, parse_query
@@ -32,16 +33,18 @@ IDEMPOTENT_RECEIVERS = {"orders"}  # services that honor an Idempotency-Key
 EXPANSIONS = {"orders": {"user": "users", "product": "products"}}
 HEALTH_TIME = 1.0  # seconds for a service to answer its health check
 HEALTH = {200: "ok", 503: "draining"}  # the state of a service, by the status of its answer
-READS = {"GET", "HEAD", "OPTIONS", "TRACE"}  # safe methods, RFC 9110 9.2.1
+
 
 # Headers about one connection, not the message, are not forwarded (RFC 9110 7.6.1).
 HOP_BY_HOP = {
     "connection", "keep-alive", "proxy-connection", "proxy-authenticate", "proxy-authorization",
     "te", "trailer", "transfer-encoding", "upgrade"}
-# Headers that the gateway sets itself, or removes, whatever the client sent.
+# Headers that the gateway sets itself, or removes, whatever the client sent. It has judged Origin
+# and Sec-Fetch-* already, by the Host that the client sent.
 SET_BY_GATEWAY = {
-    "host", "content-length", "expect", "forwarded", "x-forwarded-for", "x-forwarded-host",
-    "x-forwarded-proto", "x-request-id", "x-request-timeout", "traceparent", "tracestate"}
+    "host", "content-length", "expect", "origin", "forwarded", "x-real-ip", "x-request-id",
+    "x-request-timeout", "traceparent", "tracestate"}
+PREFIXES_SET_BY_GATEWAY = ("x-forwarded", "sec-fetch-")
 NOT_FORWARDED = HOP_BY_HOP | SET_BY_GATEWAY
 NOT_PASSED_BACK = HOP_BY_HOP | {"x-request-id", "content-length"}
 # Conditional headers apply to the composed response, not to its parts.
@@ -187,15 +190,18 @@ class GatewayHandler(Handler):
         return [f"/{name}" for name in SERVICES]
 
     def check_client(self) -> None:
-        """Raise TooManyRequests above the rate, or Unauthorized for a write without the token."""
+        """Raise TooManyRequests above the rate, Forbidden as in Handler, or Unauthorized."""
         if self.server.limit:
             self.check_rate(self.server.limit)
+        super().check_client()
         token = self.server.token
-        if not token or self.command in READS:
+        if not token or self.command in SAFE_METHODS:
             return
-        if not is_bearer(self.headers.get("authorization", ""), token):
+        given = bearer_token(self.headers.get("authorization", ""))
+        if not is_same(given, token):
+            code = ', error="invalid_token"' if given else ""  # RFC 6750 section 3
             raise Unauthorized("a write needs Authorization: Bearer followed by the shop's token",
-                               [("WWW-Authenticate", 'Bearer realm="microshop"')])
+                               [("WWW-Authenticate", f'Bearer realm="microshop"{code}')])
 
     def check_rate(self, limit: RateLimit) -> None:
         wait = math.ceil(limit.take(client_of(self.client_address[0])))
@@ -215,9 +221,9 @@ class GatewayHandler(Handler):
 
         The request's correlation id is sent along as X-Request-Id, so that all logs have the same.
         """
-        named = self.headers.tokens("connection")  # headers that are for this hop only
+        left_out = left_out.union(self.headers.tokens("connection"))  # those are for this hop only
         headers = {name: value for name, value in self.headers.items()
-                   if name not in left_out and name not in named}
+                   if name not in left_out and not name.startswith(PREFIXES_SET_BY_GATEWAY)}
         own_via = via(self.request_version)
         headers["via"] = f"{headers['via']}, {own_via}" if headers.get("via") else own_via
         headers["x-forwarded-for"] = self.client_address[0]
@@ -227,8 +233,9 @@ class GatewayHandler(Handler):
         if self.server.token:  # the token is not for the services
             headers.pop("authorization", None)
         headers.update(self.trace_headers())
+        has_body = "content-length" in self.headers or "transfer-encoding" in self.headers
         return self.server.client.call(
-            upstream, method, self.path, headers, self.body, self.deadline)
+            upstream, method, self.path, headers, self.body if has_body else None, self.deadline)
 
     def pass_back(self, reply: Reply) -> Answer:
         """Return the service's reply as the answer to the client."""

@@ -10,7 +10,7 @@ from microshop import SERVICES
 from microshop.chassis import wire
 from microshop.gateway import Gateway
 from microshop.users import Users
-from tests.helpers import PATIENCE, Wire, exchange, running
+from tests.helpers import PATIENCE, Wire, ask, exchange, running
 
 VALID = b"GET /users HTTP/1.1\r\nHost: shop\r\n\r\n"
 LINE = b"GET /users HTTP/1.1\r\n"
@@ -164,6 +164,22 @@ class HostileTest(unittest.TestCase):
                     answer, = exchange(port, b"GET " + target + b" HTTP/1.1\r\nHost: shop\r\n\r\n")
                     self.assertEqual([{"id": 1, "name": "Alice"}, {"id": 2, "name": "Bob"}],
                                      answer.json, f"{target!r} at {at}")
+
+    def test_no_web_page_of_another_origin_can_make_a_browser_write(self):
+        for at, port in self.ports.items():
+            for status, headers in (
+                    (403, {"Sec-Fetch-Site": "cross-site", "Origin": "https://evil.example"}),
+                    (403, {"Sec-Fetch-Site": "same-site", "Origin": "http://127.0.0.1:1"}),
+                    (403, {"Origin": "null"}),
+                    (200, {"Sec-Fetch-Site": "same-origin", "Origin": f"http://127.0.0.1:{port}"}),
+                    (200, {"Origin": f"http://127.0.0.1:{port}"}),
+                    (200, {})):
+                with self.subTest(headers, at=at):
+                    own = {"Content-Type": "application/json", **headers}
+                    answer = ask(port, "PUT", "/users/1", own, b'{"name":"Alice"}')
+                    self.assertEqual(answer.status, status, f"PUT of a page at the {at}: {answer}")
+                    read = ask(port, "GET", "/users/1", headers)
+                    self.assertEqual(read.status, 200, "a browser itself protects what is read")
 
     def test_two_valid_requests_on_one_connection_are_both_answered(self):
         for at, port in self.ports.items():

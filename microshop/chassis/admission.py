@@ -1,14 +1,18 @@
-"""Which requests are let in: a rate limit for each client, and the bearer token that writes need.
+"""Which requests are let in: rate limit, bearer token, and writes that a browser sends.
 
-Law: nothing here knows HTTP requests, only addresses and header values; the gateway does the rest.
+Law: nothing here answers a request; it judges addresses and header values. handler.py and the
+gateway do the rest.
 """
 import hmac
 import ipaddress
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
+
+
+SAFE_METHODS = {"GET", "HEAD", "OPTIONS", "TRACE"}  # they change nothing: RFC 9110 9.2.1
 
 
 class Rate(NamedTuple):
@@ -61,11 +65,26 @@ def client_of(address: str) -> str:
     return str(host.ipv4_mapped or ipaddress.IPv6Network((int(host) >> 64 << 64, 64)))
 
 
-def is_bearer(authorization: str, token: str) -> bool:
-    """Return whether an Authorization header carries the token (RFC 6750 section 2.1).
+def bearer_token(authorization: str) -> str:
+    """Return the token in an Authorization header, or "" (RFC 6750 section 2.1)."""
+    scheme, _, token = authorization.partition(" ")
+    return token.strip(" ") if scheme.lower() == "bearer" else ""
 
-    The comparison takes the same time however many characters are right.
+
+def is_same(given: str, token: str) -> bool:
+    """Compare two tokens; it takes the same time however many characters are right."""
+    return hmac.compare_digest(given.encode(), token.encode())
+
+
+def is_cross_origin(headers: Mapping[str, str]) -> bool:
+    """Return whether a web page of another origin made a browser send a request.
+
+    Any page that a person visits can send a POST to localhost. It cannot read the answer, but the
+    write would be done: cross-site request forgery. Browsers send Sec-Fetch-Site to localhost and
+    over https, and Origin with every write; other clients, such as curl, send neither. Go's
+    http.CrossOriginProtection decides in the same way. `headers` have lower-case names.
     """
-    scheme, _, given = authorization.partition(" ")
-    is_equal = hmac.compare_digest(given.strip(" ").encode(), token.encode())
-    return scheme.lower() == "bearer" and is_equal
+    if site := headers.get("sec-fetch-site"):
+        return site not in ("same-origin", "none")  # none: a person typed the address
+    origin = headers.get("origin", "")
+    return bool(origin) and origin.partition("://")[1:] != ("://", headers.get("host"))

@@ -45,6 +45,7 @@ class ServiceError(Exception):
 
 class BadRequest(ServiceError): status = HTTPStatus.BAD_REQUEST                          # 400
 class Unauthorized(ServiceError): status = HTTPStatus.UNAUTHORIZED                       # 401
+class Forbidden(ServiceError): status = HTTPStatus.FORBIDDEN                             # 403
 class NotFound(ServiceError): status = HTTPStatus.NOT_FOUND                              # 404
 class MethodNotAllowed(ServiceError): status = HTTPStatus.METHOD_NOT_ALLOWED             # 405
 class RequestTimeout(ServiceError): status = HTTPStatus.REQUEST_TIMEOUT                  # 408

@@ -21,6 +21,7 @@ from typing import Any
 
 from microshop.chassis import config, wire
 from microshop.chassis.access_log import make_request_id
+from microshop.chassis.admission import SAFE_METHODS, is_cross_origin
 from microshop.chassis.answer import (
     IDLE_TIME, NO_STORE, Answer, RequestContext, check_preconditions, entity_tag, format_answer,
     problem_answer, represent)
@@ -28,7 +29,7 @@ from microshop.chassis.content import (
     MAX_INTEGER, FieldTable, Page, encode, next_query, parse_json, parse_page, validate)
 from microshop.chassis.database import Transaction
 from microshop.chassis.errors import (
-    RETRY_SOON, BadRequest, ExpectationFailed, LengthRequired, MethodNotAllowed,
+    RETRY_SOON, BadRequest, ExpectationFailed, Forbidden, LengthRequired, MethodNotAllowed,
     MethodNotImplemented, NotFound, RequestTimeout, ServiceError, ServiceUnavailable,
     UnsupportedMediaType, excerpt)
 from microshop.chassis.server import Service
@@ -221,10 +222,12 @@ class Handler(ConnectionHandler):
         return self.dispatch()
 
     def check_client(self) -> None:
-        """Raise a ServiceError if this client may not send this request now.
+        """Raise Forbidden for a write that a web page of another origin made a browser send.
 
-        Here every client may; the gateway overrides this.
+        The gateway checks more.
         """
+        if self.command not in SAFE_METHODS and is_cross_origin(self.headers):
+            raise Forbidden("a web page of another origin must not write here")
 
     def dispatch(self) -> Answer:
         """Call the route's function.

@@ -1,8 +1,9 @@
-"""Rate limit and bearer token."""
+"""Rate limit, bearer token, and requests that a web page of another origin makes."""
 import sys
 import unittest
 
-from microshop.chassis.admission import Rate, RateLimit, client_of, is_bearer
+from microshop.chassis.admission import (
+    Rate, RateLimit, bearer_token, client_of, is_cross_origin, is_same)
 from tests.chassis.test_resilience import Clock
 
 
@@ -64,12 +65,45 @@ class BearerTest(unittest.TestCase):
     def test_nothing_but_the_exact_token_is_accepted(self):
         token = "s3cret-._~+/=="
         for shown in (f"Bearer {token}", f"bearer {token}", f"BEARER  {token} "):
-            self.assertTrue(is_bearer(shown, token), shown)
+            self.assertTrue(is_same(bearer_token(shown), token), shown)
         for shown in (
                 "", "Bearer", "Bearer ", token, f"Basic {token}", "Bearer s3cret-._~+/=",
                 f"Bearer {token}=", "Bearer S3cret-._~+/==", f"Bearer {token}, Bearer x",
                 f"Bearer\t{token}", "Bearer \xe9", f"Bearer {token}\xff"):
-            self.assertFalse(is_bearer(shown, token), shown)
+            self.assertFalse(is_same(bearer_token(shown), token), shown)
+
+    def test_a_header_without_a_bearer_token_carries_none(self):
+        for shown in ("", "Bearer", "Bearer ", "Basic Og==", "s3cret"):
+            self.assertEqual(bearer_token(shown), "", shown)
+
+
+class CrossOriginTest(unittest.TestCase):
+    def test_what_a_browser_says_of_a_request_decides_whether_it_is_cross_origin(self):
+        for is_cross, headers in (
+                (False, {}),
+                (False, {"host": "localhost:3000"}),
+                (False, {"sec-fetch-site": "same-origin"}),
+                (False, {"sec-fetch-site": "none"}),
+                (True, {"sec-fetch-site": "same-site"}),
+                (True, {"sec-fetch-site": "cross-site"}),
+                (True, {"sec-fetch-site": "cross-site, same-origin"}),
+                # behind a proxy, the Host may be another; the browser knows what it asked for
+                (False, {"sec-fetch-site": "same-origin", "origin": "https://shop.example",
+                         "host": "127.0.0.1:3000"}),
+                (True, {"sec-fetch-site": "cross-site", "origin": "http://shop", "host": "shop"}),
+                # Sec-Fetch-Site is not sent over http to another machine
+                (False, {"origin": "http://shop:3000", "host": "shop:3000"}),
+                (False, {"origin": "https://shop", "host": "shop"}),
+                (False, {"sec-fetch-site": "", "origin": "", "host": "shop"}),
+                (True, {"origin": "http://evil.example", "host": "shop:3000"}),
+                (True, {"origin": "http://shop:3001", "host": "shop:3000"}),
+                (True, {"origin": "http://shop:3000.evil.example", "host": "shop:3000"}),
+                (True, {"origin": "http://evil.example://shop", "host": "shop"}),
+                (True, {"origin": "http://shop, http://shop", "host": "shop"}),
+                (True, {"origin": "null", "host": "shop"}),
+                (True, {"origin": "null", "host": ""}),
+                (True, {"origin": "http://shop"})):
+            self.assertEqual(is_cross_origin(headers), is_cross, headers)
 
 
 if __name__ == "__main__":
