@@ -20,7 +20,7 @@ from microshop import GATEWAY_PORT, SERVICES
 from microshop.chassis import config
 from microshop.chassis.admission import (
     SAFE_METHODS, RateLimit, bearer_token, client_of, is_same)
-from microshop.chassis.answer import Answer
+from microshop.chassis.answer import NO_STORE, Answer
 from microshop.chassis.client import Client, Reply, Upstream
 from microshop.chassis.content import PAGE, encode, parse_query
 from microshop.chassis.errors import (
@@ -31,9 +31,8 @@ from microshop.chassis.server import Service
 IDEMPOTENT_RECEIVERS = {"orders"}  # services that honor an Idempotency-Key
 # For each service: the names that ?expand= accepts, each with the service to fetch it from.
 EXPANSIONS = {"orders": {"user": "users", "product": "products"}}
-HEALTH_TIME = 1.0  # seconds for a service to answer its health check
-HEALTH = {200: "ok", 503: "draining"}  # the state of a service, by the status of its answer
-
+HEALTH_TIME = 0.2  # seconds for the services to answer: health checks often wait 1 s in all
+HEALTH_PATHS = {"/health", "/health/live"}
 
 # Headers about one connection, not the message, are not forwarded (RFC 9110 7.6.1).
 HOP_BY_HOP = {
@@ -47,9 +46,10 @@ SET_BY_GATEWAY = {
 PREFIXES_SET_BY_GATEWAY = ("x-forwarded", "sec-fetch-")
 NOT_FORWARDED = HOP_BY_HOP | SET_BY_GATEWAY
 NOT_PASSED_BACK = HOP_BY_HOP | {"x-request-id", "content-length"}
-# Conditional headers apply to the composed response, not to its parts.
-CONDITIONS = {
-    "if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "if-range", "range"}
+# Headers that apply to the composed response, not to its parts.
+ABOUT_THE_WHOLE = {
+    "if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "if-range", "range",
+    "accept-encoding"}
 
 
 def via(version: str) -> str:
@@ -79,6 +79,19 @@ def in_parallel(function: Callable[[Any], Any], items: list) -> list:
     if items:
         run(futures[0], items[0])
     return [future.result() for future in futures]
+
+
+def get_all(client: Client, requests: list[tuple[Upstream, str]], headers: dict[str, str],
+            deadline: float) -> list[Reply | UpstreamError]:
+    """Send a GET to each service and target in parallel; return the replies, or the errors."""
+    def get(request: tuple[Upstream, str]) -> Reply | UpstreamError:
+        upstream, target = request
+        try:
+            return client.call(upstream, "GET", target, headers, None, deadline)
+        except UpstreamError as error:
+            return error
+
+    return in_parallel(get, requests)
 
 
 # --- what a composed response is made of
@@ -190,8 +203,11 @@ class GatewayHandler(Handler):
         return [f"/{name}" for name in SERVICES]
 
     def check_client(self) -> None:
-        """Raise TooManyRequests above the rate, Forbidden as in Handler, or Unauthorized."""
-        if self.server.limit:
+        """Raise TooManyRequests above the rate, Forbidden as in Handler, or Unauthorized.
+
+        Health checks do not count for the rate: to answer them with 429 would take the gateway out.
+        """
+        if self.server.limit and self.path.partition("?")[0].rstrip("/") not in HEALTH_PATHS:
             self.check_rate(self.server.limit)
         super().check_client()
         token = self.server.token
@@ -259,7 +275,7 @@ class GatewayHandler(Handler):
         for name in names:
             if name not in services:
                 raise BadRequest(f"expand: {excerpt(name)!r} is not one of {', '.join(services)}")
-        reply = self.forward(upstream, "GET", NOT_FORWARDED | CONDITIONS)
+        reply = self.forward(upstream, "GET", NOT_FORWARDED | ABOUT_THE_WHOLE)
         if reply.status != 200:
             return self.pass_back(reply)
         rows = read_rows(upstream.name, reply.body, *[key_of(name) for name in names])
@@ -270,6 +286,8 @@ class GatewayHandler(Handler):
         headers = [("X-Complete", f"{total - missing}/{total}"), ("Via", via(reply.version))]
         if "link" in reply.fields:
             headers.insert(0, ("Link", reply.fields["link"]))
+        if missing:
+            headers.append(NO_STORE)
         is_page = reply.body.lstrip().startswith(b"[")  # else read_rows() made a list of one
         return Answer(rows if is_page else rows[0], headers=headers)
 
@@ -280,23 +298,10 @@ class GatewayHandler(Handler):
         for expansion, ids in batches:
             target = f"/{expansion.service}?ids={','.join(map(str, ids))}"
             requests.append((self.server.upstreams[expansion.service], target))
-        replies = self.get_all(requests, self.deadline)
+        headers = self.trace_headers()
+        replies = get_all(self.server.client, requests, headers, self.deadline)
         for (expansion, ids), reply in zip(batches, replies, strict=True):
             expansion.add(ids, reply)
-
-    def get_all(self, requests: list[tuple[Upstream, str]],
-                deadline: float) -> list[Reply | UpstreamError]:
-        """Send a GET to each service and target in parallel; return the replies, or the errors."""
-        headers = self.trace_headers()
-
-        def get(request: tuple[Upstream, str]) -> Reply | UpstreamError:
-            upstream, target = request
-            try:
-                return self.server.client.call(upstream, "GET", target, headers, None, deadline)
-            except UpstreamError as error:
-                return error
-
-        return in_parallel(get, requests)
 
     # --- the gateway's own resources
 
@@ -308,10 +313,12 @@ class GatewayHandler(Handler):
         answer = super().health()
         upstreams = self.server.upstreams
         requests = [(upstream, "/health") for upstream in upstreams.values()]
-        replies = self.get_all(requests, min(self.deadline, time.monotonic() + HEALTH_TIME))
-        states = dict(zip(upstreams, map(state_of, replies), strict=True))
+        deadline = min(self.deadline, time.monotonic() + HEALTH_TIME)
+        replies = get_all(self.server.client, requests, self.trace_headers(), deadline)
         breakers = {name: [instance.breaker.state for instance in upstream.instances]
                     for name, upstream in upstreams.items()}
+        states = {name: state_of(reply, breakers[name])
+                  for name, reply in zip(upstreams, replies, strict=True)}
         body = {**answer.body, "services": states, "breakers": breakers}
         if answer.status == 200 and any(state != "ok" for state in states.values()):
             body["status"] = "degraded"
@@ -320,11 +327,16 @@ class GatewayHandler(Handler):
     routes = {"/": {"GET": greet}}
 
 
-def state_of(reply: Reply | UpstreamError) -> str:
-    """Return the state of a service from its health check."""
-    if isinstance(reply, UpstreamError):
-        return "away"
-    return HEALTH.get(reply.status, "away")
+def state_of(reply: Reply | UpstreamError, breakers: list[str]) -> str:
+    """Return the state of a service from its health check, and those of its circuit breakers.
+
+    A service is busy if it has no room, or not the time, to answer: that alone is no fault.
+    """
+    if reply.status == 200:
+        return "ok"
+    if isinstance(reply, Reply) and b'"draining"' in reply.body:
+        return "draining"
+    return "busy" if reply.status in (503, 504) and "closed" in breakers else "away"
 
 
 # --- the process

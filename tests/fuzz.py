@@ -532,6 +532,7 @@ def running_gateway() -> Iterator[int]:
     reports a failure.
     """
     with (mock.patch.object(wire, "LINGER", PATIENCE),  # on a slow machine, 1 s may be too short
+          mock.patch("microshop.gateway.HEALTH_TIME", PATIENCE),  # likewise
           contextlib.redirect_stderr(io.StringIO()) as log,
           running_shop(timeout=PATIENCE) as shop):
         urls = {f"{service.name}_url": [service.url] for service in shop}

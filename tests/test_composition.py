@@ -225,12 +225,12 @@ class CallTest(CompositionTest):
                   if line.startswith("traceparent: ")}
         self.assertEqual(len(traces), 1, traces)
 
-    def test_conditional_headers_are_not_forwarded(self):
+    def test_headers_about_the_composed_response_are_not_forwarded(self):
         self.open([ORDER])
         self.ask("/orders?expand=user", If_None_Match='"a"', If_Modified_Since="x",
-                 Range="bytes=0-1", X_Kept="1")
+                 Range="bytes=0-1", Accept_Encoding="gzip", X_Kept="1")
         self.assertIn("\r\nx-kept: 1\r\n", self.orders.heads[0])
-        for name in ("if-none-match", "if-modified-since", "range"):
+        for name in ("if-none-match", "if-modified-since", "range", "accept-encoding"):
             self.assertNotIn(f"\r\n{name}: ", self.orders.heads[0] + self.users.heads[0])
 
 
@@ -296,6 +296,12 @@ class MissingTest(CompositionTest):
             self.assert_user_is_missing(500, "^the response status was 500$")
         self.assert_user_is_missing(503, "its circuit breaker is open")
         self.assertEqual(len(self.users.targets), 5, "the sixth time, users must not be called")
+
+    def test_no_cache_may_store_an_order_without_what_is_missing(self):
+        self.open(ORDER, users_url=[NOBODY])
+        whole, incomplete = [self.ask(f"/orders/201?expand={name}").headers.get("cache-control")
+                             for name in ("product", "user")]
+        self.assertEqual((whole, incomplete), ("no-cache", "no-store"))
 
     def test_everything_that_is_missing_is_listed(self):
         self.open([ORDER, {**ORDER, "id": 202}], users_url=[NOBODY], products_url=[NOBODY])

@@ -1,13 +1,14 @@
 """What the processes of the shop need of each other: both ends keep the contracts."""
 import contextlib
 import unittest
+from unittest import mock
 
 from microshop import SERVICES
 from microshop.gateway import Gateway
 from microshop.orders import Orders, Saga, add_order, move_order
 from microshop.users import Users
 from tests.contract import FOLDER, complete, fits, load, replay, served
-from tests.helpers import ask, running, running_shop, service_of
+from tests.helpers import PATIENCE, ask, running, running_shop, service_of
 
 NAMES = sorted(path.stem for path in FOLDER.iterdir())
 BEHIND_THE_GATEWAY = [f"gateway-{service}" for service in SERVICES]
@@ -163,6 +164,7 @@ class GatewayOnStubsTest(unittest.TestCase):
             replay(self, without_health(contract), gateway.server_port)
         order = ask(gateway.server_port, "GET", "/orders/201?expand=user,product").json
         self.assertEqual((order["user"]["name"], order["product"]["name"]), ("Alice", "Laptop"))
+        self.enterContext(mock.patch("microshop.gateway.HEALTH_TIME", PATIENCE))
         health = ask(gateway.server_port, "GET", "/health").json
         self.assertEqual((health["status"], health["services"]),
                          ("ok", dict.fromkeys(SERVICES, "ok")))
