@@ -250,8 +250,9 @@ class GatewayHandler(Handler):
             headers.pop("authorization", None)
         headers.update(self.trace_headers())
         has_body = "content-length" in self.headers or "transfer-encoding" in self.headers
+        body = self.body if has_body else None
         return self.server.client.call(
-            upstream, method, self.path, headers, self.body if has_body else None, self.deadline)
+            upstream, method, self.path, headers, body, self.deadline)
 
     def pass_back(self, reply: Reply) -> Answer:
         """Return the service's reply as the answer to the client."""
