@@ -11,6 +11,7 @@ Law: it only reads; it changes and repairs nothing.
 """
 import contextlib
 import os
+import re
 import sqlite3
 import sys
 import tempfile
@@ -41,19 +42,19 @@ VIOLATIONS = {  # the text of each, and the query that finds it
             ) AS reserved FROM products)
         WHERE supplied != stock + reserved""",
     "order {} is confirmed for {} units of product {}, but {} of product {} are reserved": """
-        SELECT id, o.quantity, o.productId, coalesce(r.quantity, 0),
+        SELECT o.id, o.quantity, o.productId, coalesce(r.quantity, 0),
                coalesce(r.productId, o.productId)
-        FROM orders AS o LEFT JOIN reservations AS r ON orderId = id
+        FROM orders AS o LEFT JOIN reservations AS r ON r.id = coalesce(reservation, o.id)
         WHERE status = 'confirmed' AND (o.quantity, o.productId) IS NOT (r.quantity, r.productId)
         """,
     "order {} is {}, but {} units of product {} are reserved for it": """
-        SELECT id, status, r.quantity, r.productId
-        FROM orders JOIN reservations AS r ON orderId = id
+        SELECT o.id, status, r.quantity, r.productId
+        FROM orders AS o JOIN reservations AS r ON r.id = coalesce(reservation, o.id)
         WHERE status IN ('rejected', 'cancelled') AND due IS NULL AND r.productId IS NOT NULL""",
-    "order {} does not exist, but {} units of product {} are reserved for it": """
-        SELECT orderId, r.quantity, r.productId
-        FROM reservations AS r LEFT JOIN orders ON orderId = id
-        WHERE r.productId IS NOT NULL AND id IS NULL""",
+    "reservation {} is for {} units of product {}, but for no order": """
+        SELECT id, quantity, productId FROM reservations
+        WHERE productId IS NOT NULL
+        AND id NOT IN (SELECT coalesce(reservation, id) FROM orders)""",
     "order {} has been {} since {} (UTC), and is still not finished": """
         SELECT id, status, datetime(since, 'unixepoch') FROM orders
         WHERE due IS NOT NULL AND since < :now - :patience""",
@@ -69,7 +70,7 @@ def find_violations(folder: Path) -> list[str]:
     """
     with contextlib.closing(sqlite3.connect(":memory:", uri=True)) as connection:
         attach_files(connection, folder)
-        first = run_queries(connection)
+        first = set(run_queries(connection))
         second = run_queries(connection)
     return [line for line in second if line in first]
 
@@ -123,7 +124,10 @@ def check(folder: Path) -> bool:
     try:
         violations = find_violations(folder)
     except (sqlite3.Error, UnicodeDecodeError) as error:
-        print(f"audit: cannot read the databases in {folder}: {error}", file=sys.stderr)
+        is_new = re.match("no such (table|column)", str(error))
+        why = "the tables are not there yet; start the shop, or wait until it is ready"
+        print(f"audit: cannot read the databases in {folder}: {why if is_new else error}",
+              file=sys.stderr)
         return False
     print(f"the databases in {folder} {'do not agree:' if violations else 'agree'}")
     for line in violations:

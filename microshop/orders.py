@@ -23,6 +23,7 @@ import threading
 import time
 import traceback
 from argparse import Namespace
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ from microshop import SERVICES
 from microshop.chassis import config
 from microshop.chassis.answer import Answer
 from microshop.chassis.client import Client, Reply, Upstream
-from microshop.chassis.content import Integer, Page, encode, parse_query
+from microshop.chassis.content import MAX_INTEGER, Integer, Page, encode, parse_query
 from microshop.chassis.database import Database
 from microshop.chassis.errors import (
     RETRY_SOON, BadGateway, BadRequest, Conflict, NotFound, ServiceError, UnprocessableContent,
@@ -38,12 +39,11 @@ from microshop.chassis.errors import (
 from microshop.chassis.handler import Handler
 from microshop.chassis.server import Service
 
-CALL_TIME = 2.0         # seconds for another service to answer; fewer if the deadline comes first
-TAKE_OVER = 5.0         # seconds for a request to finish an order before the background tries
-RETRY_FIRST = 0.2       # seconds of the shortest wait before a retry; jitter may halve it
-RETRY_LAST = 10.0       # seconds of the longest wait; jitter may halve it
-POLL = 0.1              # seconds between two searches for orders that are due
-KEY_LIFE = 24 * 3600.0  # seconds that an Idempotency-Key is remembered
+CALL_TIME = 2.0    # seconds for another service to answer; fewer if the deadline comes first
+TAKE_OVER = 5.0    # seconds for a request to finish an order before the background tries
+RETRY_FIRST = 0.2  # seconds of the shortest wait before a retry; jitter may halve it
+RETRY_LAST = 10.0  # seconds of the longest wait; jitter may halve it
+POLL = 0.1         # seconds between two searches for orders that are due
 
 KEY = re.compile("[ -~]{1,255}")
 PROBLEM = ("Content-Type", "application/problem+json")
@@ -71,12 +71,16 @@ SCHEMA = [[  # the statements of version 1; times are in seconds since 1970
             placed REAL NOT NULL,      -- when it was placed
             since REAL NOT NULL,       -- when it got its status
             due REAL,                  -- when to resume it; NULL if it needs no more steps
-            answer TEXT)               -- the stored response: [status, body]""",
+            answer TEXT)               -- the final response: [status, body]""",
     "CREATE INDEX orders_by_status ON orders (status)",
     "CREATE INDEX orders_not_rejected ON orders (id) WHERE status != 'rejected'",
     "CREATE INDEX orders_due ON orders (due) WHERE due IS NOT NULL",
     "INSERT INTO orders (id, userId, productId, quantity, status, placed, since) "
     "VALUES (201, 1, 101, 1, 'confirmed', 0, 0), (202, 2, 102, 1, 'confirmed', 0, 0)",
+], [  # version 2
+    # The id of the order's reservation; NULL: its own id, as it was in version 1.
+    "ALTER TABLE orders ADD COLUMN reservation INTEGER",
+    "UPDATE orders SET answer = NULL WHERE answer LIKE '[202,%'",  # these were not final
 ]]
 
 # What a client sends to place an order.
@@ -91,12 +95,13 @@ FIELDS = {"userId": Integer(), "productId": Integer(), "quantity": Integer(defau
 def find_orders(database: Database, status: str | None, page: Page) -> list[dict]:
     """Return the summaries on a page, plus one extra row if there is a next page.
 
-    Only orders with this status are returned; if it is None, all except the rejected ones.
+    Only orders with this status are returned; if it is None, all except the rejected ones. With
+    ids, a plus before `status` keeps SQLite from reading all orders of that status in an index.
     """
-    chosen = "id IN (SELECT value FROM json_each(:ids)) AND" if page.ids else ""
+    chosen = "id IN (SELECT value FROM json_each(:ids)) AND +" if page.ids else ""
     listed = "status = :status" if status else "status != 'rejected'"
     return database.rows(
-        f"SELECT id, userId, productId FROM orders WHERE {chosen} {listed} AND id > :after "
+        f"SELECT id, userId, productId FROM orders WHERE {chosen}{listed} AND id > :after "
         "ORDER BY id LIMIT :limit + 1", {**page._asdict(), "status": status})
 
 
@@ -114,31 +119,53 @@ def add_order(database: Database, fields: dict, key: str | None) -> tuple[int, b
     """Store a new order as pending, with its key; return its id and True.
 
     If the key was used before, return the id of that order and False. Raises UnprocessableContent
-    if that request had a different body. An expired key is forgotten: the order is a new one then.
+    if that request had a different body.
     """
     now = time.time()
     added = database.write(
-        "INSERT INTO orders (userId, productId, quantity, status, key, placed, since, due) "
-        "VALUES (:userId, :productId, :quantity, 'pending', :key, :now, :now, :due) "
+        "INSERT INTO orders"
+        " (userId, productId, quantity, status, key, placed, since, due, reservation) "
+        "VALUES (:userId, :productId, :quantity, 'pending', :key, :now, :now, :due, :reservation) "
         "ON CONFLICT (key) DO NOTHING",
-        {**fields, "key": key, "now": now, "due": now + TAKE_OVER})
+        {**fields, "key": key, "now": now, "due": now + TAKE_OVER,
+         "reservation": choose_reservation()})
     if added.rowcount:
         return added.lastrowid, True
-    database.write(
-        "UPDATE orders SET key = NULL WHERE key = ? AND placed < ?", [key, now - KEY_LIFE])
-    known = database.rows(
+    [known] = database.rows(
         "SELECT id, userId, productId, quantity FROM orders WHERE key = ?", [key])
-    if not known:  # the key had expired
-        return add_order(database, fields, key)
-    if not fields.items() <= known[0].items():
+    if not fields.items() <= known.items():
         raise UnprocessableContent({
-            "Idempotency-Key": f"was already used with a different body (order {known[0]['id']})"})
-    return known[0]["id"], False
+            "Idempotency-Key": f"was already used with a different body (order {known['id']})"})
+    return known["id"], False
+
+
+def choose_reservation() -> int:
+    """Return an id for a reservation. It is random, so that no other order ever has the same.
+
+    The orders' own ids would come twice if orders.db were lost, or restored from an older copy, and
+    products would take a new order for one that it knows.
+    """
+    return random.randint(1, MAX_INTEGER)
+
+
+def find_reservation(database: Database, order_id: int) -> int:
+    """Return the id of an order's reservation."""
+    rows = database.rows(
+        "SELECT coalesce(reservation, id) AS reservation FROM orders WHERE id = ?", [order_id])
+    return rows[0]["reservation"]
+
+
+def renew_reservation(database: Database, order_id: int, reservation: int) -> None:
+    """Give a pending order another reservation, unless another worker has done so."""
+    database.write(
+        "UPDATE orders SET reservation = :new "
+        "WHERE id = :id AND status = 'pending' AND coalesce(reservation, id) = :old",
+        {"id": order_id, "old": reservation, "new": choose_reservation()})
 
 
 def move_order(database: Database, order_id: int, status: str,
                response: Response | None = None, reason: str | None = None) -> bool:
-    """Move an order to a status, and store the response for the client unless one is stored.
+    """Move an order to a status; if that decides it, store the final response for the client.
 
     Return False if the order is not in the previous status: another worker was faster.
     """
@@ -146,24 +173,25 @@ def move_order(database: Database, order_id: int, status: str,
     is_finished = status in ("confirmed", "cancelled")  # a rejected order must still release units
     moved = database.write(
         "UPDATE orders SET status = :status, since = :now, due = :due, reason = :reason, "
-        "answer = coalesce(answer, :answer) WHERE id = :id AND status = :previous",
+        "answer = coalesce(:answer, answer) WHERE id = :id AND status = :previous",
         {"id": order_id, "status": status, "previous": PREVIOUS[status], "now": now,
          "due": None if is_finished else now + TAKE_OVER, "reason": reason,
          "answer": response and encode(response)})
     return moved.rowcount == 1
 
 
-def postpone_order(database: Database, order: dict) -> None:
+def postpone_order(database: Database, order_id: int) -> None:
     """Put off an unfinished order for as long as it has had its status, at most RETRY_LAST.
 
     So the waits double at first (exponential backoff). A random part is taken off (jitter), so that
-    orders that failed together are not all retried together.
+    orders that failed together are not all retried together. (If the clock was set back, the order
+    has its status since a time that is still to come: hence abs().)
     """
     database.write(
-        "UPDATE orders SET due = :now + :jitter * min(max(:now - since, :first), :last) "
-        "WHERE id = :id AND status = :status AND due IS NOT NULL",
-        {"id": order["id"], "status": order["status"], "now": time.time(),
-         "jitter": random.uniform(0.5, 1), "first": RETRY_FIRST, "last": RETRY_LAST})
+        "UPDATE orders SET due = :now + :jitter * min(max(abs(:now - since), :first), :last) "
+        "WHERE id = :id AND due IS NOT NULL",
+        {"id": order_id, "now": time.time(), "jitter": random.uniform(0.5, 1),
+         "first": RETRY_FIRST, "last": RETRY_LAST})
 
 
 def finish_rejected(database: Database, order_id: int) -> None:
@@ -173,9 +201,14 @@ def finish_rejected(database: Database, order_id: int) -> None:
 
 
 def find_due(database: Database) -> list[int]:
-    """Return the ids of orders that should be resumed now, up to 100."""
+    """Return the ids of orders that should be resumed now, up to 100.
+
+    If an order is due later than any is meant to be, the clock was set back: it is due now.
+    """
+    now = time.time()
     rows = database.rows(
-        "SELECT id FROM orders WHERE due <= ? ORDER BY due LIMIT 100", [time.time()])
+        "SELECT id FROM orders WHERE due <= ? OR due > ? ORDER BY due LIMIT 100",
+        [now, now + max(TAKE_OVER, RETRY_LAST)])
     return [row["id"] for row in rows]
 
 
@@ -185,16 +218,9 @@ def make_all_due(database: Database) -> None:
 
 
 def find_response(database: Database, order_id: int) -> Response | None:
-    """Return the stored response of an order, or None."""
+    """Return the final response of an order, or None while it is pending."""
     answer = database.rows("SELECT answer FROM orders WHERE id = ?", [order_id])[0]["answer"]
     return answer and json.loads(answer)
-
-
-def store_response(database: Database, order_id: int, response: Response) -> Response:
-    """Store the response for the client unless one is stored already; return the stored one."""
-    database.write(
-        "UPDATE orders SET answer = coalesce(answer, ?) WHERE id = ?", [encode(response), order_id])
-    return find_response(database, order_id) or response
 
 
 # --- the saga
@@ -226,8 +252,9 @@ class Saga:
                 self.release()
                 self.move("cancelled")
         except UpstreamError as failure:
+            self.order = find_order(self.database, self.order["id"])  # it may have been moved
             self.log(f"stays {self.order['status']}: {failure.detail}", "order")
-            postpone_order(self.database, self.order)
+            postpone_order(self.database, self.order["id"])
 
     def decide(self) -> None:
         """Confirm the order if its user exists and the stock suffices; reject it otherwise."""
@@ -250,18 +277,24 @@ class Saga:
             raise UnprocessableContent({"userId": f"there is no user {user_id}"})
 
     def reserve(self) -> None:
-        """Take the units out of the stock. Raises Conflict, UnprocessableContent.
+        """Take the units out of the stock. Raises Conflict, UnprocessableContent, BadGateway.
 
-        The reservation has the order's id, by which products recognizes a repeated request.
+        The reservation has an id, by which products recognizes a repeated request. A refusal that
+        says how many units are available is about the stock, and decides. Any other is about the
+        id: it decides nothing, and the order is resumed with a new id.
         """
+        reservation = find_reservation(self.database, self.order["id"])
         content = {"productId": self.order["productId"], "quantity": self.order["quantity"]}
-        reply = self.ask(self.service.products, "PUT", f"/reservations/{self.order['id']}",
+        reply = self.ask(self.service.products, "PUT", f"/reservations/{reservation}",
                          {200, 201, 409, 422}, content)
-        if reply.status == 409:
-            raise Conflict(reply.detail)
         if reply.status == 422:
             raise UnprocessableContent(
                 {"productId": f"there is no product {content['productId']}"})
+        if reply.status == 409 and "available" in reply.problem:
+            raise Conflict(reply.detail)
+        if reply.status == 409:
+            renew_reservation(self.database, self.order["id"], reservation)
+            raise BadGateway(self.service.products.name, f"refused an id: {reply.detail}")
 
     def release(self) -> None:
         """Give the units back: the compensating transaction, which undoes reserve().
@@ -269,7 +302,8 @@ class Saga:
         A rejected order releases too, since another worker may have reserved units for it before
         this one got its refusal.
         """
-        self.ask(self.service.products, "DELETE", f"/reservations/{self.order['id']}", {204})
+        reservation = find_reservation(self.database, self.order["id"])
+        self.ask(self.service.products, "DELETE", f"/reservations/{reservation}", {204})
 
     def ask(self, upstream: Upstream, method: str, target: str, definite: set[int],
             content: dict | None = None) -> Reply:
@@ -315,24 +349,22 @@ class OrdersHandler(Handler):
     def create_order(self) -> Answer:
         """Store an order, take it as far as possible now, and answer with its state.
 
-        An idempotent receiver: a repeated Idempotency-Key makes no second order, but replays the
-        stored response, whatever has become of the order since
-        (draft-ietf-httpapi-idempotency-key-header). If no response is stored yet, the order is
-        resumed.
+        An idempotent receiver: a repeated Idempotency-Key makes no second order
+        (draft-ietf-httpapi-idempotency-key-header). If the order was decided, its final response is
+        replayed, whatever has become of the order since; if it is pending, it is resumed.
         """
         database, key = self.server.database, self.headers.get("idempotency-key")
         if key is not None and not KEY.fullmatch(key):
             raise BadRequest("Idempotency-Key: must be 1 to 255 printable ASCII characters")
         order_id, is_new = add_order(database, self.read_fields(FIELDS), key)
-        if is_new or not find_response(database, order_id):
-            self.load_saga(order_id).advance()
-        response = find_response(database, order_id)
+        response = None if is_new else find_response(database, order_id)
         if not response:
-            accepted = (202, find_order(database, order_id))
-            response = store_response(database, order_id, accepted)
+            saga = self.load_saga(order_id)
+            saga.advance()
+            response = find_response(database, order_id) or (202, saga.order)
         status, body = response
         headers = [("Location", f"/orders/{order_id}")]
-        if status == 202:
+        if body["status"] == "pending":
             headers.append(RETRY_SOON)
         if status >= 400:
             headers.append(PROBLEM)
@@ -381,24 +413,38 @@ class Orders(Service):
         self.users = Upstream("users", settings.users_url)
         self.products = Upstream("products", settings.products_url)
         self.ending = threading.Event()
-        make_all_due(self.database)
         self._background = threading.Thread(target=self._resume_orders, daemon=True)
         self._background.start()
 
     def _resume_orders(self) -> None:
         """Resume every order that is due, until the process ends."""
+        work: Callable[[Database], None] = make_all_due
         while not self.ending.wait(POLL):
             try:
-                for order_id in find_due(self.database):
-                    if not self.ending.is_set():
-                        Saga(self, order_id, {"x-request-id": f"order-{order_id}"}).advance()
+                work(self.database)
+                work = self._resume_due_orders
             except Exception as error:  # the cause may go away: a disk may be full for a while
-                is_file = self.database.to_service_error(error) is not None
-                is_known = is_file or isinstance(error, ServiceError)
-                why = f"{self.database.path}: {error}" if is_known else traceback.format_exc()
-                self.log.event(f"- cannot resume orders; next attempt in {RETRY_LAST} s\n{why}",
-                               "background")
+                self.log.event(f"- cannot resume orders; next attempt in {RETRY_LAST} s\n"
+                               + self._explain(error), "background")
                 self.ending.wait(RETRY_LAST)
+
+    def _resume_due_orders(self, database: Database) -> None:
+        """Resume every order that is due now. One that cannot be resumed holds up no other."""
+        for order_id in find_due(database):
+            if self.ending.is_set():
+                break
+            try:
+                Saga(self, order_id, {"x-request-id": f"order-{order_id}"}).advance()
+            except Exception as error:
+                postpone_order(database, order_id)  # raises if the file itself is the cause
+                self.log.event(
+                    f"- cannot resume order {order_id}\n{self._explain(error)}", "order")
+
+    def _explain(self, error: Exception) -> str:
+        """Describe an error that is being handled: in a line if its cause is the file."""
+        is_file = self.database.to_service_error(error) is not None
+        is_known = is_file or isinstance(error, ServiceError)
+        return f"{self.database.path}: {error}" if is_known else traceback.format_exc()
 
     def drain(self) -> None:
         self.ending.set()  # the orders that are unfinished now are resumed at the next start

@@ -31,10 +31,13 @@ SCHEMA = [[  # the statements of version 1
     "CREATE INDEX reservations_by_product ON reservations (productId)",
     "INSERT INTO products VALUES (101, 'Laptop', 100, 101), (102, 'Mouse', 100, 101)",
     "INSERT INTO reservations VALUES (201, 101, 1), (202, 102, 1)",
+], [  # version 2
+    "ALTER TABLE reservations RENAME COLUMN orderId TO id",
 ]]
 
-# What clients send: to create or replace a product, and to reserve one.
-FIELDS: FieldTable = {"name": Text(), "stock": Integer(least=0, default=0)}
+# What clients send: to replace a product, to create one, and to reserve units.
+FIELDS: FieldTable = {"name": Text(), "stock": Integer(least=0)}
+NEW_FIELDS: FieldTable = {**FIELDS, "stock": Integer(least=0, default=0)}
 RESERVATION_FIELDS = {"productId": Integer(), "quantity": Integer()}
 
 
@@ -88,31 +91,35 @@ def count_reserved(transaction: Transaction, product_id: int) -> int:
     return rows[0]["reserved"]
 
 
-def reserve(database: Database, order_id: int, product_id: int, quantity: int) -> bool:
-    """Take units out of the stock for an order; return False if that was done before.
+def reserve(database: Database, reservation_id: int, product_id: int, quantity: int) -> bool:
+    """Take units out of the stock; return False if that was done before.
 
-    The reservation is stored under the order's id, so a repeated request changes nothing
-    (idempotent receiver). Raises Conflict if there are too few units, or if the order's reservation
-    was released or is a different one; UnprocessableContent if there is no such product.
+    The reservation is stored under its id, so a repeated request changes nothing (idempotent
+    receiver). Raises Conflict if there are too few units, or if the reservation with this id was
+    released or is a different one; UnprocessableContent if there is no such product.
     """
     wanted = {"productId": product_id, "quantity": quantity}
     with database.transaction() as transaction:
         found = transaction.rows(
-            "SELECT productId, quantity FROM reservations WHERE orderId = ?", [order_id])
+            "SELECT productId, quantity FROM reservations WHERE id = ?", [reservation_id])
         if found == [wanted]:
             return False
         if found and found[0]["productId"]:
-            raise Conflict(f"reservation {order_id} was already made for something else")
+            raise Conflict(f"reservation {reservation_id} was already made for something else")
         if found:
-            raise Conflict(f"reservation {order_id} was released before and cannot be made again")
+            raise Conflict(
+                f"reservation {reservation_id} was released before and cannot be made again")
         take_units(transaction, product_id, quantity)
         transaction.write(
-            "INSERT INTO reservations VALUES (?, ?, ?)", [order_id, product_id, quantity])
+            "INSERT INTO reservations VALUES (?, ?, ?)", [reservation_id, product_id, quantity])
         return True
 
 
 def take_units(transaction: Transaction, product_id: int, quantity: int) -> None:
-    """Take units out of the stock. Raises Conflict, UnprocessableContent."""
+    """Take units out of the stock. Raises UnprocessableContent, or Conflict with `available`.
+
+    Only a Conflict with that member is about the stock; any other is about the reservation's id.
+    """
     taken = transaction.write(
         "UPDATE products SET stock = stock - :quantity WHERE id = :id AND stock >= :quantity",
         {"id": product_id, "quantity": quantity})
@@ -121,19 +128,23 @@ def take_units(transaction: Transaction, product_id: int, quantity: int) -> None
     found = transaction.rows("SELECT stock FROM products WHERE id = ?", [product_id])
     if not found:
         raise UnprocessableContent({"productId": f"there is no product {product_id}"})
-    raise Conflict(f"product {product_id} has {found[0]['stock']} of {quantity} units left")
+    available = found[0]["stock"]
+    raise Conflict(f"product {product_id} has {available} of {quantity} units left",
+                   available=available)
 
 
-def release(database: Database, order_id: int) -> None:
-    """Give back what is reserved for an order, if anything, and leave a marker, a tombstone.
+def release(database: Database, reservation_id: int) -> None:
+    """Give back what is reserved under an id, if anything, and leave a marker, a tombstone.
 
     If a delayed request to reserve arrives after the release, the tombstone makes us refuse it.
     """
     with database.transaction() as transaction:
         transaction.write(
-            "UPDATE products SET stock = stock + quantity FROM reservations "
-            "WHERE orderId = ? AND productId = id", [order_id])
-        transaction.write("INSERT OR REPLACE INTO reservations VALUES (?, NULL, NULL)", [order_id])
+            "UPDATE products SET stock = stock + (SELECT quantity FROM reservations WHERE id = :id)"
+            " WHERE id = (SELECT productId FROM reservations WHERE id = :id)",
+            {"id": reservation_id})
+        transaction.write(
+            "INSERT OR REPLACE INTO reservations VALUES (?, NULL, NULL)", [reservation_id])
 
 
 # --- the routes
@@ -146,7 +157,7 @@ class ProductsHandler(Handler):
         return Answer(find_product(self.server.database, product_id))
 
     def create_product(self) -> Answer:
-        product = add_product(self.server.database, self.read_fields(FIELDS))
+        product = add_product(self.server.database, self.read_fields(NEW_FIELDS))
         return Answer(product, 201, [("Location", f"/products/{product['id']}")])
 
     def replace_product(self, product_id: int) -> Answer:
@@ -160,21 +171,21 @@ class ProductsHandler(Handler):
             delete_product(transaction, product_id)
         return Answer(status=204)
 
-    def create_reservation(self, order_id: int) -> Answer:
+    def create_reservation(self, reservation_id: int) -> Answer:
         fields = self.read_fields(RESERVATION_FIELDS)
         is_new = reserve(
-            self.server.database, order_id, fields["productId"], fields["quantity"])
-        return Answer({"orderId": order_id, **fields}, 201 if is_new else 200)
+            self.server.database, reservation_id, fields["productId"], fields["quantity"])
+        return Answer({"id": reservation_id, **fields}, 201 if is_new else 200)
 
-    def remove_reservation(self, order_id: int) -> Answer:
-        release(self.server.database, order_id)
+    def remove_reservation(self, reservation_id: int) -> Answer:
+        release(self.server.database, reservation_id)
         return Answer(status=204)
 
     routes = {
         "/products": {"GET": list_products, "POST": create_product},
         "/products/{id}": {
             "GET": get_product, "PUT": replace_product, "DELETE": remove_product},
-        "/reservations/{order_id}": {  # for the orders service; the gateway does not forward it
+        "/reservations/{id}": {  # for the orders service; the gateway does not forward it
             "PUT": create_reservation, "DELETE": remove_reservation},
     }
 

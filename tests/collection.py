@@ -165,12 +165,14 @@ class WritableCollectionTests(CollectionTests):
 
     content     a valid body to create or replace an item
     text        the name of a field in it that is a Text(), if it is not "name"
-    required    the names of the fields that may not be left out, sorted, if not only "name"
+    required    the names of the fields that a POST may not leave out, sorted, if not only "name"
+    replaced    the same of a PUT, if it needs more
     wrong       more invalid bodies, each with the sorted names of the fields that are wrong
     """
 
     text = "name"
     required = ["name"]
+    replaced = None
     wrong = ()
 
     def add(self):
@@ -188,7 +190,6 @@ class WritableCollectionTests(CollectionTests):
         yield from self.wrong
         for text in NOT_TEXTS:
             yield self.with_text(text), [self.text]
-        yield {}, self.required
         yield {**self.content, "id": 7, "hat": "red"}, ["hat", "id"]
         misspelt = self.with_text("Ann")
         misspelt[self.text.capitalize()] = misspelt[f"{self.text} "] = misspelt.pop(self.text)
@@ -261,6 +262,16 @@ class WritableCollectionTests(CollectionTests):
                     self.assertEqual(sorted(error["field"] for error in errors), fields)
                     for error in errors:
                         self.assertRegex(error["detail"], "^(must be|is not)")
+
+    def test_a_body_that_lacks_fields_is_422_and_names_them(self):
+        for method, target, fields in (
+                ("POST", self.path, self.required),
+                ("PUT", self.one, self.replaced or self.required)):
+            with self.subTest(method):
+                before = self.stored()
+                answer = self.ask(method, target, {})
+                self.assert_refused(answer, 422, before)
+                self.assertEqual(sorted(error["field"] for error in answer.json["errors"]), fields)
 
     def test_a_body_that_is_not_valid_json_is_refused(self):
         before = self.stored()

@@ -14,6 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 from microshop import SERVICES, audit
+from microshop import orders as orders_module
 from microshop.orders import Orders
 from microshop.products import Products
 from microshop.users import Users
@@ -22,6 +23,7 @@ from tests.helpers import (
 
 LAPTOPS = {"userId": 1, "productId": 101, "quantity": 2}
 CONFIRMED, NO_USER, NO_STOCK, CANCELLED = 203, 204, 205, 206  # the orders of a shop that traded
+RESERVATION = 7203  # of the order that was confirmed
 
 VIOLATIONS = {  # each line, with the file and the SQL that cause it
     "product 101: 101 units were supplied, but 99 are free and 3 reserved": (
@@ -30,7 +32,7 @@ VIOLATIONS = {  # each line, with the file and the SQL that cause it
         "products", "UPDATE products SET supplied = supplied + 1 WHERE id = 102"),
     f"order {CONFIRMED} is confirmed for 2 units of product 101, "
     "but 0 of product 101 are reserved": (
-        "products", f"DELETE FROM reservations WHERE orderId = {CONFIRMED};"
+        "products", f"DELETE FROM reservations WHERE id = {RESERVATION};"
                     "UPDATE products SET stock = stock + 2 WHERE id = 101"),
     f"order {CONFIRMED} is confirmed for 3 units of product 101, "
     "but 2 of product 101 are reserved": (
@@ -45,7 +47,7 @@ VIOLATIONS = {  # each line, with the file and the SQL that cause it
         "orders", f"UPDATE orders SET status = 'cancelled' WHERE id = {CONFIRMED}"),
     f"order {CONFIRMED} is rejected, but 2 units of product 101 are reserved for it": (
         "orders", f"UPDATE orders SET status = 'rejected' WHERE id = {CONFIRMED}"),
-    f"order {CONFIRMED} does not exist, but 2 units of product 101 are reserved for it": (
+    f"reservation {RESERVATION} is for 2 units of product 101, but for no order": (
         "orders", f"DELETE FROM orders WHERE id = {CONFIRMED}"),
 }
 
@@ -88,7 +90,9 @@ class AuditTest(unittest.TestCase):
     def setUpClass(cls):
         """Let a shop trade: an order is confirmed, two are rejected, and one is cancelled."""
         cls.top = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
-        with trading(cls.top / "traded") as shop:
+        numbers = itertools.count(RESERVATION)
+        with (trading(cls.top / "traded") as shop,
+              mock.patch.object(orders_module, "choose_reservation", numbers.__next__)):
             answers = [shop.ask("POST", "/orders", {**LAPTOPS, **other})
                        for other in ({}, {"userId": 999}, {"quantity": 1000}, {})]
             answers.append(shop.ask("POST", f"/orders/{CANCELLED}/cancel"))
@@ -135,6 +139,22 @@ class ViolationTest(AuditTest):
                 self.change(name, script)
                 self.assertEqual(audit.find_violations(self.folder), [line])
 
+    def test_the_time_for_many_violations_grows_with_their_number(self):
+        compared = []
+
+        class Line(str):
+            __slots__ = ()
+            __hash__ = str.__hash__
+
+            def __eq__(self, other):
+                compared.append(other)
+                return super().__eq__(other)
+
+        lines = [f"product {number} is wrong" for number in range(1000)]
+        with mock.patch.object(audit, "run_queries", lambda _: [Line(line) for line in lines]):
+            self.assertEqual(audit.find_violations(self.folder), lines)
+        self.assertLess(len(compared), 10 * len(lines))
+
     def test_all_breaches_are_printed(self):
         lines = [line for line in VIOLATIONS
                  if line.startswith("product") or f"{CANCELLED} is" in line]
@@ -178,6 +198,13 @@ class UnreadableTest(AuditTest):
                 (self.folder / f"{name}.db").unlink()
                 self.assert_unreadable(self.folder, f"there is no {name}.db")
                 self.assertFalse((self.folder / f"{name}.db").exists())
+
+    def test_a_shop_that_has_not_made_its_tables_yet_is_told_kindly(self):
+        for name in ("products", "orders"):
+            with self.subTest(name):
+                self.copy_folder()
+                (self.folder / f"{name}.db").write_bytes(b"")
+                self.assert_unreadable(self.folder, "the tables are not there yet; start the shop")
 
     def test_a_file_that_cannot_be_read_is_reported_in_one_line(self):
         for damage, name in DAMAGES:
@@ -265,6 +292,25 @@ class FolderTest(AuditTest):
             status, lines = self.run_audit()
         self.assertEqual((status, len(lines)), (0, 1), lines)
         self.assertRegex(lines[0], f"^the databases in {self.temporary}/microshop-[^/]+ agree$")
+
+
+class LossTest(AuditTest):
+    def test_orders_after_the_loss_of_orders_db_are_good_and_the_old_reservations_are_named(self):
+        (self.folder / "orders.db").unlink()
+        with trading(self.folder) as shop:
+            answers = [shop.ask("POST", "/orders", LAPTOPS) for _ in range(4)]
+            self.assertEqual([answer.status for answer in answers], [201] * 4)
+            self.assertEqual(shop.stock(101), 90, "the units of order 203 are reserved as before")
+        self.assert_disagrees(self.folder, [
+            f"reservation {RESERVATION} is for 2 units of product 101, but for no order"])
+
+    def test_after_the_loss_of_products_db_each_confirmed_order_is_named(self):
+        (self.folder / "products.db").unlink()
+        with trading(self.folder):
+            pass
+        self.assert_disagrees(self.folder, [
+            f"order {CONFIRMED} is confirmed for 2 units of product 101, "
+            "but 0 of product 101 are reserved"])
 
 
 class ReadOnlyTest(AuditTest):

@@ -100,11 +100,11 @@ class StubTest(unittest.TestCase):
         reservation = b'{"productId": 101, "quantity": 2}'
         json_type = {"Content-Type": "application/json"}
         for request in (
-                ("GET", "/reservations/203"), ("DELETE", "/reservations/207"),
-                ("DELETE", "/reservations/203?x"),
-                ("PUT", "/reservations/203", {}, reservation),
-                ("PUT", "/reservations/203", json_type, b"{}"),
-                ("PUT", "/reservations/203", json_type, b'{"productId": 101, "quantity": true}')):
+                ("GET", "/reservations/4203"), ("DELETE", "/reservations/4207"),
+                ("DELETE", "/reservations/4203?x"),
+                ("PUT", "/reservations/4203", {}, reservation),
+                ("PUT", "/reservations/4203", json_type, b"{}"),
+                ("PUT", "/reservations/4203", json_type, b'{"productId": 101, "quantity": true}')):
             with (self.subTest(request),
                   self.assertRaisesRegex(AssertionError, "not in the contract with products"),
                   served(load("orders-products")) as stub):
@@ -119,8 +119,12 @@ class OrdersOnStubsTest(unittest.TestCase):
         self.orders = self.enterContext(running(Orders, **urls))
 
     def add(self, user, product, quantity):
+        """Store an order whose reservation has an id that is in the contract; return its id."""
         fields = {"userId": user, "productId": product, "quantity": quantity}
-        return add_order(self.orders.database, fields, None)[0]
+        order, _ = add_order(self.orders.database, fields, None)
+        self.orders.database.write(
+            "UPDATE orders SET reservation = 4000 + id WHERE id = ?", [order])
+        return order
 
     def worker(self, order):
         """Return a worker that has read an order, and goes on with it at advance()."""

@@ -36,8 +36,7 @@ CONFIRMED = ["call: PUT products", "write: UPDATE orders SET status = confirmed"
 REJECTED = [
     "write: UPDATE orders SET status = rejected", "call: DELETE products",
     "write: UPDATE orders SET due"]
-POSTPONED = [
-    "call: PUT products", "write: UPDATE orders SET due", "write: UPDATE orders SET answer"]
+POSTPONED = ["call: PUT products", "write: UPDATE orders SET due"]
 RESUMED = [
     "BEGIN", "PRAGMA", "PRAGMA", "COMMIT", "write: UPDATE orders SET due", "call: GET users",
     *CONFIRMED]
@@ -120,7 +119,7 @@ class CrashTests:
         found = [(order["key"], order["status"]) for order in added]
         self.assertEqual(found, [(key, journey.end)], "the orders of this client")
         self.assertEqual(audit.find_violations(self.folder), [], "found by the audit")
-        if first:
+        if first and first[0].status != 202:  # a final response is replayed
             self.assertEqual((placed.status, placed.body), (first[0].status, first[0].body))
         described = placed.json.get("order", placed.json)  # a problem contains its order
         self.assertLessEqual({"id": added[0]["id"], **journey.order}.items(), described.items())
@@ -224,11 +223,10 @@ class OrdersCrashTest(CrashTests, unittest.TestCase):
 
     def test_orders_is_killed_at_each_step_of_an_order_while_products_is_away(self):
         self.survive(Journey(
-            [*PLACED, *POSTPONED], "confirmed", 202, ORDER, other_answer=201,
-            is_postponed=True))
+            [*PLACED, *POSTPONED], "confirmed", 201, ORDER, is_postponed=True))
 
     def test_orders_is_killed_at_each_step_of_an_order_that_it_resumes_at_its_start(self):
-        self.survive(Journey(RESUMED, "confirmed", 202, ORDER, is_resumed=True))
+        self.survive(Journey(RESUMED, "confirmed", 201, ORDER, is_resumed=True))
 
 
 class ProductsCrashTest(CrashTests, unittest.TestCase):

@@ -1,16 +1,21 @@
 """The orders service while all services run. When one does not: see test_saga.py."""
 import contextlib
 import io
+import json
+import tempfile
 import time
 import unittest
 from functools import partial
+from pathlib import Path
 from unittest import mock
 
 from microshop import orders
+from microshop.chassis.database import Database
 from microshop.orders import Orders
 from tests.collection import JSON, CollectionTests
 from tests.helpers import (
-    PATIENCE, ask, patient_services, running_moody_shop, running_shop, together, wait_until)
+    PATIENCE, ask, patient_services, running, running_moody_shop, running_shop, together,
+    wait_until)
 
 MOST = 2**53 - 1  # the largest integer that every JSON client can hold
 NOT_NUMBERS = (True, 1.0, 1e2, "1", None, [1], {}, 0, -1, MOST + 1)  # of units, or as an id
@@ -52,6 +57,12 @@ class OrdersTest(CollectionTests, unittest.TestCase):
         plan = self.plan_of("/orders?status=pending&after=5")
         self.assertIn("orders_by_status (status=? AND rowid>?)", plan)
         self.assertIn("orders_not_rejected (", self.plan_of("/orders?after=5"))
+
+    def test_ids_are_looked_up_one_by_one_whatever_their_status(self):
+        for query in ("status=pending&ids=1,2", "status=rejected&ids=1,2&after=1", "ids=1,2"):
+            with self.subTest(query):
+                self.assertRegex(self.plan_of(f"/orders?{query}"),
+                                 r"SEARCH orders USING INTEGER PRIMARY KEY \(rowid=\?\)")
 
     def test_an_unknown_status_is_400(self):
         for status in ("lost", "", "CONFIRMED"):
@@ -252,20 +263,31 @@ class IdempotencyKeyTest(ShopTest):
             assert_all_are_replayed()
             self.assertEqual((self.shop.status(203), len(self.stored())), ("cancelled", 5))
 
-    def test_a_repeated_key_replays_a_202_whatever_becomes_of_the_order(self):
+    def test_a_repeated_key_gets_the_present_state_of_a_pending_order_then_its_final_response(self):
+        contents = {"confirmed": LAPTOPS, "rejected": TOO_MANY}
         with running_moody_shop() as (self.shop, users, _):
             users.mood = b""
-            first = self.post(LAPTOPS, Idempotency_Key="k")
-            self.assertEqual((first.status, first.json["status"]), (202, "pending"))
-            self.assert_replayed(self.post(LAPTOPS, Idempotency_Key="k"), first)
+            first = {key: self.post(content, Idempotency_Key=key)
+                     for key, content in contents.items()}
+            for key, answer in first.items():
+                self.assertEqual((answer.status, answer.json["status"]), (202, "pending"))
+                self.assert_replayed(self.post(contents[key], Idempotency_Key=key), answer)
             users.mood = "well"
-            wait_until(lambda: self.shop.status(203) == "confirmed", "order 203 to be confirmed")
-            self.assert_replayed(self.post(LAPTOPS, Idempotency_Key="k"), first)
-            self.assertEqual(self.cancel(203).status, 200)
-            self.assert_replayed(self.post(LAPTOPS, Idempotency_Key="k"), first)
-            self.assertEqual(self.listed(), [201, 202, 203])
+            for key, answer in first.items():
+                order = answer.json["id"]
+                wait_until(lambda order=order, key=key: self.shop.status(order) == key,
+                           f"order {order} to be {key}")
+            final = {key: self.post(content, Idempotency_Key=key)
+                     for key, content in contents.items()}
+            self.assertEqual([answer.status for answer in final.values()], [201, 409])
+            for key, answer in final.items():
+                self.assertNotIn("retry-after", answer.headers)
+                self.assertEqual(answer.headers["location"], first[key].headers["location"])
+            self.assertEqual(self.cancel(first["confirmed"].json["id"]).status, 200)
             with self.shop.with_orders_restarted() as self.shop:
-                self.assert_replayed(self.post(LAPTOPS, Idempotency_Key="k"), first)
+                for key, answer in final.items():
+                    again = self.post(contents[key], Idempotency_Key=key)
+                    self.assertEqual((again.status, again.body), (answer.status, answer.body))
 
     def test_a_key_that_was_used_with_a_different_body_is_422(self):
         first = self.post(LAPTOPS, Idempotency_Key="k")
@@ -313,21 +335,14 @@ class IdempotencyKeyTest(ShopTest):
         self.assertEqual(answer.status, 201)
         self.assertNotIn("idempotency-replayed", answer.headers)
 
-    def test_a_key_can_be_used_for_a_new_order_after_a_day(self):
-        def post_later(seconds, content):
-            clock = mock.Mock(wraps=time, time=lambda: time.time() + seconds)
-            with mock.patch.object(orders, "time", clock):
-                return self.post(content, Idempotency_Key="k")
-
-        hour, day = 3600, 24 * 3600
+    def test_a_key_belongs_to_its_order_forever_whatever_the_clock_says(self):
         first = self.post(LAPTOPS, Idempotency_Key="k")
-        self.assert_replayed(post_later(day - hour, LAPTOPS), first)
-        self.assert_is_problem(post_later(day - hour, TOO_MANY), 422, "Idempotency-Key")
-        five = {**LAPTOPS, "quantity": 5}
-        second = post_later(day + hour, five)
-        self.assertEqual((second.status, second.json["id"]), (201, 204))
-        self.assert_replayed(post_later(day + hour + day - hour, five), second)
-        self.assertEqual((self.shop.status(203), self.shop.stock()), ("confirmed", 92))
+        for days in (-400, -1, 1, 400):
+            moment = time.time() + days * 24 * 3600
+            clock = mock.Mock(wraps=time, time=lambda moment=moment: moment)
+            with self.subTest(days=days), mock.patch.object(orders, "time", clock):
+                self.assert_replayed(self.post(LAPTOPS, Idempotency_Key="k"), first)
+        self.assertEqual(self.shop.stock(), 97)
 
     def test_twenty_simultaneous_requests_with_one_key_are_one_order(self):
         for key, content, status in (
@@ -341,6 +356,37 @@ class IdempotencyKeyTest(ShopTest):
                 self.assertEqual((replayed.count(None), replayed.count("true")), (1, 19))
                 self.assertEqual(len(self.stored()), before + 1)
         self.assertEqual((self.shop.stock(101), self.shop.stock(102)), (97, 100))
+
+
+class UpgradeTest(unittest.TestCase):
+    """A database of version 1, in which a reservation has the id of its order."""
+
+    def setUp(self):
+        self.path = Path(self.enterContext(tempfile.TemporaryDirectory())) / "orders.db"
+        self.old = Database(self.path, orders.SCHEMA[:1])
+        self.addCleanup(self.old.close)
+
+    def add(self, status, answer):
+        added = self.old.write(
+            "INSERT INTO orders (userId, productId, quantity, status, key, placed, since, answer) "
+            "VALUES (1, 101, 3, ?, ?, 0, 0, ?)", [status, status, answer])
+        return added.lastrowid
+
+    def test_the_reservation_of_an_old_order_has_its_id(self):
+        order = self.add("confirmed", None)
+        with running(Orders, data=self.path.parent) as service:
+            self.assertEqual(orders.find_reservation(service.database, order), order)
+
+    def test_a_repeated_key_gets_the_present_state_of_an_order_whose_response_was_a_202(self):
+        accepted = '[202,{"id":203,"status":"pending"}]'
+        found = {self.add(status, accepted): status for status in ("pending", "cancelled")}
+        with running(Orders, data=self.path.parent) as service:
+            for order, status in found.items():
+                answer = ask(service.server_port, "POST", "/orders",
+                             {**JSON, "Idempotency-Key": status}, json.dumps(LAPTOPS).encode())
+                self.assertEqual((answer.status, answer.json),
+                                 (202, {"id": order, **LAPTOPS, "status": status}))
+                self.assertEqual("retry-after" in answer.headers, status == "pending")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """The products service, as its clients see it."""
+import tempfile
 import unittest
 from functools import partial
+from pathlib import Path
 
-from microshop.products import Products
+from microshop.chassis.database import Database
+from microshop.products import SCHEMA, Products
 from tests.collection import WritableCollectionTests, simultaneous_transactions
 from tests.helpers import Shop, running, together
 
@@ -16,14 +19,19 @@ class ProductsTest(WritableCollectionTests, unittest.TestCase):
     item = {"id": 101, "name": "Laptop", "stock": 100}
     insert = "INSERT INTO products VALUES (?, 'Lamp', 5, 5)"
     content = {"name": "Lamp", "stock": 5}
+    replaced = ["name", "stock"]
     wrong = [
         *(({"name": "Lamp", "stock": stock}, ["stock"]) for stock in NOT_STOCKS),
         ({"name": "", "stock": -1, "colour": "red"}, ["colour", "name", "stock"])]
 
-    def test_the_stock_is_0_if_it_is_left_out(self):
+    def test_the_stock_of_a_new_product_is_0_if_it_is_left_out(self):
         self.assertEqual(self.ask("POST", "/products", {"name": "Lamp"}).json["stock"], 0)
-        self.assertEqual(self.ask("PUT", "/products/101", {"name": "Laptop"}).json["stock"], 0)
-        self.assertEqual(self.get("/products/101").json["stock"], 0)
+
+    def test_a_product_is_not_replaced_if_the_stock_is_left_out(self):
+        answer = self.ask("PUT", "/products/101", {"name": "Laptop"})
+        self.assertEqual(answer.status, 422, answer.body)
+        self.assertEqual([error["field"] for error in answer.json["errors"]], ["stock"])
+        self.assertEqual(self.get("/products/101").json, self.item)
 
     def test_the_stock_may_be_any_integer_that_json_clients_can_hold(self):
         for stock in (0, MOST):
@@ -47,16 +55,16 @@ class ReservationTest(unittest.TestCase):
     def tearDown(self):
         wrong = self.server.database.rows("""
             SELECT id, stock, supplied,
-                   (SELECT total(quantity) FROM reservations WHERE productId = id) AS reserved
+                   (SELECT total(quantity) FROM reservations WHERE productId = products.id) AS reserved
             FROM products WHERE stock < 0 OR supplied != stock + reserved""")
         self.assertEqual(wrong, [], "products whose supply is not stock plus reservations")
 
-    def reserve(self, order, quantity=1, product=101):
+    def reserve(self, reservation, quantity=1, product=101):
         content = {"productId": product, "quantity": quantity}
-        return self.shop.ask("PUT", f"/reservations/{order}", content)
+        return self.shop.ask("PUT", f"/reservations/{reservation}", content)
 
-    def release(self, order):
-        return self.shop.ask("DELETE", f"/reservations/{order}")
+    def release(self, reservation):
+        return self.shop.ask("DELETE", f"/reservations/{reservation}")
 
     def delete(self, product):
         return self.shop.ask("DELETE", f"/products/{product}")
@@ -80,17 +88,17 @@ class ReservationTest(unittest.TestCase):
         self.assertEqual(sorted(answer.status for answer in answers), expected)
 
     def test_the_demo_orders_have_their_reservations(self):
-        for order, product in ((201, 101), (202, 102)):
-            with self.subTest(order=order):
+        for reservation, product in ((201, 101), (202, 102)):
+            with self.subTest(reservation=reservation):
                 self.assertEqual(self.shop.stock(product), 100)
-                self.assertEqual(self.reserve(order, 1, product).status, 200)
-                self.release(order)
+                self.assertEqual(self.reserve(reservation, 1, product).status, 200)
+                self.release(reservation)
                 self.assertEqual(self.shop.stock(product), 101)
 
     def test_a_repeated_reserve_takes_the_units_once(self):
         for status in (201, 200, 200):
             answer = self.reserve(7, 30)
-            reservation = {"orderId": 7, "productId": 101, "quantity": 30}
+            reservation = {"id": 7, "productId": 101, "quantity": 30}
             self.assertEqual((answer.status, answer.json), (status, reservation))
             self.assertEqual(self.shop.stock(), 70)
 
@@ -107,6 +115,16 @@ class ReservationTest(unittest.TestCase):
         self.assert_refused(self.reserve(7, MOST), 409, "units left", 100)
         self.assertEqual(self.reserve(7, 100).status, 201)
         self.assert_refused(self.reserve(8, 1), 409, "has 0 of 1 units left", 0)
+
+    def test_only_a_refusal_for_the_stock_says_how_many_units_are_available(self):
+        self.assertEqual(self.reserve(7, 101).json["available"], 100)
+        self.reserve(7, 1)
+        self.release(8)
+        for reservation, quantity in ((7, 2), (7, 1000), (8, 1), (8, 1000)):
+            with self.subTest(reservation=reservation, quantity=quantity):
+                answer = self.reserve(reservation, quantity)
+                self.assertEqual(answer.status, 409)
+                self.assertNotIn("available", answer.json, "this is about the reservation's id")
 
     def test_a_reserve_of_a_product_that_does_not_exist_is_422(self):
         answer = self.reserve(7, 1, 999)
@@ -158,14 +176,14 @@ class ReservationTest(unittest.TestCase):
         self.assertEqual(self.shop.stock(), 35)
 
     def test_the_stock_is_limited_so_that_released_units_always_fit(self):
-        self.reserve(7, 30)  # and one unit is reserved for order 201
+        self.reserve(7, 30)  # and one unit is reserved already
         answer = self.put_stock(MOST - 30)
         detail = f"must be at most {MOST - 31} while 31 units are reserved"
         self.assert_refused(answer, 422, detail, 70)
         self.assertEqual([error["field"] for error in answer.json["errors"]], ["stock"])
         self.assertEqual(self.put_stock(MOST - 31).status, 200)
-        for order in (7, 201):
-            self.release(order)
+        for reservation in (7, 201):
+            self.release(reservation)
         self.assertEqual(self.shop.stock(), MOST)
 
     def test_an_invalid_reservation_is_422_and_names_every_wrong_field_at_once(self):
@@ -177,9 +195,9 @@ class ReservationTest(unittest.TestCase):
                     answer = self.reserve(7, quantity, product)
                     self.assert_refused(answer, 422, "must be an integer from 1 to", 100)
                     self.assertEqual([error["field"] for error in answer.json["errors"]], fields)
-        answer = self.shop.ask("PUT", "/reservations/7", {"orderId": 7})
+        answer = self.shop.ask("PUT", "/reservations/7", {"id": 7})
         fields = [error["field"] for error in answer.json["errors"]]
-        self.assertEqual(fields, ["productId", "quantity", "orderId"])
+        self.assertEqual(fields, ["productId", "quantity", "id"])
 
     def test_the_id_of_a_reservation_may_be_any_that_json_clients_can_hold(self):
         self.assertEqual(self.reserve(MOST).status, 201)
@@ -190,29 +208,29 @@ class ReservationTest(unittest.TestCase):
         lamp = self.add_lamp(7)
         with simultaneous_transactions(self.server.database, 20):
             answers = together(
-                *[partial(self.reserve, order, 1, lamp) for order in range(1001, 1021)])
+                *[partial(self.reserve, number, 1, lamp) for number in range(1001, 1021)])
         self.assert_statuses(answers, [201] * 7 + [409] * 13)
         self.assertEqual(self.shop.stock(lamp), 0)
 
-    def test_twenty_simultaneous_reserves_for_one_order_take_its_units_once(self):
+    def test_twenty_simultaneous_reserves_with_one_id_take_the_units_once(self):
         with simultaneous_transactions(self.server.database, 20):
             answers = together(*[partial(self.reserve, 7, 30)] * 20)
         self.assert_statuses(answers, [200] * 19 + [201])
         self.assertEqual(self.shop.stock(), 70)
 
-    def test_simultaneous_reserves_and_releases_of_one_order_leave_it_released(self):
-        orders = (7, 8, 9, 10)
-        for order in orders[:2]:
-            self.reserve(order, 30)
+    def test_simultaneous_reserves_and_releases_with_one_id_leave_it_released(self):
+        ids = (7, 8, 9, 10)
+        for number in ids[:2]:
+            self.reserve(number, 30)
         with simultaneous_transactions(self.server.database, 24):
-            answers = together(*[partial(self.reserve, order, 30) for order in orders] * 3,
-                               *[partial(self.release, order) for order in orders] * 3)
+            answers = together(*[partial(self.reserve, number, 30) for number in ids] * 3,
+                               *[partial(self.release, number) for number in ids] * 3)
         reserved, released = answers[:12], answers[12:]
         self.assertLessEqual({answer.status for answer in reserved}, {200, 201, 409})
         self.assert_statuses(released, [204] * 12)
         self.assertEqual(self.shop.stock(), 100)
-        for order in orders:
-            self.assert_refused(self.reserve(order, 30), 409, "was released before", 100)
+        for number in ids:
+            self.assert_refused(self.reserve(number, 30), 409, "was released before", 100)
 
     def test_a_product_is_never_both_deleted_and_reserved_by_simultaneous_requests(self):
         lamps = [self.add_lamp(5) for _ in range(8)]
@@ -222,6 +240,16 @@ class ReservationTest(unittest.TestCase):
                 *[partial(self.reserve, 1000 + lamp, 2, lamp) for lamp in lamps])
         for deleted, reserved in zip(answers[:8], answers[8:], strict=True):
             self.assertIn((deleted.status, reserved.status), {(204, 422), (409, 201)})
+
+
+class UpgradeTest(unittest.TestCase):
+    def test_reservations_of_version_1_are_kept(self):
+        with tempfile.TemporaryDirectory() as folder:
+            Database(Path(folder) / "products.db", SCHEMA[:1]).close()
+            with running(Products, data=Path(folder)) as server:
+                content = {"productId": 101, "quantity": 1}
+                answer = Shop(None, server, None).ask("PUT", "/reservations/201", content)
+                self.assertEqual((answer.status, answer.json), (200, {"id": 201, **content}))
 
 
 if __name__ == "__main__":

@@ -80,6 +80,11 @@ class SagaTest(unittest.TestCase):
         rows = self.shop.orders.database.rows("SELECT due FROM orders WHERE id = ?", [order])
         return rows[0]["due"]
 
+    def reservation(self, order):
+        """Return the path of an order's reservation."""
+        number = orders.find_reservation(self.shop.orders.database, order)
+        return f"/reservations/{number}"
+
     def add(self, fields=LAPTOPS, key=None):
         """Store a pending order, as if its request had been cut off then; return its id."""
         order, _ = orders.add_order(self.shop.orders.database, fields, key)
@@ -169,6 +174,11 @@ class DeadlineTest(SagaTest):
 
 class DatabaseFaultTest(SagaTest):
     def test_after_a_fault_of_the_database_the_background_waits_before_it_tries_again(self):
+        for query, pauses in (("make_all_due", [0.001]), ("find_due", [0.001, 0.001])):
+            with self.subTest(query):
+                self.check_wait_after_a_fault_of(query, pauses)
+
+    def check_wait_after_a_fault_of(self, query, pauses):
         waits, has_waited_long = [], threading.Event()
 
         class RecordingEvent(threading.Event):
@@ -183,13 +193,41 @@ class DatabaseFaultTest(SagaTest):
         fault.sqlite_errorcode = sqlite3.SQLITE_IOERR_WRITE
         patched = mock.Mock(wraps=threading, Event=RecordingEvent)
         with (mock.patch.object(orders, "threading", patched),
-              mock.patch.object(orders, "find_due", side_effect=fault) as find_due,
+              mock.patch.object(orders, query, side_effect=fault) as failing,
               contextlib.redirect_stderr(io.StringIO()) as log, running(Orders) as service):
             self.assertTrue(has_waited_long.wait(PATIENCE), waits)
-            self.assertEqual((waits, find_due.call_count), ([0.001, NEVER], 1))
+            self.assertEqual((waits, failing.call_count), ([*pauses, NEVER], 1))
             service.log.flush()
         self.assertIn(f"cannot resume orders; next attempt in {NEVER} s\n", log.getvalue())
         self.assertEqual(log.getvalue().count("disk I/O error"), 1, log.getvalue())
+        self.assertNotIn("Traceback", log.getvalue())
+
+    def test_orders_are_resumed_although_the_file_could_not_be_written_at_the_start(self):
+        locked = sqlite3.OperationalError("database is locked")
+        outcomes = [locked, locked, mock.DEFAULT]
+        with running_shop() as self.shop:
+            self.shop.orders.ending.set()  # it resumes nothing any more
+            order = self.add()
+            with (mock.patch.object(orders, "make_all_due", wraps=orders.make_all_due,
+                                    side_effect=outcomes),
+                  self.shop.with_orders_restarted() as self.shop):
+                self.wait_for("confirmed", order)
+
+    def test_an_order_that_cannot_be_read_holds_up_no_other(self):
+        damage = "UPDATE orders SET due = 0, reason = CAST(x'ff' AS TEXT) WHERE id = ?"
+        with (contextlib.redirect_stderr(io.StringIO()) as log,
+              running_shop(quiet=True) as self.shop):
+            damaged, *others = (self.add() for _ in range(3))
+            self.shop.orders.database.write(damage, [damaged])
+            for order in others:
+                self.shop.orders.database.write(
+                    "UPDATE orders SET due = 1 WHERE id = ?", [order])
+                self.wait_for("confirmed", order)
+            self.shop.orders.database.write(
+                "UPDATE orders SET reason = NULL WHERE id = ?", [damaged])
+            self.wait_for("confirmed", damaged)
+            self.shop.orders.log.flush()
+        self.assertRegex(log.getvalue(), f"cannot resume order {damaged}\n.*Could not decode")
         self.assertNotIn("Traceback", log.getvalue())
 
 
@@ -255,7 +293,7 @@ class IndefiniteAnswerTest(SagaTest):
             answer = self.cancel()
             self.assertEqual((answer.status, answer.headers["retry-after"]), (409, "1"))
             self.assertIn("is pending", answer.json["detail"])
-            self.assertNotIn("PUT /reservations/203", self.products.calls)
+            self.assertNotIn(f"PUT {self.reservation(203)}", self.products.calls)
         self.wait_for("confirmed")
         self.assertEqual((self.cancel().status, self.shop.stock()), (200, 100))
 
@@ -298,7 +336,7 @@ class IndefiniteAnswerTest(SagaTest):
             self.assertEqual(self.post(NO_SUCH_USER).status, 422)
             self.assertIsNotNone(self.due(203))
         self.wait_until_finished(203)
-        late = self.shop.ask("PUT", "/reservations/203", {"productId": 101, "quantity": 3})
+        late = self.shop.ask("PUT", self.reservation(203), {"productId": 101, "quantity": 3})
         self.assertEqual((late.status, self.shop.stock()), (409, 100))
 
     def test_an_order_is_decided_by_the_user_and_the_stock_of_that_moment(self):
@@ -325,7 +363,7 @@ class IndefiniteAnswerTest(SagaTest):
             self.wait_for("cancelled", 203)
             self.wait_for("confirmed", 204)
             self.wait_until_finished(205)
-        self.assertIn("DELETE /reservations/205", self.products.calls)
+            self.assertIn(f"DELETE {self.reservation(205)}", self.products.calls)
         self.assertEqual(self.shop.stock(), 97)
 
     def test_the_background_takes_over_orders_that_no_request_has_finished(self):
@@ -390,7 +428,7 @@ class BackoffTest(QueriesTest):
 
     def postpone(self, order):
         """Return the seconds that an order has to wait."""
-        orders.postpone_order(self.database, order)
+        orders.postpone_order(self.database, order["id"])
         return round(self.due(order) - self.now, 6)
 
     def due(self, order):
@@ -400,7 +438,7 @@ class BackoffTest(QueriesTest):
         first, last = orders.RETRY_FIRST, orders.RETRY_LAST
         for jitter in (min, max):
             with (self.subTest(jitter),
-                  mock.patch.object(orders, "random", mock.Mock(uniform=jitter))):
+                  mock.patch.object(orders.random, "uniform", jitter)):
                 order, waits = self.add(), []
                 for _ in range(30):
                     waits.append(self.postpone(order))
@@ -422,7 +460,7 @@ class BackoffTest(QueriesTest):
         orders.move_order(self.database, order["id"], "confirmed")
         self.now += 500
         orders.move_order(self.database, order["id"], "cancelling")
-        wait = self.postpone({**order, "status": "cancelling"})
+        wait = self.postpone(order)
         self.assertLessEqual(wait, 2 * orders.RETRY_FIRST)
 
     def test_an_order_is_due_when_its_wait_is_over(self):
@@ -435,14 +473,13 @@ class BackoffTest(QueriesTest):
         self.now = self.due(order)
         self.assertEqual(orders.find_due(self.database), [order["id"]])
 
-    def test_a_slow_worker_does_not_postpone_an_order_that_another_has_moved(self):
+    def test_a_slow_worker_changes_nothing_of_an_order_that_another_has_moved(self):
         order = self.add()
         orders.move_order(self.database, order["id"], "confirmed")
-        orders.postpone_order(self.database, order)
+        orders.postpone_order(self.database, order["id"])
         self.assertIsNone(self.due(order))
         orders.move_order(self.database, order["id"], "cancelling")
         due = self.due(order)
-        orders.postpone_order(self.database, order)
         orders.finish_rejected(self.database, order["id"])
         self.assertEqual(self.due(order), due)
 
@@ -450,15 +487,61 @@ class BackoffTest(QueriesTest):
         order = self.add()
         orders.move_order(self.database, order["id"], "rejected")
         orders.finish_rejected(self.database, order["id"])
-        orders.postpone_order(self.database, {**order, "status": "rejected"})
+        orders.postpone_order(self.database, order["id"])
         self.assertIsNone(self.due(order))
 
     def test_the_order_that_has_been_due_longest_is_resumed_first(self):
         first, second = self.add(), self.add()
         self.now += orders.TAKE_OVER
-        orders.postpone_order(self.database, first)
+        self.postpone(first)
         self.now += orders.RETRY_LAST
         self.assertEqual(orders.find_due(self.database), [second["id"], first["id"]])
+
+    def test_a_clock_that_is_set_back_delays_no_order(self):
+        new, failed, finished = self.add(), self.add(), self.add()
+        orders.move_order(self.database, finished["id"], "confirmed")
+        self.now += orders.RETRY_LAST
+        self.postpone(failed)
+        self.now -= 3600
+        self.assertEqual(orders.find_due(self.database), [new["id"], failed["id"]])
+        for _ in range(3):
+            wait = self.postpone(new)
+            self.assertTrue(orders.RETRY_LAST / 2 <= wait <= orders.RETRY_LAST, wait)
+            self.assertEqual(orders.find_due(self.database), [failed["id"]])
+            self.now = self.due(new)
+            self.assertEqual(orders.find_due(self.database), [new["id"], failed["id"]])
+
+    def test_a_clock_that_is_set_forward_makes_unfinished_orders_due_and_no_other(self):
+        order, finished = self.add(), self.add()
+        orders.move_order(self.database, finished["id"], "confirmed")
+        self.now += 25 * 3600
+        self.assertEqual(orders.find_due(self.database), [order["id"]])
+
+
+class ReservationIdTest(QueriesTest):
+    def test_no_two_orders_have_the_same_reservation(self):
+        ids = {orders.find_reservation(self.database, self.add()["id"]) for _ in range(100)}
+        self.assertEqual(len(ids), 100)
+        self.assertTrue(all(1 <= number < 2**53 for number in ids), ids)
+
+    def test_of_two_workers_that_renew_a_reservation_one_succeeds(self):
+        order = self.add()["id"]
+        first = orders.find_reservation(self.database, order)
+        orders.renew_reservation(self.database, order, first)
+        second = orders.find_reservation(self.database, order)
+        self.assertNotEqual(second, first)
+        orders.renew_reservation(self.database, order, first)
+        self.assertEqual(orders.find_reservation(self.database, order), second)
+
+    def test_only_a_pending_order_gets_another_reservation(self):
+        for path in (["confirmed", "cancelling", "cancelled"], ["rejected"]):
+            order = self.add()["id"]
+            reservation = orders.find_reservation(self.database, order)
+            for status in path:
+                orders.move_order(self.database, order, status)
+                orders.renew_reservation(self.database, order, reservation)
+                with self.subTest(status):
+                    self.assertEqual(orders.find_reservation(self.database, order), reservation)
 
 
 class StatusTest(QueriesTest):
@@ -481,16 +564,13 @@ class StatusTest(QueriesTest):
                     rows = self.database.rows("SELECT * FROM orders WHERE id = ?", [order])
                     self.assertEqual(rows, stored)
 
-    def test_the_response_that_is_stored_first_stays(self):
-        quick, slow = self.add()["id"], self.add()["id"]
-        accepted, confirmed = (202, "pending"), (201, "confirmed")
-        orders.move_order(self.database, quick, "confirmed", confirmed)
-        stored = orders.store_response(self.database, quick, accepted)
-        self.assertEqual(tuple(stored), confirmed)
-        stored = orders.store_response(self.database, slow, accepted)
-        self.assertEqual(tuple(stored), accepted)
-        orders.move_order(self.database, slow, "confirmed", confirmed)
-        self.assertEqual(tuple(orders.find_response(self.database, slow)), accepted)
+    def test_the_response_that_is_stored_stays_whatever_becomes_of_the_order(self):
+        order = self.add()["id"]
+        self.assertIsNone(orders.find_response(self.database, order))
+        orders.move_order(self.database, order, "confirmed", (201, "confirmed"))
+        for status in ("cancelling", "cancelled"):
+            orders.move_order(self.database, order, status)
+            self.assertEqual(orders.find_response(self.database, order), [201, "confirmed"])
 
 
 class InterleavingTest(SagaTest):
@@ -544,7 +624,7 @@ class InterleavingTest(SagaTest):
         self.assertEqual(self.cancel(self.newest()).status, 200)
 
     def another_worker_rejects_and_is_killed(self, order):
-        problem = (409, {"detail": "no"})
+        problem = (409, {"status": 409, "detail": "no"})
         orders.move_order(self.shop.orders.database, self.newest(), "rejected", problem, "no")
 
     def test_whatever_happens_between_two_steps_of_an_order_it_is_finished_correctly(self):
@@ -587,6 +667,20 @@ class InterleavingTest(SagaTest):
                         answer = self.cancel(order)
                     self.assertEqual((answer.status, answer.json["status"]), (200, "cancelled"))
                     self.assertEqual(self.shop.stock(), 100)
+
+    def test_an_order_whose_reservation_id_was_used_before_is_confirmed_under_another(self):
+        for method, content in (("DELETE", None), ("PUT", {"productId": 102, "quantity": 1})):
+            with self.subTest(method):
+                order, before = self.add(), self.shop.stock()
+                used = self.reservation(order)
+                self.shop.ask(method, used, content)
+                self.advance(order)
+                self.assertEqual(self.shop.status(order), "pending", "this decides nothing")
+                self.assertNotEqual(self.reservation(order), used)
+                self.wait_for("confirmed", order)
+                self.assertEqual(self.shop.stock(), before - LAPTOPS["quantity"])
+        self.assertEqual(self.shop.stock(102), 99, "the units of the other reservation")
+        self.shop.ask("DELETE", used)
 
     def test_an_order_is_in_the_file_before_any_service_is_called(self):
         def look():

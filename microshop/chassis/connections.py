@@ -33,12 +33,20 @@ class Reply(NamedTuple):
     body: bytes
 
     @property
+    def problem(self) -> dict:
+        """The problem document in the body (RFC 9457), or {} if there is none."""
+        with contextlib.suppress(BadRequest):
+            content = parse_json(self.body)
+            if isinstance(content, dict):
+                return content
+        return {}
+
+    @property
     def detail(self) -> str:
-        """Why the request failed: the `detail` of its problem document (RFC 9457), if any."""
-        with contextlib.suppress(BadRequest, KeyError, TypeError):
-            detail = parse_json(self.body)["detail"]
-            if isinstance(detail, str) and detail:
-                return detail
+        """Why the request failed: the `detail` of its problem document, if any."""
+        detail = self.problem.get("detail")
+        if isinstance(detail, str) and detail:
+            return detail
         return f"the response status was {self.status}"
 
 
