@@ -1,7 +1,7 @@
 """microshop: the Microservices pattern in nothing but Python's standard library.
 
 Each module in this folder runs as a process of its own, except this one (an overview), __main__.py
-(short for run_all) and audit.py (a tool). What the processes share is in chassis/.
+(short for run_all), and audit.py and backup.py (tools). What the processes share is in chassis/.
 
                           run_all  starts, watches and stops the others (chassis.supervisor)
                              :

@@ -54,9 +54,9 @@ class ReservationTest(unittest.TestCase):
 
     def tearDown(self):
         wrong = self.server.database.rows("""
-            SELECT id, stock, supplied,
-                   (SELECT total(quantity) FROM reservations WHERE productId = products.id) AS reserved
-            FROM products WHERE stock < 0 OR supplied != stock + reserved""")
+            SELECT products.id, stock, supplied, total(quantity) AS reserved
+            FROM products LEFT JOIN reservations ON productId = products.id
+            GROUP BY products.id HAVING stock < 0 OR supplied != stock + reserved""")
         self.assertEqual(wrong, [], "products whose supply is not stock plus reservations")
 
     def reserve(self, reservation, quantity=1, product=101):
