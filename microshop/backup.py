@@ -14,6 +14,7 @@ Exit status: 0 if all was copied, 1 if a file cannot be read or written, 2 if a 
 
 Law: it changes no database of the shop.
 """
+import os
 import sqlite3
 import sys
 from argparse import Namespace
@@ -23,13 +24,13 @@ from pathlib import Path
 from microshop import SERVICES
 from microshop.chassis import config
 
-LOCK_TIME = 1.0  # seconds to wait for each file's write lock; meanwhile, services wait for 3 s
+LOCK_TIME = 1.0  # seconds to wait for each write lock; the services wait for one up to 3 s
 
 
 def parse_target(text: str) -> Path:
     """Return the folder for the copies, which does not exist yet or is empty."""
-    target = config.folder(text)
     try:
+        target = config.folder(text)
         if target.exists() and any(target.iterdir()):
             raise ValueError(f"{text!r} is not empty; choose a new folder")
     except OSError as error:
@@ -47,8 +48,8 @@ def check(settings: Namespace) -> None:
     """Raise ValueError if it is not said where to, or if there is nothing to copy."""
     if not settings.to:
         raise ValueError("--to is missing: the new folder for the copies")
-    missing = [f"{name}.db" for name in SERVICES if not (settings.data / f"{name}.db").exists()]
-    if missing:
+    names = [f"{name}.db" for name in SERVICES]
+    if missing := [name for name in names if not os.path.exists(settings.data / name)]:
         raise ValueError(f"--data: there is no {', no '.join(missing)} in {settings.data}")
 
 

@@ -95,9 +95,9 @@ FIELDS = {"userId": Integer(), "productId": Integer(), "quantity": Integer(defau
 def find_orders(database: Database, status: str | None, page: Page) -> list[dict]:
     """Return the summaries on a page, plus one extra row if there is a next page.
 
-    Only orders with this status are returned; if it is None, all except the rejected ones. With
-    ids, a plus before `status` keeps SQLite from reading all orders of that status in an index.
+    Only orders with this status are returned; if it is None, all except the rejected ones.
     """
+    # The plus keeps SQLite from reading all orders of that status in an index to find the ids.
     chosen = "id IN (SELECT value FROM json_each(:ids)) AND +" if page.ids else ""
     listed = "status = :status" if status else "status != 'rejected'"
     return database.rows(
@@ -184,9 +184,9 @@ def postpone_order(database: Database, order_id: int) -> None:
     """Put off an unfinished order for as long as it has had its status, at most RETRY_LAST.
 
     So the waits double at first (exponential backoff). A random part is taken off (jitter), so that
-    orders that failed together are not all retried together. (If the clock was set back, the order
-    has its status since a time that is still to come: hence abs().)
+    orders that failed together are not all retried together.
     """
+    # If the clock was set back, `since` is in the future: hence abs().
     database.write(
         "UPDATE orders SET due = :now + :jitter * min(max(abs(:now - since), :first), :last) "
         "WHERE id = :id AND due IS NOT NULL",
@@ -418,7 +418,7 @@ class Orders(Service):
 
     def _resume_orders(self) -> None:
         """Resume every order that is due, until the process ends."""
-        work: Callable[[Database], None] = make_all_due
+        work: Callable[[Database], None] = make_all_due  # here, since a start must not write
         while not self.ending.wait(POLL):
             try:
                 work(self.database)

@@ -53,26 +53,34 @@ class CopyTest(BackupTest):
         for target in targets:
             self.assert_is_backup(target)
 
-    def test_no_service_writes_between_the_looks_at_two_files(self):
-        buyers = []
+    def test_the_copies_are_of_one_moment_whatever_is_written_while_they_are_made(self):
+        def buy():
+            shop.ask("POST", "/orders", LAPTOPS)
 
         class Overtaken(sqlite3.Connection):
             def execute(self, statement, values=()):
                 if "user_version" in statement:  # a file is about to be read for the first time
-                    buyer = threading.Thread(target=shop.ask, args=("POST", "/orders", LAPTOPS))
+                    buyer = threading.Thread(target=buy)
                     buyer.start()
                     buyers.append(buyer)
-                    buyer.join(0.05)  # an order that is not held up is placed by then
+                    buyer.join(0.05)  # an order that nothing holds up is placed by then
                 return super().execute(statement, values)
 
+            def backup(self, *arguments, **settings):
+                buy()
+                super().backup(*arguments, **settings)
+
+        buyers = []
         connect = partial(sqlite3.connect, factory=Overtaken)
         with (trading(self.folder) as shop,
               mock.patch.object(backup, "sqlite3", mock.Mock(connect=connect))):
             backup.back_up(self.folder, self.target)
             for buyer in buyers:
                 buyer.join()
-            wait_until(lambda: shop.stock() == 100 - 2 * len(SERVICES), "the orders to be placed")
+            self.assertEqual(shop.stock(), 100 - 2 * 2 * len(SERVICES), "all orders were placed")
         self.assert_is_backup(self.target)
+        with contextlib.closing(sqlite3.connect(self.target / "orders.db")) as copy:
+            self.assertEqual(copy.execute("SELECT id FROM orders").fetchall(), [(201,), (202,)])
 
     def test_a_backup_of_a_shop_that_does_not_run_leaves_its_files_as_they_are(self):
         with trading(self.folder):

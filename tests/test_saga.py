@@ -331,6 +331,15 @@ class IndefiniteAnswerTest(SagaTest):
         self.assertEqual(answer.json["id"], order)
         self.assertEqual(answer.headers["idempotency-replayed"], "true")
 
+    def test_a_final_response_is_replayed_without_asking_any_service(self):
+        for content, key in ((LAPTOPS, "good"), (NO_SUCH_USER, "bad")):
+            first = self.post(content, Idempotency_Key=key)
+            self.wait_until_finished(int(first.headers["location"].rpartition("/")[2]))
+            before = self.users.calls + self.products.calls
+            again = self.post(content, Idempotency_Key=key)
+            self.assertEqual((again.status, again.body), (first.status, first.body))
+            self.assertEqual(self.users.calls + self.products.calls, before)
+
     def test_a_client_gets_its_rejection_although_the_release_must_wait(self):
         with self.mood(self.products, b""):
             self.assertEqual(self.post(NO_SUCH_USER).status, 422)
