@@ -16,6 +16,7 @@ import sqlite3
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
 
 from microshop import SERVICES
@@ -119,6 +120,12 @@ def missing_files(folder: Path) -> list[str]:
     return [name for name in names if not os.path.exists(folder / name)]
 
 
+def refuse_empty_flag(settings: Namespace) -> None:
+    """Raise ValueError for --data "", which would mean: all folders that can be found."""
+    if settings.flags.get("data") == "":
+        raise ValueError("--data: '' is not a folder")
+
+
 def check(folder: Path) -> bool:
     """Print and return whether the databases in a folder agree."""
     try:
@@ -136,7 +143,7 @@ def check(folder: Path) -> bool:
 
 
 def main() -> None:
-    settings = config.read("microshop.audit", [DATA])
+    settings = config.read("microshop.audit", [DATA], refuse_empty_flag)
     folders = [settings.data] if settings.data else find_folders()
     if not folders:
         print(f"audit: there is no database in {DEFAULT}; start the shop with python -m "
