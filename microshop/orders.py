@@ -212,9 +212,12 @@ def find_due(database: Database) -> list[int]:
     return [row["id"] for row in rows]
 
 
-def make_all_due(database: Database) -> None:
-    """Make every unfinished order due now: its worker may have ended before it was finished."""
-    database.write("UPDATE orders SET due = 0 WHERE due IS NOT NULL")
+def make_old_due(database: Database, started: float) -> None:
+    """Make every unfinished order due now that got its status before this process started.
+
+    No worker is processing it: they have ended with the process before this one.
+    """
+    database.write("UPDATE orders SET due = 0 WHERE due IS NOT NULL AND since < ?", [started])
 
 
 def find_response(database: Database, order_id: int) -> Response | None:
@@ -413,12 +416,13 @@ class Orders(Service):
         self.users = Upstream("users", settings.users_url)
         self.products = Upstream("products", settings.products_url)
         self.ending = threading.Event()
-        self._background = threading.Thread(target=self._resume_orders, daemon=True)
+        self._background = threading.Thread(
+            target=self._resume_orders, args=[time.time()], daemon=True)
         self._background.start()
 
-    def _resume_orders(self) -> None:
+    def _resume_orders(self, started: float) -> None:
         """Resume every order that is due, until the process ends."""
-        work: Callable[[Database], None] = make_all_due  # here, since a start must not write
+        work: Callable[[Database], None] = partial(make_old_due, started=started)
         while not self.ending.wait(POLL):
             try:
                 work(self.database)

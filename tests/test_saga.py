@@ -174,7 +174,7 @@ class DeadlineTest(SagaTest):
 
 class DatabaseFaultTest(SagaTest):
     def test_after_a_fault_of_the_database_the_background_waits_before_it_tries_again(self):
-        for query, pauses in (("make_all_due", [0.001]), ("find_due", [0.001, 0.001])):
+        for query, pauses in (("make_old_due", [0.001]), ("find_due", [0.001, 0.001])):
             with self.subTest(query):
                 self.check_wait_after_a_fault_of(query, pauses)
 
@@ -208,7 +208,7 @@ class DatabaseFaultTest(SagaTest):
         with running_shop() as self.shop:
             self.shop.orders.ending.set()  # it resumes nothing any more
             order = self.add()
-            with (mock.patch.object(orders, "make_all_due", wraps=orders.make_all_due,
+            with (mock.patch.object(orders, "make_old_due", wraps=orders.make_old_due,
                                     side_effect=outcomes),
                   self.shop.with_orders_restarted() as self.shop):
                 self.wait_for("confirmed", order)
@@ -525,6 +525,16 @@ class BackoffTest(QueriesTest):
         orders.move_order(self.database, finished["id"], "confirmed")
         self.now += 25 * 3600
         self.assertEqual(orders.find_due(self.database), [order["id"]])
+
+    def test_a_start_makes_due_what_an_earlier_process_has_left_and_nothing_else(self):
+        old, finished = self.add(), self.add()
+        orders.move_order(self.database, finished["id"], "confirmed")
+        self.now += 1
+        started = self.now
+        self.now += 1
+        self.add()  # a worker of this process has it
+        orders.make_old_due(self.database, started)
+        self.assertEqual(orders.find_due(self.database), [old["id"]])
 
 
 class ReservationIdTest(QueriesTest):
