@@ -26,7 +26,7 @@ from unittest import mock
 from microshop import SERVICES
 from microshop import orders as orders_module
 from microshop.audit import find_violations
-from microshop.chassis import database
+from microshop.chassis import access_log, database
 from microshop.chassis.server import Service
 from microshop.orders import Orders
 from microshop.products import Products
@@ -141,11 +141,22 @@ def ask(port: int, method: str = "GET", target: str = "/", headers: dict[str, st
 
 
 @contextlib.contextmanager
+def log_to_stderr() -> Iterator[None]:
+    """Let logs in this process use sys.stderr, which a test may have redirected."""
+    def write(descriptor: int, content: bytes) -> None:
+        sys.stderr.write(content.decode())
+
+    with mock.patch.object(access_log, "write_whole", write):
+        yield
+
+
+@contextlib.contextmanager
 def running(service: type, **settings: Any) -> Iterator[Any]:
     """Serve in a thread of this process, on a free port and a temporary folder."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         if sys.stderr is sys.__stderr__:  # else a test reads the log
             stack.enter_context(journal.captured_log())
+        stack.enter_context(log_to_stderr())
         values = {
             "host": "127.0.0.1", "port": 0, "data": Path(folder), "timeout": 5.0, "quiet": True,
             "supervised": None, "grace": 4.0, "max_connections": 1024, "max_in_flight": 64,

@@ -8,13 +8,17 @@ a request log the same one, so a search for it finds every line about the reques
 If each line were written at once, every request would cost a system call and would wake the process
 that reads the pipe. So a separate thread writes. It writes the first line after a quiet time at
 once, and the lines that follow together, every GATHER seconds.
+
+Law: only that thread writes. It may block for hours, when nothing reads the log: then lines are
+lost, and counted, but no request and no accept loop waits for them.
 """
+import math
+import os
 import random
-import sys
+import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,7 +26,10 @@ GATHER = 0.05          # seconds
 AT_ONCE = 10           # events of a kind that are written as they happen
 MINUTE = 60.0          # seconds after which the further events of a kind are summed up
 LOOK = 1.0             # seconds between two looks whether a minute has ended
-MAX_WAITING = 10_000   # lines; beyond that, a thread that adds one writes them all itself
+MAX_WAITING = 10_000   # lines; further ones are lost
+CLOSE_TIME = 1.0       # seconds that a process waits at its end for its last lines to be written
+
+STDERR = 2
 
 
 def make_request_id() -> str:
@@ -44,20 +51,19 @@ class EventLimit:
     """Keeps the log short when something goes wrong again and again.
 
     The first AT_ONCE events of a kind are written. Further ones are counted, and summed up in one
-    line a minute. After a minute without further ones, the kind begins anew. The `clock` is in
-    seconds.
+    line a minute. After a minute without further ones, the kind begins anew. Times are those of
+    one clock, in seconds.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self._clock = clock
+    def __init__(self) -> None:
         self._kinds: dict[str, _Kind] = {}
         self._lock = threading.Lock()
 
-    def admits(self, kind: str, text: str) -> bool:
+    def admits(self, kind: str, text: str, now: float) -> bool:
         """Return whether an event may be written now; if not, count it."""
         with self._lock:
             if kind not in self._kinds:
-                self._kinds[kind] = _Kind(self._clock() + MINUTE)
+                self._kinds[kind] = _Kind(now + MINUTE)
             counted = self._kinds[kind]
             if counted.written < AT_ONCE:
                 counted.written += 1
@@ -66,9 +72,9 @@ class EventLimit:
             counted.last = text
             return False
 
-    def summaries(self) -> list[str]:
+    def summaries(self, now: float) -> list[str]:
         """Return a text for each kind that has unwritten events and whose minute has ended."""
-        now, texts = self._clock(), []
+        texts = []
         with self._lock:
             for kind, counted in list(self._kinds.items()):
                 if now < counted.minute_ends:
@@ -83,22 +89,30 @@ class EventLimit:
 
 
 class AccessLog:
-    """A log whose lines name the `service`, unless it is ""; if `quiet`, requests are left out."""
+    """A log whose lines name the `service`, unless it is ""; if `quiet`, requests are left out.
+
+    It does not use sys.stderr, whose lock a thread that is blocked in a write would keep.
+    """
 
     def __init__(self, service: str, quiet: bool):
         self.quiet = quiet
         self._name = f"{service} " if service else ""
         self._lines: deque[str] = deque()
+        self._lost = 0
+        self._losing = threading.Lock()  # held to change _lost
         self._limit = EventLimit()
-        self._writing = threading.Lock()
-        self._wake = threading.Event()
-        threading.Thread(target=self._write_forever, daemon=True).start()
+        self._wake = threading.Event()   # there is something to write
+        self._hurry = threading.Event()  # it must not wait for more to write
+        self._written = threading.Event()
+        self._is_closed = False
+        self._writer = threading.Thread(target=self._write_forever, daemon=True)
+        self._writer.start()
 
     def request(self, request_id: str, method: str, target: str, status: int,
                 seconds: float) -> None:
         """Log an answered request. Its words must be printable ASCII without spaces."""
         if not self.quiet:
-            self._add(f"{request_id} {method} {target} {status} {seconds * 1000:.1f}ms\n")
+            self._add(f"{request_id} {method} {target} {status} {seconds * 1000:.1f}ms")
 
     def event(self, text: str, kind: str = "") -> None:
         """Log anything else. The text begins with a request id, or with "-" if there is none.
@@ -106,36 +120,81 @@ class AccessLog:
         All lines but the first are indented, so that none can be mistaken for an entry. A `kind`
         names events that may happen often: EventLimit limits how many of them are written.
         """
-        if not kind or self._limit.admits(kind, text):
-            self._add("\n    ".join(text.splitlines()) + "\n")
+        if not kind or self._limit.admits(kind, text, time.monotonic()):
+            self._add("\n    ".join(text.splitlines()))
 
     def flush(self) -> None:
-        """Write the lines that are waiting."""
-        with self._writing:
-            lines = [self._lines.popleft() for _ in range(len(self._lines))]
-            try:
-                sys.stderr.write("".join(lines))
-                sys.stderr.flush()
-            except OSError:
-                pass  # the reader has gone; a service does not stop because its log cannot be read
+        """Wait until the lines so far are written, but no longer than CLOSE_TIME."""
+        self._written.clear()
+        self._wake.set()
+        self._hurry.set()
+        if self._writer.is_alive():
+            self._written.wait(CLOSE_TIME)
+
+    def close(self) -> None:
+        """Write what is left, if that takes no longer than CLOSE_TIME."""
+        self._is_closed = True
+        self._wake.set()
+        self._hurry.set()
+        self._writer.join(CLOSE_TIME)
 
     def _add(self, text: str) -> None:
-        now = time.time()
-        milliseconds = int(now % 1 * 1000)
-        self._lines.append(f"{_format_second(int(now))}.{milliseconds:03d}Z {self._name}{text}")
+        if len(self._lines) < MAX_WAITING:
+            self._lines.append(self._entry(text))
+        else:
+            self._note_lost(1)
         if not self._wake.is_set():
             self._wake.set()
-        if len(self._lines) > MAX_WAITING:
-            self.flush()
+
+    def _entry(self, text: str) -> str:
+        now = time.time()
+        milliseconds = int(now % 1 * 1000)
+        return f"{_format_second(int(now))}.{milliseconds:03d}Z {self._name}{text}\n"
+
+    def _note_lost(self, count: int) -> None:
+        with self._losing:
+            self._lost += count
 
     def _write_forever(self) -> None:
-        while True:
+        is_last = False
+        while not is_last:
             self._wake.wait(LOOK)
             self._wake.clear()
-            for text in self._limit.summaries():
+            is_last = self._is_closed
+            for text in self._limit.summaries(math.inf if is_last else time.monotonic()):
                 self.event(text)
-            self.flush()
-            time.sleep(GATHER)
+            self._write_waiting()
+            if not self._lines:
+                self._written.set()
+            self._hurry.wait(GATHER)
+            self._hurry.clear()
+
+    def _write_waiting(self) -> None:
+        """Write the lines that are waiting, and how many further ones were lost."""
+        lines = [self._lines.popleft() for _ in range(len(self._lines))]
+        text, lost = "".join(lines), self._lost
+        if lost:
+            text += self._entry(f"- lines lost here because they could not be written: {lost}")
+        try:
+            write_whole(STDERR, text.encode(errors="backslashreplace"))
+        except OSError:  # a service does not stop because its log cannot be written
+            self._note_lost(len(lines))
+        else:
+            self._note_lost(-lost)
+
+
+def write_whole(descriptor: int, content: bytes) -> None:
+    """Write all of the content, however long that takes. Raises OSError as os.write() does.
+
+    A descriptor may be in non-blocking mode, which it shares with other processes: a parent that
+    has set it for its own end of a terminal or socket has set it for us. Then we wait for room.
+    """
+    rest = memoryview(content)
+    while rest:
+        try:
+            rest = rest[os.write(descriptor, rest):]
+        except BlockingIOError:
+            select.select([], [descriptor], [])
 
 
 @lru_cache(maxsize=2)

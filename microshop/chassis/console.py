@@ -8,6 +8,8 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 
+from microshop.chassis.access_log import write_whole
+
 STDIN, STDOUT = 0, 1
 CLOSE_TIME = 1.0  # seconds that close() waits for the last lines to be printed
 BOLD = 1          # the supervisor's own label
@@ -59,10 +61,9 @@ class Console:
             if when_shown:
                 when_shown()
 
-    def _write(self, rest: bytes) -> None:
+    def _write(self, lines: bytes) -> None:
         try:
-            while rest:
-                rest = rest[os.write(STDOUT, rest):]
+            write_whole(STDOUT, lines)
         except OSError as error:
             if error.errno in (errno.EPIPE, errno.EIO):  # other errors lose only this block
                 os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)

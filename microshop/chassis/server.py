@@ -20,14 +20,21 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from microshop.chassis import config
-from microshop.chassis.access_log import AccessLog
+from microshop.chassis.access_log import AccessLog, write_whole
 from microshop.chassis.database import Database, DatabaseUnusable
 from microshop.chassis.listener import Listener
 
 LAST_LOOK = 0.25      # seconds at shutdown in which an idle connection may still bring a request
 POLL = 0.05           # seconds that the accept loop may need to notice that it should stop
 HEARTBEAT = 0.25      # seconds between two heartbeats to the supervisor
+STDOUT = 1
 STACK_SIZE = 2**21    # bytes of a thread's stack; the deepest JSON needs more than half of it
+
+
+def announce(line: str) -> None:
+    """Print a line. That blocks if nothing reads a full pipe, so it needs a thread of its own."""
+    with contextlib.suppress(OSError):  # the output may be closed, or on a full disk
+        write_whole(STDOUT, line.encode())
 
 
 class Heartbeat:
@@ -142,9 +149,8 @@ class Service(Listener):
             self.log.event(
                 f"- warning: other machines can reach port {self.server_port}, and any client may "
                 "write; set MICROSHOP_TOKEN or --token-file on the gateway to require a token")
-        # print() may write the line in two pieces.
-        sys.stdout.write(f"{self.title} listening at {self.url}\n")
-        sys.stdout.flush()
+        line = f"{self.title} listening at {self.url}\n"
+        threading.Thread(target=announce, args=[line], daemon=True).start()
         self.serve_forever(POLL)
         self.drain()
         self.close()
@@ -194,4 +200,4 @@ class Service(Listener):
         self.rejected.close()
         if self.schema:
             self.database.close()
-        self.log.flush()
+        self.log.close()

@@ -1,58 +1,75 @@
-"""The log: the form of its lines, and that a service never stops because of its log."""
-import io
+"""The log: the form of its lines, and that nothing but its own thread waits for its reader."""
+import os
+import threading
 import unittest
 from unittest import mock
 
 from microshop.chassis import access_log
-from microshop.chassis.access_log import AccessLog, EventLimit
+from microshop.chassis.access_log import AT_ONCE, AccessLog, EventLimit
 from tests.helpers import PATIENCE, wait_until
 
 MOMENT = 1795379141.5  # 2026-11-22 20:25:41.5 UTC
 TIME = "2026-11-22T20:25:41.500Z"
 
 
-class BrokenPipe(io.StringIO):
-    def write(self, text):
-        raise BrokenPipeError
-
-
 class LogTest(unittest.TestCase):
-    def setUp(self):
-        self.printed = self.enterContext(mock.patch("sys.stderr", io.StringIO()))
+    """A log that writes to a pipe, which is read only when a test has finished with the log."""
 
+    def open(self, service="things", quiet=False):
+        self.reader, self.writer = os.pipe()
+        self.enterContext(mock.patch.object(access_log, "STDERR", self.writer))
+        return AccessLog(service, quiet)
+
+    def finish(self, log):
+        """Close a log, and return the lines that it has written."""
+        def close():
+            log.close()
+            log._writer.join(PATIENCE)
+            os.close(self.writer)
+
+        closing = threading.Thread(target=close)
+        closing.start()
+        with open(self.reader, encoding="utf-8") as pipe:
+            lines = pipe.read().splitlines()
+        closing.join()
+        return lines
+
+
+class FormatTest(LogTest):
     def logged(self, log, at=MOMENT):
         """Log a request and an event, and return the lines."""
         with mock.patch.object(access_log.time, "time", return_value=at):
             log.request("3f0c9a41", "GET", "/things/1", 200, 0.00041)
             log.event("- ready")
-        log.flush()
-        return self.printed.getvalue().splitlines()
+        return self.finish(log)
 
-
-class FormatTest(LogTest):
     def test_a_line_has_the_time_the_service_the_correlation_id_and_the_request(self):
         self.assertEqual([f"{TIME} things 3f0c9a41 GET /things/1 200 0.4ms",
                           f"{TIME} things - ready"],
-                         self.logged(AccessLog("things", quiet=False)))
+                         self.logged(self.open()))
 
     def test_without_a_service_the_name_is_left_out_together_with_its_space(self):
         self.assertEqual([f"{TIME} 3f0c9a41 GET /things/1 200 0.4ms", f"{TIME} - ready"],
-                         self.logged(AccessLog("", quiet=False)))
+                         self.logged(self.open(service="")))
 
     def test_milliseconds_have_three_digits(self):
-        line, _ = self.logged(AccessLog("things", quiet=False), at=MOMENT - 0.5 + 1 / 128)
+        line, _ = self.logged(self.open(), at=MOMENT - 0.5 + 1 / 128)
         self.assertEqual("2026-11-22T20:25:41.007Z", line.split()[0])
 
     def test_a_quiet_log_leaves_out_requests_but_not_events(self):
-        self.assertEqual([f"{TIME} things - ready"], self.logged(AccessLog("things", quiet=True)))
+        self.assertEqual([f"{TIME} things - ready"], self.logged(self.open(quiet=True)))
 
     def test_the_further_lines_of_an_event_cannot_be_taken_for_entries(self):
-        log = AccessLog("things", quiet=False)
+        log = self.open()
         log.event(f"- failed\n{TIME} things x GET / 200 1.0ms\r{TIME} things y")
-        log.flush()
-        first, *others = self.printed.getvalue().splitlines()
+        first, *others = self.finish(log)
         self.assertRegex(first, "Z things - failed$")
         self.assertEqual([f"    {TIME} things x GET / 200 1.0ms", f"    {TIME} things y"], others)
+
+    def test_text_that_is_not_unicode_does_not_end_the_log(self):
+        log = self.open()
+        log.event("- cannot open /data/\udcff.db")
+        self.assertRegex(self.finish(log)[0], r"- cannot open /data/\\udcff.db$")
 
 
 class EventLimitTest(unittest.TestCase):
@@ -60,18 +77,19 @@ class EventLimitTest(unittest.TestCase):
 
     def setUp(self):
         self.now = 0.0
-        self.limit = EventLimit(lambda: self.now)
+        self.limit = EventLimit()
 
     def admitted(self, count, kind="retry things"):
         """Return how many of `count` events at this moment may be written."""
-        return [self.limit.admits(kind, f"event {n}") for n in range(count)].count(True)
+        events = [self.limit.admits(kind, f"event {n}", self.now) for n in range(count)]
+        return events.count(True)
 
     def test_a_long_outage_logs_ten_events_of_a_kind_and_then_a_line_a_minute(self):
         written, summaries = 0, []
         for _ in range(600):  # 225 events a second, for ten minutes
             written += self.admitted(225)
             self.now += 1
-            summaries += self.limit.summaries()
+            summaries += self.limit.summaries(self.now)
         self.assertEqual((written, len(summaries)), (10, 10), summaries[:3])
         self.assertEqual(summaries[9], "- retry things: 13500 more in the last minute; "
                                        "the last one: event 224")
@@ -79,12 +97,12 @@ class EventLimitTest(unittest.TestCase):
     def test_a_kind_begins_anew_after_a_minute_in_which_it_was_not_limited(self):
         self.admitted(12)
         self.now += 60
-        self.assertEqual(len(self.limit.summaries()), 1, "two events were not written")
+        self.assertEqual(len(self.limit.summaries(self.now)), 1, "two events were not written")
         self.assertEqual(self.admitted(1), 0, "the outage may go on: further events are counted")
         self.now += 60
-        self.assertEqual(len(self.limit.summaries()), 1)
+        self.assertEqual(len(self.limit.summaries(self.now)), 1)
         self.now += 60
-        self.assertEqual(self.limit.summaries(), [], "there was nothing to sum up")
+        self.assertEqual(self.limit.summaries(self.now), [], "there was nothing to sum up")
         self.assertEqual(self.admitted(12), 10, "events that are written after a quiet minute")
 
     def test_each_kind_has_a_limit_of_its_own(self):
@@ -93,40 +111,72 @@ class EventLimitTest(unittest.TestCase):
 
 
 class WritingTest(LogTest):
+    def fill_pipe(self):
+        """Fill the pipe, as if nothing had read the log for a while; return how many bytes fit."""
+        os.set_blocking(self.writer, False)
+        size = 0
+        try:
+            while True:
+                size += os.write(self.writer, b"\n" * 4096)
+        except BlockingIOError:
+            os.set_blocking(self.writer, True)
+        return size
+
     def test_lines_are_written_without_anyone_asking_for_it(self):
-        AccessLog("things", quiet=False).event("- ready")
-        wait_until(lambda: self.printed.getvalue().endswith("- ready\n"))
+        log = self.open()
+        log.event("- ready")
+        self.assertIn(b"- ready", os.read(self.reader, 1000))
+        self.finish(log)
 
-    def test_events_of_a_kind_are_summed_up_when_their_minute_has_ended(self):
-        self.enterContext(mock.patch.object(access_log, "LOOK", 0.01))
-        log, clock = AccessLog("things", quiet=False), mock.Mock(return_value=0.0)
-        log._limit = EventLimit(clock)
-        for number in range(12):
+    def test_what_was_counted_of_a_kind_of_events_is_summed_up_when_the_log_is_closed(self):
+        log = self.open()
+        for number in range(AT_ONCE + 2):
             log.event(f"- event {number}\nwith details", "fault")
-        clock.return_value = 60.0
-        wait_until(lambda: "things - fault: 2 more in the last minute; the last one: - event 11\n"
-                           "    with details\n" in self.printed.getvalue())
+        lines = self.finish(log)
+        self.assertEqual(len(lines), 2 * (AT_ONCE + 1), lines)
+        self.assertRegex(lines[-2], "- fault: 2 more in the last minute; the last one: - event 11$")
+        self.assertEqual(lines[-1], "    with details")
 
-    def test_a_thread_that_adds_one_line_too_many_writes_them_all(self):
-        with (mock.patch.object(access_log, "MAX_WAITING", 2),
-              mock.patch.object(access_log, "GATHER", PATIENCE)):
-            log = AccessLog("things", quiet=False)
-            log.event("- first")
-            wait_until(self.printed.getvalue)  # from now on, the log's own thread sleeps
-            log.event("- second")
-            log.event("- third")
-            self.assertEqual(1, self.printed.getvalue().count("\n"), "two lines may wait")
-            log.event("- fourth")
-            self.assertEqual(4, self.printed.getvalue().count("\n"), "a third line may not wait")
+    def test_a_log_that_nothing_reads_loses_lines_and_counts_them_but_delays_nothing(self):
+        self.enterContext(mock.patch.multiple(access_log, MAX_WAITING=3, CLOSE_TIME=0.01))
+        log = self.open()
+        self.fill_pipe()
+        log.event("- line 0")
+        wait_until(lambda: not log._lines, "the log's thread to write, which blocks it")
 
-    def test_a_log_that_cannot_be_written_does_not_stop_the_service(self):
-        log = AccessLog("things", quiet=False)
-        with mock.patch("sys.stderr", BrokenPipe()):
+        def use_log():
+            for number in range(1, 8):
+                log.event(f"- line {number}")
+            log.close()
+
+        using = threading.Thread(target=use_log, daemon=True)
+        using.start()
+        using.join(PATIENCE)
+        self.assertFalse(using.is_alive(), "a thread that used the log waits for its reader")
+        texts = [line.partition(" things - ")[2] for line in self.finish(log) if line]
+        self.assertEqual(texts, [*(f"line {number}" for number in range(4)),
+                                 "lines lost here because they could not be written: 4"])
+
+    def test_a_pipe_in_non_blocking_mode_that_is_read_late_gets_every_line_whole(self):
+        log = self.open()
+        size = self.fill_pipe()
+        os.set_blocking(self.writer, False)
+        for number in range(size // 10):
+            log.event(f"- {number}")
+        numbers = [line.rpartition(" ")[2] for line in self.finish(log) if line]
+        self.assertEqual(numbers, [str(number) for number in range(size // 10)])
+
+    def test_a_log_whose_reader_has_gone_does_not_end_its_thread(self):
+        log = self.open()
+        reader, gone = os.pipe()
+        os.close(reader)
+        with mock.patch.object(access_log, "STDERR", gone):
             log.event("- lost")
             log.flush()
+        os.close(gone)
         log.event("- found")
-        log.flush()
-        self.assertIn("- found\n", self.printed.getvalue())
+        texts = [line.partition(" things - ")[2] for line in self.finish(log)]
+        self.assertEqual(texts, ["found", "lines lost here because they could not be written: 1"])
 
 
 if __name__ == "__main__":

@@ -389,14 +389,14 @@ class NoDescriptorsTest(ConnectionsTest):
         return kernel
 
     def test_an_accept_loop_without_descriptors_pauses_and_goes_on_when_there_are_some(self):
-        with contextlib.redirect_stderr(io.StringIO()) as log:
-            service = self.enterContext(running(Things))
-            kernel = self.fill(service)
-            waiting = self.connect(service)
-            wait_until(lambda: len(kernel.events) >= 4 * AT_ONCE, "many attempts to accept")
-            kernel.is_full = False
-            self.get_things(waiting, "a client that waited for a descriptor")
-            service.log.flush()
+        log = self.enterContext(contextlib.redirect_stderr(io.StringIO()))
+        service = self.enterContext(running(Things))
+        kernel = self.fill(service)
+        waiting = self.connect(service)
+        wait_until(lambda: len(kernel.events) >= 4 * AT_ONCE, "many attempts to accept")
+        kernel.is_full = False
+        self.get_things(waiting, "a client that waited for a descriptor")
+        service.log.flush()
         failures, pauses = kernel.events[0::2], kernel.events[1::2]
         self.assertEqual((set(failures), set(pauses)), ({"accept"}, {listener.NO_ROOM_PAUSE}),
                          "each accept that fails should be followed by a pause")
@@ -405,16 +405,14 @@ class NoDescriptorsTest(ConnectionsTest):
                          f"lines of the log about {len(failures)} failures in one minute")
 
     def test_an_idle_connection_gives_its_descriptor_to_a_newcomer(self):
-        with contextlib.redirect_stderr(io.StringIO()):
-            service = self.enterContext(running(Things))
-            [idle] = self.keep(service, 1)
-            wait_until(lambda: not service.connections.count_busy(), "the connection to be idle")
-            kernel = self.fill(service)
-            waiting = self.connect(service)
-            self.assert_closed(idle, "the idle connection")
-            kernel.is_full = False
-            self.get_things(waiting, "a client that waited for a descriptor")
-            service.log.flush()
+        service = self.enterContext(running(Things))
+        [idle] = self.keep(service, 1)
+        wait_until(lambda: not service.connections.count_busy(), "the connection to be idle")
+        kernel = self.fill(service)
+        waiting = self.connect(service)
+        self.assert_closed(idle, "the idle connection")
+        kernel.is_full = False
+        self.get_things(waiting, "a client that waited for a descriptor")
         self.assertEqual(kernel.events[:2], ["accept", listener.NO_ROOM_PAUSE / 10],
                          "the pause is short if a connection was closed")
 

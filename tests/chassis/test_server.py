@@ -22,7 +22,7 @@ class StartTest(unittest.TestCase):
                                       ("0.0.0.0", "", 1), ("0.0.0.0", "t", 0)):
             with (self.subTest(host=host, token=token),
                   contextlib.redirect_stderr(io.StringIO()) as log,
-                  contextlib.redirect_stdout(io.StringIO()) as output,
+                  mock.patch.object(server, "write_whole") as write,
                   running(Things, host=host) as things,
                   mock.patch.object(things, "serve_forever"),
                   mock.patch.object(things, "drain"),
@@ -32,7 +32,8 @@ class StartTest(unittest.TestCase):
                 things.log.flush()
                 warning = f"warning: other machines can reach port {things.server_port}"
                 self.assertEqual(log.getvalue().count(warning), warnings, log.getvalue())
-                self.assertEqual(output.getvalue(), f"Service listening at {things.url}\n")
+                wait_until(lambda: write.called)
+                write.assert_called_once_with(1, f"Service listening at {things.url}\n".encode())
 
     def test_a_service_shows_an_address_that_a_browser_can_open(self):
         for name, url in (("127.0.0.1", "http://localhost:3001"),
