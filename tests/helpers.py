@@ -262,6 +262,17 @@ def together(*functions: Callable[[], Any]) -> list[Any]:
     return [outcomes[number] for number in range(len(functions))]
 
 
+def fill(pipe: int) -> int:
+    """Fill a pipe, as if nothing had read it for a while; return how many bytes it took."""
+    size = 0
+    os.set_blocking(pipe, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            size += os.write(pipe, b"\n" * 4096)
+    os.set_blocking(pipe, True)
+    return size
+
+
 def clean_environment(**changes: str) -> dict[str, str]:
     """Return the environment without settings of microshop, and with changes."""
     clean = {name: value for name, value in os.environ.items()

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from microshop.chassis.access_log import write_whole
 
 STDIN, STDOUT = 0, 1
-CLOSE_TIME = 1.0  # seconds that close() waits for the last lines to be printed
-BOLD = 1          # the supervisor's own label
+MAX_WAITING = 1000  # items to print; further ones are lost
+CLOSE_TIME = 1.0    # seconds that close() waits for the last lines to be printed
+BOLD = 1            # the supervisor's own label
 COLOURS = (32, 33, 35, 36, 34, 92, 93, 95, 96, 94)  # of a terminal; no red, which means an error
 
 Item = tuple[str, bytes, Callable[[], None] | None]  # name, lines, when_shown
@@ -28,6 +29,7 @@ class Console:
     def __init__(self, title: str, names: Sequence[str], wants_colours: bool):
         self.title = title
         self.is_broken = False  # the reader of our output is gone
+        self._lost = 0          # lines
         self._labels = make_labels(title, names, wants_colours and os.isatty(STDOUT))
         self._terminals = [stream for stream in (STDIN, STDOUT) if os.isatty(stream)]
         self._items: queue.Queue[Item | None] = queue.Queue()
@@ -41,7 +43,20 @@ class Console:
     def show(
         self, name: str, lines: bytes, when_shown: Callable[[], None] | None = None
     ) -> None:
-        """Queue lines to print after a label; call `when_shown` once they are printed."""
+        """Queue lines to print after a label; call `when_shown` once they are printed.
+
+        If nothing reads our output, a child that fails again and again must not fill the memory:
+        then its lines are lost.
+        """
+        if self._items.qsize() >= MAX_WAITING:
+            self._lost += lines.count(b"\n") + 1
+            if when_shown:
+                when_shown()
+            return
+        if self._lost:
+            text = f"lines lost here because nothing read them: {self._lost}"
+            self._items.put((self.title, text.encode(), None))
+            self._lost = 0
         self._items.put((name, lines, when_shown))
 
     def has_lost_terminal(self) -> bool:

@@ -6,7 +6,7 @@ from unittest import mock
 
 from microshop.chassis import access_log
 from microshop.chassis.access_log import AT_ONCE, AccessLog, EventLimit
-from tests.helpers import PATIENCE, wait_until
+from tests.helpers import PATIENCE, fill, wait_until
 
 MOMENT = 1795379141.5  # 2026-11-22 20:25:41.5 UTC
 TIME = "2026-11-22T20:25:41.500Z"
@@ -111,17 +111,6 @@ class EventLimitTest(unittest.TestCase):
 
 
 class WritingTest(LogTest):
-    def fill_pipe(self):
-        """Fill the pipe, as if nothing had read the log for a while; return how many bytes fit."""
-        os.set_blocking(self.writer, False)
-        size = 0
-        try:
-            while True:
-                size += os.write(self.writer, b"\n" * 4096)
-        except BlockingIOError:
-            os.set_blocking(self.writer, True)
-        return size
-
     def test_lines_are_written_without_anyone_asking_for_it(self):
         log = self.open()
         log.event("- ready")
@@ -140,7 +129,7 @@ class WritingTest(LogTest):
     def test_a_log_that_nothing_reads_loses_lines_and_counts_them_but_delays_nothing(self):
         self.enterContext(mock.patch.multiple(access_log, MAX_WAITING=3, CLOSE_TIME=0.01))
         log = self.open()
-        self.fill_pipe()
+        fill(self.writer)
         log.event("- line 0")
         wait_until(lambda: not log._lines, "the log's thread to write, which blocks it")
 
@@ -159,12 +148,12 @@ class WritingTest(LogTest):
 
     def test_a_pipe_in_non_blocking_mode_that_is_read_late_gets_every_line_whole(self):
         log = self.open()
-        size = self.fill_pipe()
+        count = fill(self.writer) // 10  # lines; each has more than ten bytes
         os.set_blocking(self.writer, False)
-        for number in range(size // 10):
+        for number in range(count):
             log.event(f"- {number}")
         numbers = [line.rpartition(" ")[2] for line in self.finish(log) if line]
-        self.assertEqual(numbers, [str(number) for number in range(size // 10)])
+        self.assertEqual(numbers, [str(number) for number in range(count)])
 
     def test_a_log_whose_reader_has_gone_does_not_end_its_thread(self):
         log = self.open()

@@ -1,7 +1,12 @@
-"""What a person sees of the processes: labels and colours."""
+"""What a person sees of the processes: labels and colours, and every line if it is read."""
+import os
+import threading
 import unittest
+from unittest import mock
 
-from microshop.chassis.console import COLOURS, make_labels
+from microshop.chassis import console
+from microshop.chassis.console import COLOURS, Console, make_labels
+from tests.helpers import PATIENCE, fill, wait_until
 
 
 class LabelTest(unittest.TestCase):
@@ -34,6 +39,52 @@ class LabelTest(unittest.TestCase):
         labels = make_labels("run_all", names, coloured=True)
         first, last = labels[names[0]], labels[names[-1]]
         self.assertEqual(first.partition(b"m")[0], last.partition(b"m")[0])
+
+
+class UnreadTest(unittest.TestCase):
+    """A console whose output is a full pipe, which is read only when a test has finished."""
+
+    def setUp(self):
+        self.reader, self.writer = os.pipe()
+        self.enterContext(mock.patch.object(console, "STDOUT", self.writer))
+        self.size = fill(self.writer)
+        self.console = Console("run_all", ["users"], wants_colours=False)
+
+    def finish(self):
+        """Close the console, and return the lines that it has printed."""
+        def close():
+            self.console.close()
+            self.console._printer.join(PATIENCE)
+            os.close(self.writer)
+
+        closing = threading.Thread(target=close)
+        closing.start()
+        with open(self.reader) as pipe:
+            lines = pipe.read().split("\n")
+        closing.join()
+        return [line for line in lines if line]
+
+    def test_a_pipe_in_non_blocking_mode_that_is_read_late_gets_every_line_whole(self):
+        os.set_blocking(self.writer, False)
+        texts = [f"line {number}" for number in range(self.size // 10)]
+        self.console.show("users", "\n".join(texts).encode())
+        self.assertEqual(self.finish(), [f"users   | {text}" for text in texts])
+
+    def test_lines_that_nothing_reads_are_lost_in_the_end_and_counted(self):
+        self.enterContext(mock.patch.object(console, "MAX_WAITING", 2))
+        shown = threading.Semaphore(0)
+        self.console.say("one")
+        wait_until(lambda: not self.console._items.qsize(), "the printer to print, which blocks it")
+        for text in (b"two", b"three", b"lost\nlost", b"lost"):
+            self.console.show("users", text, shown.release)
+        waits = "a child waits until its lines are shown, but they are lost"
+        self.assertTrue(shown.acquire(blocking=False) and shown.acquire(blocking=False), waits)
+        os.read(self.reader, self.size)
+        wait_until(lambda: not self.console._items.qsize(), "the printer to go on")
+        self.console.say("four")
+        self.assertEqual(self.finish(), [
+            "run_all | one", "users   | two", "users   | three",
+            "run_all | lines lost here because nothing read them: 3", "run_all | four"])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import io
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import unittest
 from types import SimpleNamespace
@@ -13,7 +15,7 @@ from microshop.chassis import server
 from microshop.chassis.server import HEARTBEAT, Heartbeat, Service
 from tests.chassis.things import (
     GET, GET_WAIT, ConnectionsTest, Things, ThingsHandler, stopped_clock)
-from tests.helpers import PATIENCE, Wire, ask, running, wait_until
+from tests.helpers import PATIENCE, TOP, Wire, ask, fill, running, wait_until
 
 
 class StartTest(unittest.TestCase):
@@ -140,6 +142,26 @@ class SupervisedTest(ConnectionsTest):
                 self.assertEqual(ask(self.port, "GET", "/health").status, 200)
             service.log.flush()
         self.assertRegex(log.getvalue(), r"^\S+Z [0-9a-f]{16} GET /health 200 \d+\.\dms\n$")
+
+    def test_a_process_whose_output_nothing_reads_starts_and_serves_and_ends(self):
+        code = ("from microshop.chassis import access_log\n"
+                "access_log.MAX_WAITING, access_log.CLOSE_TIME = 5, 0.01\n"
+                "from tests.chassis.things import Things\n"
+                "Things.main()\n")
+        reader, output = os.pipe()
+        self.addCleanup(os.close, reader)
+        self.addCleanup(os.close, output)
+        fill(output)
+        handles = [self.listener.fileno(), self.enterContext(self.theirs).fileno()]
+        supervised = ",".join(map(str, handles))
+        things = self.enterContext(subprocess.Popen(
+            [sys.executable, "-m", "tests.after", code, "--supervised", supervised],
+            cwd=TOP, pass_fds=handles, stdout=output, stderr=output))
+        self.addCleanup(things.kill)
+        for _ in range(20):
+            self.assertEqual(ask(self.port, target="/things").status, 200)
+        things.terminate()
+        self.assertEqual(things.wait(PATIENCE), 0, "exit status after SIGTERM")
 
     def test_a_client_that_comes_between_two_services_on_one_socket_is_served_by_the_second(self):
         with running(Things, supervised=self.handles(self.theirs)) as first:
