@@ -69,7 +69,7 @@ class FormatTest(LogTest):
     def test_text_that_is_not_unicode_does_not_end_the_log(self):
         log = self.open()
         log.event("- cannot open /data/\udcff.db")
-        self.assertRegex(self.finish(log)[0], r"- cannot open /data/\\udcff.db$")
+        self.assertRegex("".join(self.finish(log)), r"- cannot open /data/\\udcff.db$")
 
 
 class EventLimitTest(unittest.TestCase):
