@@ -38,12 +38,11 @@ def make_request_id() -> str:
 
 
 @dataclass(slots=True)
-class _Kind:
-    """What was counted of a kind of events; `last` is the text of the last one not written."""
+class _Minute:
+    """What was counted of a kind of events in a minute: AT_ONCE of them may be written."""
 
-    minute_ends: float
-    written: int = 0
-    unwritten: int = 0
+    end: float
+    count: int = 0
     last: str = ""
 
 
@@ -56,35 +55,29 @@ class EventLimit:
     """
 
     def __init__(self) -> None:
-        self._kinds: dict[str, _Kind] = {}
+        self._minutes: dict[str, _Minute] = {}  # of each kind, the present one
         self._lock = threading.Lock()
 
     def admits(self, kind: str, text: str, now: float) -> bool:
-        """Return whether an event may be written now; if not, count it."""
+        """Count an event; return whether it may be written."""
         with self._lock:
-            if kind not in self._kinds:
-                self._kinds[kind] = _Kind(now + MINUTE)
-            counted = self._kinds[kind]
-            if counted.written < AT_ONCE:
-                counted.written += 1
-                return True
-            counted.unwritten += 1
-            counted.last = text
-            return False
+            minute = self._minutes.setdefault(kind, _Minute(now + MINUTE))
+            minute.count += 1
+            minute.last = text
+            return minute.count <= AT_ONCE
 
     def summaries(self, now: float) -> list[str]:
-        """Return a text for each kind that has unwritten events and whose minute has ended."""
+        """Return a text for each kind whose minute has ended, and of which not all were written."""
         texts = []
         with self._lock:
-            for kind, counted in list(self._kinds.items()):
-                if now < counted.minute_ends:
+            for kind, minute in list(self._minutes.items()):
+                if now < minute.end:
                     continue
-                if counted.unwritten:
-                    texts.append(f"- {kind}: {counted.unwritten} more in the last minute; "
-                                 f"the last one: {counted.last}")
-                    counted.unwritten, counted.minute_ends = 0, now + MINUTE
-                else:
-                    del self._kinds[kind]
+                del self._minutes[kind]
+                if minute.count > AT_ONCE:
+                    texts.append(f"- {kind}: {minute.count - AT_ONCE} more in the last minute; "
+                                 f"the last one: {minute.last}")
+                    self._minutes[kind] = _Minute(now + MINUTE, AT_ONCE)
         return texts
 
 
