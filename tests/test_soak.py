@@ -11,7 +11,7 @@ from unittest import mock
 
 from microshop.users import Users
 from tests import soak
-from tests.helpers import Wire, process, read_request, running, upstream
+from tests.helpers import Wire, process, read_request, running, upstream, wait_until
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 needs_proc = unittest.skipUnless(soak.HAS_PROC, "this system does not tell what a process holds")
@@ -91,6 +91,8 @@ class HoldingTest(unittest.TestCase):
         with (tempfile.TemporaryDirectory() as folder,
               process("microshop.users", "--port", "0", "--data", folder, "--quiet") as users):
             port, pid = users.port("Users service"), users.popen.pid
+            wait_until(lambda: soak.hold_of(pid).threads == 2,
+                       "two threads: the accept loop and the log; a third one printed the port")
             threads, files, _ = soak.hold_of(pid)
             with Wire(port) as client:
                 client.send(b"GET /health HTTP/1.1\r\nHost: shop\r\n\r\n")  # opens no database
