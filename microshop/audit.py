@@ -20,7 +20,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from microshop import SERVICES
-from microshop.chassis import config
+from microshop.chassis import config, surroundings
 
 PATIENCE = 60  # seconds within which an order must be finished
 DEFAULT = Path("data")
@@ -143,6 +143,7 @@ def check(folder: Path) -> bool:
 
 
 def main() -> None:
+    surroundings.prepare()
     settings = config.read("microshop.audit", [DATA], refuse_empty_flag)
     folders = [settings.data] if settings.data else find_folders()
     if not folders:

@@ -16,9 +16,9 @@ from argparse import Namespace
 from pathlib import Path
 
 from microshop import GATEWAY_PORT, SERVICES
-from microshop.chassis import config
+from microshop.chassis import config, surroundings
 from microshop.chassis.child import Child
-from microshop.chassis.console import Console, open_missing_streams
+from microshop.chassis.console import Console
 from microshop.chassis.supervisor import Supervisor
 
 SERVICE_HOST = "127.0.0.1"
@@ -106,12 +106,20 @@ def check(settings: Namespace) -> None:
                          "of the services above it")
 
 
+def make_temporary_folder() -> tempfile.TemporaryDirectory:
+    """Return a new folder that ends with the shop. Exits with status 1 if that is not possible."""
+    try:
+        return tempfile.TemporaryDirectory(prefix="microshop-")
+    except OSError as error:
+        sys.exit(f"run_all: cannot make a temporary folder for --fresh: {error.strerror}")
+
+
 def run_shop() -> int:
     """Read the settings and run the shop; return its exit status."""
     settings = config.read("microshop.run_all", OPTIONS, check)
     with contextlib.ExitStack() as stack:
         if settings.fresh:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="microshop-"))
+            folder = stack.enter_context(make_temporary_folder())
             settings.data = Path(folder)
         services, gateways = plan_children(settings)
         wants_colours = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
@@ -128,7 +136,7 @@ def run_shop() -> int:
 
 def main() -> None:
     """Run the shop, and exit with its status."""
-    open_missing_streams()
+    surroundings.prepare()
     try:
         sys.exit(run_shop())
     except KeyboardInterrupt:  # Ctrl-C before the supervisor handles signals

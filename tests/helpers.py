@@ -163,16 +163,21 @@ def running(service: type, **settings: Any) -> Iterator[Any]:
             "token": "", "token_file": "", "rate": None,
             **{f"{name}_url": [NOBODY] for name in SERVICES}, **settings}
         server = service(Namespace(**values))
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
+        server.accept_thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        server.accept_thread.start()
         try:
             yield server
         finally:
-            server.shutdown()
-            thread.join()
+            stop_accepting(server)
             if server.socket.fileno() >= 0:  # a test may have drained it
                 server.drain()
             server.close()
+
+
+def stop_accepting(server: Any) -> None:
+    """End the accept loop of a service that is `running`, and wait for its end."""
+    server.shutdown()
+    server.accept_thread.join()
 
 
 def service_of(name: str) -> type[Service]:
@@ -212,7 +217,7 @@ class Shop(NamedTuple):
     @contextlib.contextmanager
     def with_orders_restarted(self) -> Iterator["Shop"]:
         """End the orders service, and run another one on its database."""
-        self.orders.shutdown()
+        stop_accepting(self.orders)
         self.orders.drain()
         self.orders.close()
         with running(Orders, **{**vars(self.orders.settings), "port": 0}) as orders:

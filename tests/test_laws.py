@@ -26,7 +26,7 @@ WRITES_TO_SOCKET = re.compile(
     r"\.(send|sendall|sendto|sendmsg|sendfile|send_response|send_header|end_headers)\b|wfile\b")
 WRITERS_TO_SOCKETS = {
     "chassis/wire.py", "chassis/server.py", "chassis/listener.py", "chassis/handler.py",
-    "chassis/connections.py"}
+    "chassis/connections.py", "chassis/child.py"}
 READERS_OF_THE_ENVIRONMENT = {"run_all.py", "chassis/config.py"}
 WORDS_OF_THE_SHOP = "|".join([*SERVICES, *(name.removesuffix("s") for name in SERVICES)])
 

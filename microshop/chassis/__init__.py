@@ -8,6 +8,7 @@ A process
     admission    which requests are admitted: rate limit and bearer token
     database     one SQLite file per service (*database per service*)
     config       settings from flags and the environment (*externalized configuration*)
+    surroundings what a process inherits and repairs: standard streams, signals, limits
     access_log   a line for each request, with its *correlation id*
 
 Calls from one process to another

@@ -6,8 +6,9 @@ for the log what has happened.
 
 A process inherits two sockets. One is the listening socket. It stays open in the supervisor, so
 clients wait in its queue while a process is replaced. Through the other, the process sends
-heartbeats; when the supervisor's side of it is closed, the process stops. So no process outlives
-the supervisor, not even when the supervisor is killed.
+heartbeats, and the supervisor tells a process that another takes its place. When the supervisor's
+side of it is closed, the process stops. So no process outlives the supervisor, not even when the
+supervisor is killed.
 
 Law: this module does not know what a child serves.
 """
@@ -26,6 +27,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+from microshop.chassis.surroundings import hangup_blocked
+
 DRAIN_TIME = 1.0   # seconds that the output of an ended process may stay open
 MAX_LINE = 2**20   # bytes of a line that are shown without waiting for its end
 MAX_UNSHOWN = 4    # blocks of output that may wait to be shown; beyond that, the process waits
@@ -40,15 +43,17 @@ class RestartPolicy:
 
     down      no process runs. One is started after a pause, which doubles each time a process
               ends; it is short again once a process has been up for HEALTHY_TIME
-    starting  a process runs, but is not ready. It is killed after START_TIME. The child is given
-              up after FAILED_STARTS failed starts in a row, or one that is final
-    up        the process is ready. It is killed after HANG_TIME without a heartbeat
+    starting  a process runs, but is not ready. It is killed after HANG_TIME without a heartbeat
+    up        the process is ready. It, too, is killed after HANG_TIME without a heartbeat
     dying     the process has been killed, but has not ended yet
+
+    A child that has never been ready is given up after FAILED_STARTS, or after one that is final.
+    Once it has been ready, it is never given up: what keeps it from starting now may go away.
     """
 
     FIRST_PAUSE, LAST_PAUSE = 0.1, 10.0  # seconds: first 0.1 to 0.2, then 0.2 to 0.4, ..., 5 to 10
     HEALTHY_TIME = 10.0                  # seconds
-    START_TIME, HANG_TIME = 10.0, 10.0   # seconds
+    HANG_TIME = 10.0                     # seconds
     FAILED_STARTS = 5
 
     def __init__(
@@ -59,7 +64,8 @@ class RestartPolicy:
         self._clock, self._jitter = clock, jitter
         self.state = "down"
         self.pause = 0.0          # seconds to stay down
-        self.failed_starts = 0    # in a row
+        self.has_been_ready = False
+        self.failed_starts = 0
         self.is_final = False     # another start would fail too
         self._since = clock()     # when the present state began
         self._heartbeat_at = 0.0  # when the last heartbeat came
@@ -69,30 +75,22 @@ class RestartPolicy:
         """Return what to do now: "start", "kill", "give up", or "" for nothing."""
         now = self._clock()
         if self.state == "down":
-            if self.is_final or self.failed_starts >= self.FAILED_STARTS:
+            has_failed = self.is_final or self.failed_starts >= self.FAILED_STARTS
+            if has_failed and not self.has_been_ready:
                 return "give up"
             return "start" if now >= self._since + self.pause else ""
-        if self.state == "starting" and now > self._since + self.START_TIME:
-            return "kill"
-        if self.state == "up" and now > self._heartbeat_at + self.HANG_TIME:
-            return "kill"
-        return ""
+        is_silent = now > self._heartbeat_at + self.HANG_TIME
+        return "kill" if is_silent and self.state != "dying" else ""
 
     def note_start(self) -> None:
         self._enter("starting")
 
     def note_ready(self) -> None:
         self._enter("up")
-        self._heartbeat_at, self.failed_starts = self._since, 0
+        self.has_been_ready = True
 
     def note_heartbeat(self) -> None:
         self._heartbeat_at = self._clock()
-
-    def note_supervisor_paused(self) -> None:
-        """Do not blame the child for what it could not show while the supervisor was paused."""
-        self.note_heartbeat()
-        if self.state == "starting":
-            self._since = self._clock()
 
     def note_kill(self) -> None:
         if self.state == "starting":
@@ -115,6 +113,7 @@ class RestartPolicy:
         if self.state == "up" and self._heartbeat_at - self._since >= self.HEALTHY_TIME:
             self._longest = self.FIRST_PAUSE
         self.state, self._since = state, self._clock()
+        self._heartbeat_at = self._since
 
 
 class Process:
@@ -131,7 +130,7 @@ class Process:
         host, port, *_ = child.listener.getsockname()
         self._heartbeats, theirs = socket.socketpair()
         self._heartbeats.setblocking(False)
-        with theirs:
+        with theirs, hangup_blocked():  # only the supervisor obeys a SIGHUP
             sockets = [child.listener.fileno(), theirs.fileno()]
             self.popen = subprocess.Popen(
                 [sys.executable, "-m", child.module, "--supervised", ",".join(map(str, sockets)),
@@ -157,25 +156,32 @@ class Process:
             self.is_ending = True
             self.popen.terminate()
 
+    def replace(self, kill_at: float) -> None:
+        """Tell the process that another one takes its place, and then ask it to end.
+
+        So its health checks stay good: only this process ends, not what it is part of.
+        """
+        with contextlib.suppress(OSError):  # it has ended already
+            self._heartbeats.send(b".")
+        self.end(kill_at)
+
     def kill(self) -> None:
         """Kill the process, and all that it has started in its process group."""
         with contextlib.suppress(OSError):
             os.killpg(self.popen.pid, signal.SIGKILL)
 
-    def is_late(self, now: float) -> bool:
-        """Return whether it still runs after its `kill_at`, and move that on.
-
-        So the caller, which kills the process, is not told again at once.
-        """
+    def kill_if_late(self, now: float) -> bool:
+        """Kill the process if it still runs after its `kill_at`; return whether it did."""
         if self.popen.poll() is not None or now <= self.kill_at:
             return False
-        self.kill_at = now + DRAIN_TIME
+        self.kill()
+        self.kill_at = now + DRAIN_TIME  # the kill needs a moment
         return True
 
-    def has_left_output_open(self, now: float) -> bool:
-        """Return whether it ended more than DRAIN_TIME ago, but its output is still open.
+    def kill_rest(self, now: float) -> bool:
+        """Kill what the process has started, if it has ended itself.
 
-        A process that it started may hold the output open; all of those are killed first.
+        Return whether its output, which one of those may hold open, is open DRAIN_TIME after that.
         """
         if self.popen.poll() is None:
             return False
@@ -261,13 +267,10 @@ class Child:
 
     def kill(self) -> str:
         """Kill the current process, as the policy demands."""
-        problem = f"has sent no heartbeat for {self.policy.HANG_TIME:g} s"
-        if self.policy.state == "starting":
-            problem = f"was not ready within {self.policy.START_TIME:g} s"
         self.policy.note_kill()
         if self.current:
             self.current.kill()
-        return f"{self.name} {problem}; killing it"
+        return f"{self.name} has sent no heartbeat for {self.policy.HANG_TIME:g} s; killing it"
 
     def note_output(self, process: Process, output: bytes) -> bool:
         """Record what a process has printed. Return True if that makes the child ready."""

@@ -99,10 +99,16 @@ def switch(text: str) -> bool:
 
 
 def folder(text: str) -> Path:
-    path = Path(text)
-    if not text or path.exists() and not path.is_dir():
+    """Return the path of a folder, which may be missing."""
+    if not text:
         raise ValueError(f"{text!r} is not a folder")
-    return path
+    try:
+        os.scandir(text).close()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ValueError(f"{text!r} is not a folder that can be used: {error.strerror}") from None
+    return Path(text)
 
 
 def base_urls(text: str) -> list[str]:

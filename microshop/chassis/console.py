@@ -85,13 +85,6 @@ class Console:
                 self.is_broken = True
 
 
-def open_missing_streams() -> None:
-    """Open /dev/null in place of each closed standard stream, so that no socket gets its number."""
-    while (stream := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(stream)
-
-
 def make_labels(title: str, names: Sequence[str], coloured: bool) -> dict[str, bytes]:
     """Return the label of each name: the name, padded, and a bar, in a colour of its own."""
     width = max(map(len, [title, *names]))

@@ -3,14 +3,16 @@
 Where socketserver does not fit, this module replaces it; the comments say why. What happens on a
 connection is in handler.py.
 
-socketserver calls these methods: serve_forever -> get_request -> process_request, which starts a
-thread; there, a new handler runs setup, handle and finish; then shutdown_request.
+The accept loop is serve_forever. For each connection, socketserver calls get_request and then
+process_request, which starts a thread; there, a new handler runs setup, handle and finish; then
+shutdown_request.
 
 Law: nothing here reads a request.
 """
 import contextlib
 import errno
 import os
+import select
 import socket
 import sys
 import threading
@@ -26,6 +28,7 @@ from microshop.chassis.access_log import AccessLog, make_request_id
 from microshop.chassis.answer import RequestContext, format_answer, problem_answer, represent
 from microshop.chassis.errors import RETRY_SOON, ServiceUnavailable
 
+POLL = 0.05           # seconds that the accept loop may need to notice that it should stop
 MAX_REJECTED = 64     # connections that were answered 503 and are not closed yet
 NO_ROOM_PAUSE = 0.1   # seconds without accepting when the system has no room for a connection
 NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -134,6 +137,7 @@ class Listener(ThreadingHTTPServer):
 
     request_queue_size = 1024  # with socketserver's 5, clients that connect at once get no answer
     timeout = 0                # handle_request() must not wait if another process took the client
+    is_stopping = False        # the accept loop must end
     log: AccessLog
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler],
@@ -142,6 +146,21 @@ class Listener(ThreadingHTTPServer):
         self.connections = OpenConnections()
         self.rejected = RejectedConnections()
         super().__init__(address, handler)
+
+    def serve_forever(self, poll_interval: float = POLL) -> None:
+        """Accept connections until shutdown() is called."""
+        while not self.is_stopping:
+            if select.select([self], [], [], poll_interval)[0]:
+                self.handle_request()
+            self.service_actions()
+
+    def shutdown(self) -> None:
+        """Let the accept loop end soon.
+
+        socketserver's own method waits for that end. So it would block in a signal handler, and
+        there may be no room for another thread to call it in.
+        """
+        self.is_stopping = True
 
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
@@ -182,7 +201,7 @@ class Listener(ThreadingHTTPServer):
         self.log.event(f"- no room for another connection: {why}", "no room")
 
     def service_actions(self) -> None:
-        """Close rejected connections that are due, on each turn of socketserver's accept loop."""
+        """Close rejected connections that are due, on each turn of the accept loop."""
         self.rejected.close_due()
 
     def shutdown_request(self, request: Any) -> None:

@@ -6,7 +6,6 @@ Law: nothing here knows what a request is about.
 """
 import contextlib
 import ipaddress
-import resource
 import select
 import signal
 import socket
@@ -19,13 +18,12 @@ from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from microshop.chassis import config
+from microshop.chassis import config, surroundings
 from microshop.chassis.access_log import AccessLog, write_whole
 from microshop.chassis.database import Database, DatabaseUnusable
 from microshop.chassis.listener import Listener
 
 LAST_LOOK = 0.25      # seconds at shutdown in which an idle connection may still bring a request
-POLL = 0.05           # seconds that the accept loop may need to notice that it should stop
 HEARTBEAT = 0.25      # seconds between two heartbeats to the supervisor
 STDOUT = 1
 STACK_SIZE = 2**21    # bytes of a thread's stack; the deepest JSON needs more than half of it
@@ -38,19 +36,39 @@ def announce(line: str) -> None:
 
 
 class Heartbeat:
-    """Shows the supervisor that the accept loop runs, and notices when the supervisor is gone."""
+    """Shows the supervisor that the accept loop runs, and notices when the supervisor is gone.
+
+    While the process starts, a thread shows that it does.
+    """
 
     def __init__(self, descriptor: int):
         self._supervisor = socket.socket(fileno=descriptor)
         self._supervisor.setblocking(False)
         self._due_at = 0.0
+        self._has_started = threading.Event()
+
+    def beat_at_start(self) -> None:
+        """Send heartbeats, in a thread of its own, until beat() is called."""
+        while not self._has_started.wait(HEARTBEAT):
+            self._send()
 
     def beat(self) -> bool:
         """Send a heartbeat if one is due; return False if the supervisor is gone."""
+        self._has_started.set()
         now = time.monotonic()
         if now < self._due_at:
             return True
         self._due_at = now + HEARTBEAT
+        return self._send()
+
+    def is_replaced(self) -> bool:
+        """Return whether the supervisor has said that another process takes the place of this."""
+        try:
+            return bool(self._supervisor.recv(1))
+        except OSError:
+            return False
+
+    def _send(self) -> bool:
         try:
             self._supervisor.send(b".")
         except BlockingIOError:  # the supervisor is stopped, as after Ctrl-Z
@@ -60,6 +78,7 @@ class Heartbeat:
         return True
 
     def close(self) -> None:
+        self._has_started.set()
         self._supervisor.close()
 
 
@@ -99,6 +118,7 @@ class Service(Listener):
     @classmethod
     def main(cls) -> None:
         """Serve until SIGTERM or Ctrl-C. Exits with 1 if it cannot start, 2 if a setting is bad."""
+        surroundings.prepare()
         settings = config.read(f"microshop.{cls.name}", [
             config.Setting("port", config.port, str(cls.port),
                            "port to listen on; 0 takes a free one"),
@@ -107,10 +127,6 @@ class Service(Listener):
             config.Setting("supervised", config.file_descriptors, None,
                            "for run_all only: the sockets that it passes on")])
         threading.stack_size(STACK_SIZE)
-        _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-        # The usual 1,024 open files are too few, but will do where the system refuses more.
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
         try:
             service = cls(settings)
         except DatabaseUnusable as error:  # under run_all, a label names the process already
@@ -127,6 +143,8 @@ class Service(Listener):
             self.socket = socket.socket(fileno=listener)
             self.socket.setblocking(False)  # another process that shares it may be faster to accept
             self.heartbeat = Heartbeat(supervisor)
+            with contextlib.suppress(RuntimeError):  # the system has no room for another thread
+                threading.Thread(target=self.heartbeat.beat_at_start, daemon=True).start()
             self.server_address = self.socket.getsockname()
         else:
             # HTTPServer.server_bind() looks up the host's name, which may take seconds.
@@ -145,13 +163,15 @@ class Service(Listener):
         """Serve until a signal tells the process to stop, then drain and close."""
         signal.signal(signal.SIGINT, self._stop_on_signal)
         signal.signal(signal.SIGTERM, self._stop_on_signal)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else nohup or run_all started us
+            signal.signal(signal.SIGHUP, self._stop_on_signal)
         if not self.token and not ipaddress.ip_address(self.server_name).is_loopback:
             self.log.event(
                 f"- warning: other machines can reach port {self.server_port}, and any client may "
                 "write; set MICROSHOP_TOKEN or --token-file on the gateway to require a token")
         line = f"{self.title} listening at {self.url}\n"
         threading.Thread(target=announce, args=[line], daemon=True).start()
-        self.serve_forever(POLL)
+        self.serve_forever()
         self.drain()
         self.close()
 
@@ -164,20 +184,17 @@ class Service(Listener):
         if self.heartbeat and not self.heartbeat.beat():
             self.heartbeat.close()
             self.heartbeat = None
-            self._shut_down_soon()
+            self.shutdown()
 
     # --- end
 
     def _stop_on_signal(self, number: int, frame: Any) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
-        self._shut_down_soon()
-
-    def _shut_down_soon(self) -> None:
-        """Let the accept loop end. shutdown() waits for that, so it needs a thread of its own."""
-        threading.Thread(target=self.shutdown).start()
+        self.shutdown()
 
     def drain(self) -> None:
         """Stop accepting, let requests in flight finish, and close idle connections."""
+        self.is_replaced = bool(self.heartbeat and self.heartbeat.is_replaced())
         self.draining = True
         began = time.monotonic()
         while select.select([self], [], [], 0)[0] and time.monotonic() < began + LAST_LOOK:

@@ -182,13 +182,12 @@ class Supervisor:
     def _watch_processes(self, now: float, was_paused: bool) -> None:
         for child in self.children:
             child.look_for_heartbeat()
-            if was_paused:
-                child.policy.note_supervisor_paused()
+            if was_paused:  # the child is not to blame for heartbeats that we have not read
+                child.policy.note_heartbeat()
             for process in child.processes():
-                if process.is_late(now):
+                if process.kill_if_late(now):
                     self.console.say(f"{child.name} did not end in time; killing it")
-                    process.kill()
-                elif process.has_left_output_open(now):
+                elif process.kill_rest(now):
                     self._note_end(child, process, process.popen.returncode)
 
     def _obey_signals(self) -> None:
@@ -258,7 +257,7 @@ class Supervisor:
 
     def _note_ready(self, child: Child) -> None:
         if child.former:
-            child.former.end(time.monotonic() + self.shutdown.grace)
+            child.former.replace(time.monotonic() + self.shutdown.grace)
         if self.rolling_restart.note_ready(child):
             self.console.say("every process has been replaced")
         is_ready = all(one.policy.state == "up" for one in self.children)

@@ -365,6 +365,9 @@ class FullKernel(StoppedClock):
     def fileno(self) -> int:
         return self.listening.fileno()
 
+    def gettimeout(self) -> float:
+        return 0.0
+
     def close(self) -> None:
         self.listening.close()
 

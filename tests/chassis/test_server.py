@@ -15,7 +15,7 @@ from microshop.chassis import server
 from microshop.chassis.server import HEARTBEAT, Heartbeat, Service
 from tests.chassis.things import (
     GET, GET_WAIT, ConnectionsTest, Things, ThingsHandler, stopped_clock)
-from tests.helpers import PATIENCE, TOP, Wire, ask, fill, running, wait_until
+from tests.helpers import PATIENCE, TOP, Wire, ask, fill, running, stop_accepting, wait_until
 
 
 class StartTest(unittest.TestCase):
@@ -128,7 +128,7 @@ class SupervisedTest(ConnectionsTest):
         with Wire(self.port) as client:
             client.send(b"GET /wait HTTP/1.1\r\nHost: shop\r\n\r\n")
             self.assertTrue(service.waiting.acquire(timeout=PATIENCE), "GET /wait did not arrive")
-            service.shutdown()  # so that the accept loop sends no more of them
+            stop_accepting(service)  # so that the accept loop sends no more of them
             with mock.patch.object(service.heartbeat, "beat") as beat:
                 draining = threading.Thread(target=service.drain)
                 draining.start()
@@ -165,7 +165,7 @@ class SupervisedTest(ConnectionsTest):
 
     def test_a_client_that_comes_between_two_services_on_one_socket_is_served_by_the_second(self):
         with running(Things, supervised=self.handles(self.theirs)) as first:
-            first.shutdown()
+            stop_accepting(first)
             first.drain()
             with Wire(self.port) as waiting:
                 waiting.send(GET)
@@ -188,7 +188,7 @@ class DrainTest(ConnectionsTest):
         """Stop accepting, start to drain, and wait until open connections were looked at once."""
         close_idle = self.enterContext(mock.patch.object(
             service.connections, "close_idle", wraps=service.connections.close_idle))
-        service.shutdown()
+        stop_accepting(service)
         draining = threading.Thread(target=service.drain)
         draining.start()
         wait_until(lambda: close_idle.called or not draining.is_alive(), "the drain to begin")
@@ -228,7 +228,7 @@ class DrainTest(ConnectionsTest):
     def test_clients_that_the_kernel_has_accepted_are_served_before_the_end(self):
         self.enterContext(mock.patch.object(server, "LAST_LOOK", PATIENCE))
         service = self.enterContext(running(Things, grace=PATIENCE))
-        service.shutdown()  # from here on, nothing accepts
+        stop_accepting(service)  # from here on, nothing accepts
         waiting = [self.connect(service) for _ in range(20)]
         for connection in waiting:
             connection.send(GET)

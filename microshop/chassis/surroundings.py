@@ -1,0 +1,58 @@
+"""What a process finds when it starts, and repairs: standard streams, signals and limits.
+
+A process inherits them from its parent, which may be a cron job, an init system or a bare exec().
+Each main() calls prepare() first.
+
+Law: what merely helps is no condition: where the system refuses it, the process goes on without.
+"""
+import contextlib
+import os
+import resource
+import signal
+import sys
+from collections.abc import Iterator
+
+
+def prepare() -> None:
+    """Repair what this process has inherited."""
+    open_missing_streams()
+    reset_signals()
+    raise_file_limit()
+
+
+def open_missing_streams() -> None:
+    """Open /dev/null in place of each closed standard stream, so that no socket gets its number."""
+    while (stream := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(stream)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # None: it was closed when Python began
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
+
+
+def reset_signals() -> None:
+    """Undo what a parent has set and exec() keeps: ignored and blocked signals.
+
+    An ignored SIGCHLD would lose the exit status of our children; a blocked SIGTERM never comes.
+    SIGHUP is left ignored, as after nohup, and becomes so if it was blocked.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if signal.SIGHUP in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+@contextlib.contextmanager
+def hangup_blocked() -> Iterator[None]:
+    """Block SIGHUP: a process that is started within ignores it from its first moment."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def raise_file_limit() -> None:
+    """Allow as many open files as the system does: the usual 1,024 are too few, but will do."""
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
