@@ -661,6 +661,13 @@ class FailingChildTest(ShopTestCase):
         failed = [line for line in shop.lines if "users ended with exit status 7" in line]
         self.assertEqual(len(failed), 4)
 
+    def test_a_child_that_was_ready_once_is_started_again_whatever_keeps_it_from_starting(self):
+        shop = self.open("--fresh", kind=QuickShop, **self.afflict(
+            "users", "if 0 < nth < 3: os._exit(2)"))  # as for a token file that is being replaced
+        os.kill(shop.child("users"), signal.SIGKILL)
+        shop.wait_for("users ended with exit status 2 before it was ready; starting it again", 2)
+        self.assert_serves(shop)
+
     def test_processes_that_a_child_has_started_end_with_it(self):
         for more in ("", ", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL"):
             with self.subTest(keeps_output_open=not more):
@@ -799,6 +806,14 @@ class RollingRestartTest(ShopTestCase):
         self.assertEqual(shop.stop(), 0)
         self.assert_nothing_is_left(shop)
 
+    def test_a_sighup_for_every_process_replaces_them_and_kills_none(self):
+        shop = self.open("--fresh", kind=SmallShop)
+        for pid in [*shop.children(), shop.popen.pid]:
+            os.kill(pid, signal.SIGHUP)
+        shop.wait_for("^run_all .* every process has been replaced")
+        self.assertFalse(shop.has_said("killed by signal"), shop.lines)
+        self.assertEqual(shop.stop(), 0)
+
     def test_where_a_new_process_fails_the_old_one_goes_on_and_the_others_stay(self):
         shop = self.open("--fresh", kind=SmallShop,
                          **self.afflict("users", "if nth > 0: sys.exit('no more')"))
@@ -850,6 +865,13 @@ class RefusalTest(ShopTestCase):
                 self.assertEqual(len(shop.lines), 1)
                 self.assertRegex(shop.lines[0], rf"\b{port}\b.*\b{name}\b")
                 self.assert_nothing_is_left(shop)
+
+    def test_fresh_data_without_a_temporary_folder_are_refused_in_one_line(self):
+        without = "from microshop import run_all; run_all.tempfile.tempdir = '/nowhere'; run_all."
+        with process("tests.after", f"{without}main()", "--fresh", "--port", "0") as shop:
+            self.assertEqual(shop.status(), 1)
+        self.assertEqual(shop.lines, ["run_all: cannot make a temporary folder for --fresh: "
+                                      "No such file or directory"])
 
     def test_a_bad_setting_of_a_child_ends_the_shop(self):
         shop = self.begin("--fresh", MICROSHOP_ORDERS_URL="nowhere")

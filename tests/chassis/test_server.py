@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import unittest
 from types import SimpleNamespace
@@ -15,7 +16,8 @@ from microshop.chassis import server
 from microshop.chassis.server import HEARTBEAT, Heartbeat, Service
 from tests.chassis.things import (
     GET, GET_WAIT, ConnectionsTest, Things, ThingsHandler, stopped_clock)
-from tests.helpers import PATIENCE, TOP, Wire, ask, fill, running, stop_accepting, wait_until
+from tests.helpers import (
+    PATIENCE, TOP, Process, Wire, ask, fill, process, running, stop_accepting, wait_until)
 
 
 class StartTest(unittest.TestCase):
@@ -53,6 +55,44 @@ class StartTest(unittest.TestCase):
               running(Things) as service):
             self.assertEqual(ask(service.server_port, "GET", "/things").status, 200)
         lookup.assert_not_called()
+
+
+class SignalTest(unittest.TestCase):
+    """A service that runs alone and gets signals."""
+
+    def run_users(self, code: str = "") -> Process:
+        """Return a running users service; the code runs before it starts."""
+        self.folder = self.enterContext(tempfile.TemporaryDirectory())
+        return self.enterContext(process(
+            "tests.after", f"import signal, threading\nfrom microshop.users import Users\n{code}\n"
+            "Users.main()", "--port", "0", "--data", self.folder))
+
+    def test_sighup_ends_a_service_as_cleanly_as_sigterm_does(self):
+        for number in (signal.SIGHUP, signal.SIGTERM):
+            with self.subTest(number):
+                users = self.run_users()
+                users.port("Users service")
+                self.assertEqual(users.stop(number), 0, "exit status")
+                self.assertEqual(os.listdir(self.folder), ["users.db"], "the WAL is left")
+
+    def test_a_service_that_was_started_with_nohup_goes_on_after_sighup(self):
+        users = self.run_users("signal.signal(signal.SIGHUP, signal.SIG_IGN)")
+        port = users.port("Users service")
+        users.popen.send_signal(signal.SIGHUP)
+        self.assertEqual(ask(port, target="/users").status, 200)
+        self.assertEqual(users.stop(), 0, "exit status after SIGTERM")
+
+    def test_a_service_ends_cleanly_although_there_is_no_room_for_another_thread(self):
+        users = self.run_users("""if True:
+            class Users(Users):
+                def serve_forever(self):
+                    def refuse(thread): raise RuntimeError("can't start new thread")
+                    threading.Thread.start = refuse
+                    super().serve_forever()""")
+        port = users.port("Users service")
+        self.assertEqual(ask(port, target="/users").status, 503, "GET /users without a thread")
+        self.assertEqual(users.stop(), 0, "exit status after SIGTERM")
+        self.assertNotIn("Traceback", "".join(users.lines))
 
 
 class HeartTest(unittest.TestCase):
@@ -113,6 +153,42 @@ class SupervisedTest(ConnectionsTest):
             self.assertEqual([self.supervisor.recv(1) for _ in range(3)], [b"."] * 3)
             self.supervisor.close()
             wait_until(lambda: shutdown.called, "the service to stop without a supervisor")
+
+    def test_a_service_that_starts_slowly_sends_heartbeats_meanwhile(self):
+        test = self
+
+        class SlowThings(Things):
+            def __init__(self, settings):
+                super().__init__(settings)
+                test.heartbeats = [test.supervisor.recv(1) for _ in range(3)]
+
+        self.enterContext(mock.patch.object(server, "HEARTBEAT", 0.01))
+        self.enterContext(running(SlowThings, supervised=self.handles(self.theirs)))
+        self.assertEqual(self.heartbeats, [b"."] * 3)
+
+    def test_a_service_without_room_for_a_thread_starts_without_such_heartbeats(self):
+        start, threads = threading.Thread.start, []
+
+        def refuse_the_first(thread):
+            threads.append(thread)
+            if len(threads) == 1:
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        with mock.patch.object(threading.Thread, "start", refuse_the_first):
+            self.enterContext(running(Things, supervised=self.handles(self.theirs)))
+        self.assertEqual(ask(self.port, target="/things").status, 200)
+
+    def test_a_service_knows_while_it_drains_whether_another_process_takes_its_place(self):
+        for told, is_replaced in ((b"", False), (b".", True)):
+            supervisor, theirs = socket.socketpair()
+            with self.subTest(told=told), supervisor:
+                service = self.enterContext(running(Things, supervised=self.handles(theirs)))
+                supervisor.send(told)
+                self.assertFalse(service.is_replaced, "before it drains")
+                stop_accepting(service)
+                service.drain()
+                self.assertEqual(service.is_replaced, is_replaced)
 
     def test_a_service_goes_on_serving_while_its_supervisor_is_stopped(self):
         self.enterContext(mock.patch.object(server, "HEARTBEAT", 0))
