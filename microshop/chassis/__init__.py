@@ -7,6 +7,7 @@ A process
     answer       an answer as the bytes of a response
     admission    which requests are admitted: rate limit and bearer token
     database     one SQLite file per service (*database per service*)
+    data_folder  the folder of those files: one shop at a time
     config       settings from flags and the environment (*externalized configuration*)
     surroundings what a process inherits and repairs: standard streams, signals, limits
     access_log   a line for each request, with its *correlation id*

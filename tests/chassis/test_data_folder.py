@@ -1,0 +1,62 @@
+"""The data folder: two shops cannot use it at once."""
+import errno
+import os
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+from microshop.chassis import data_folder
+from microshop.chassis.data_folder import FolderUnusable, claim
+
+
+class ClaimTest(unittest.TestCase):
+    def setUp(self):
+        temporary = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.folder = temporary / "deep" / "data"
+
+    def claim(self, shared):
+        descriptor = claim(self.folder, shared)
+        self.addCleanup(os.close, descriptor)
+
+    def refuse(self, shared):
+        """Check that the folder cannot be claimed; return the message, one line that names it."""
+        with self.assertRaises(FolderUnusable, msg="the claim was granted") as caught:
+            os.close(claim(self.folder, shared))
+        message = str(caught.exception)
+        self.assertNotIn("\n", message)
+        self.assertIn(f"the folder {self.folder}", message)
+        self.assertTrue(message.endswith("choose another --data"), message)
+        return message
+
+    def test_a_second_shop_and_a_service_alone_are_refused_where_a_shop_is(self):
+        self.claim(shared=False)
+        for shared in (False, True):
+            self.assertIn("another shop, or a service that runs alone", self.refuse(shared))
+
+    def test_services_that_run_alone_share_a_folder_and_a_shop_is_refused_there(self):
+        self.claim(shared=True)
+        self.claim(shared=True)
+        self.refuse(shared=False)
+
+    def test_a_claim_ends_when_its_descriptor_is_closed(self):
+        os.close(claim(self.folder, shared=False))
+        self.claim(shared=False)
+
+    def test_a_claim_leaves_no_file(self):
+        self.claim(shared=False)
+        self.assertEqual(list(self.folder.iterdir()), [])
+
+    def test_a_file_in_place_of_the_folder_is_refused(self):
+        self.folder.parent.write_text("")
+        self.assertIn("Not a directory", self.refuse(shared=False))
+
+    def test_a_file_system_without_locks_keeps_no_shop_from_starting(self):
+        error = OSError(errno.ENOLCK, "No locks available")
+        with mock.patch.object(data_folder.fcntl, "flock", side_effect=error):
+            self.claim(shared=False)
+            self.claim(shared=False)
+
+
+if __name__ == "__main__":
+    unittest.main()
