@@ -19,6 +19,7 @@ from microshop import GATEWAY_PORT, SERVICES
 from microshop.chassis import config, surroundings
 from microshop.chassis.child import Child
 from microshop.chassis.console import Console
+from microshop.chassis.data_folder import FolderUnusable, claim
 from microshop.chassis.supervisor import Supervisor
 
 SERVICE_HOST = "127.0.0.1"
@@ -122,6 +123,10 @@ def run_shop() -> int:
             folder = stack.enter_context(make_temporary_folder())
             settings.data = Path(folder)
         services, gateways = plan_children(settings)
+        try:
+            claim(settings.data, shared=False)  # until the process ends
+        except FolderUnusable as error:
+            sys.exit(f"run_all: {error}")
         wants_colours = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         names = [child.name for child in services + gateways]
         console = Console("run_all", names, wants_colours)

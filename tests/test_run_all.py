@@ -866,6 +866,23 @@ class RefusalTest(ShopTestCase):
                 self.assertRegex(shop.lines[0], rf"\b{port}\b.*\b{name}\b")
                 self.assert_nothing_is_left(shop)
 
+    def test_a_second_shop_or_a_service_alone_on_the_same_data_is_refused_in_one_line(self):
+        data = self.enterContext(tempfile.TemporaryDirectory())
+        self.open("--data", data, kind=SmallShop)
+        for module in ("run_all", "users"):
+            with (self.subTest(module),
+                  process(f"microshop.{module}", "--data", data, "--port", "0") as second):
+                self.assertEqual(second.status(), 1)
+                self.assertEqual(len(second.lines), 1, second.lines)
+                self.assertRegex(second.lines[0], f"^{module}: .* uses the folder {data}; ")
+
+    def test_services_that_run_alone_share_their_data_folder(self):
+        data = self.enterContext(tempfile.TemporaryDirectory())
+        with (process("microshop.users", "--data", data, "--port", "0") as users,
+              process("microshop.products", "--data", data, "--port", "0") as products):
+            users.port("Users service")
+            products.port("Products service")
+
     def test_fresh_data_without_a_temporary_folder_are_refused_in_one_line(self):
         without = "from microshop import run_all; run_all.tempfile.tempdir = '/nowhere'; run_all."
         with process("tests.after", f"{without}main()", "--fresh", "--port", "0") as shop:

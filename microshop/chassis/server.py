@@ -20,6 +20,7 @@ from typing import Any
 
 from microshop.chassis import config, surroundings
 from microshop.chassis.access_log import AccessLog, write_whole
+from microshop.chassis.data_folder import FolderUnusable, claim
 from microshop.chassis.database import Database, DatabaseUnusable
 from microshop.chassis.listener import Listener
 
@@ -128,8 +129,11 @@ class Service(Listener):
                            "for run_all only: the sockets that it passes on")])
         threading.stack_size(STACK_SIZE)
         try:
+            if cls.schema and not settings.supervised:
+                claim(settings.data, shared=True)  # until the process ends
             service = cls(settings)
-        except DatabaseUnusable as error:  # under run_all, a label names the process already
+        except (FolderUnusable, DatabaseUnusable) as error:
+            # Under run_all, a label names the process already.
             sys.exit(str(error) if settings.supervised else f"{cls.name}: {error}")
         except OSError as error:
             address = f"port {settings.port} of {settings.host}"
