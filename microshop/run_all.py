@@ -8,7 +8,6 @@ import contextlib
 import errno
 import os
 import shlex
-import signal
 import socket
 import sys
 import tempfile
@@ -142,10 +141,7 @@ def run_shop() -> int:
 def main() -> None:
     """Run the shop, and exit with its status."""
     surroundings.prepare()
-    try:
-        sys.exit(run_shop())
-    except KeyboardInterrupt:  # Ctrl-C before the supervisor handles signals
-        sys.exit(128 + signal.SIGINT)
+    sys.exit(run_shop())
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Console:
 
     def say(self, text: str) -> None:
         """Print a line of the supervisor's own."""
-        self.show(self.title, text.encode())
+        self.show(self.title, os.fsencode(text))  # which may name a file
 
     def show(
         self, name: str, lines: bytes, when_shown: Callable[[], None] | None = None

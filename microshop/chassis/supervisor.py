@@ -274,9 +274,10 @@ def assign_cores(tiers: Sequence[Sequence[Child]]) -> None:
     threads are on several cores, each handover of the lock costs an interrupt from one core to
     another, and a busy child answers less than half as many requests.
     """
-    if not hasattr(os, "sched_getaffinity"):
+    try:
+        cores = sorted(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # the system has no such call, or does not allow it
         return
-    cores = sorted(os.sched_getaffinity(0))
     for tier in reversed(tiers):
         for number, child in enumerate(tier):
             child.core = cores[number % len(cores)] if cores else None

@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 
 def prepare() -> None:
@@ -38,7 +39,18 @@ def reset_signals() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if signal.SIGHUP in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, exit_at_once)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def exit_at_once(number: int, frame: Any) -> None:
+    """End a process that has not begun its work yet; later it sets its own handlers.
+
+    Without a handler, Ctrl-C would print a traceback, and SIGTERM would be lost where the process
+    is the first of a container.
+    """
+    sys.exit(128 + number)
 
 
 @contextlib.contextmanager

@@ -232,12 +232,12 @@ class ProcessTest(unittest.TestCase):
         self.assertEqual(end.status, 1, "the bytes that it could read at SIGTERM")
 
     def test_a_process_ignores_sighup_from_its_first_moment(self):
-        child = self.start("import os, signal\n"
-                           "from microshop.chassis import surroundings\n"
-                           "os.kill(os.getpid(), signal.SIGHUP)\n"
-                           "surroundings.prepare()\n"
-                           "os.kill(os.getpid(), signal.SIGHUP)\n"
-                           "print('goes on')")
+        self.start("import os, signal\n"
+                   "from microshop.chassis import surroundings\n"
+                   "os.kill(os.getpid(), signal.SIGHUP)\n"
+                   "surroundings.prepare()\n"
+                   "os.kill(os.getpid(), signal.SIGHUP)\n"
+                   "print('goes on')")
         self.assertEqual(self.next_event().output, b"goes on")
 
     def test_it_gets_the_flags_and_environment_of_its_child(self):

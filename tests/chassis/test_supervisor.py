@@ -2,6 +2,7 @@
 import math
 import unittest
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 from microshop.chassis import supervisor as module
@@ -151,11 +152,11 @@ class ShutdownTest(unittest.TestCase):
 class CoreTest(unittest.TestCase):
     """Which core each of three services and one or more gateways gets."""
 
-    def cores(self, available: set[int], gateways: int = 1) -> list[int | None]:
+    def cores(self, available: Any, gateways: int = 1) -> list[int | None]:
         services = [Child(name, "stub", mock.Mock(), [], {}) for name in ("a", "b", "c")]
         front = [Child(f"gateway{n}", "stub", mock.Mock(), [], {}) for n in range(gateways)]
         with mock.patch.object(module.os, "sched_getaffinity", create=True,
-                               return_value=available):
+                               side_effect=[available]):
             assign_cores([services, front])
         return [child.core for child in services + front]
 
@@ -165,6 +166,10 @@ class CoreTest(unittest.TestCase):
 
     def test_on_a_single_core_only_the_gateway_is_kept_there(self):
         self.assertEqual(self.cores({3}), [None, None, None, 3])
+
+    def test_where_the_system_does_not_tell_its_cores_no_child_is_kept_on_one(self):
+        for error in (PermissionError, AttributeError):
+            self.assertEqual(self.cores(error), [None] * 4, error)
 
     def test_gateways_have_different_cores(self):
         self.assertEqual(self.cores({0, 1, 2}, gateways=2), [2, 2, 2, 0, 1])

@@ -44,9 +44,12 @@ class SurroundingsTest(unittest.TestCase):
         self.assertEqual(done, (0, "7\n"))
 
     def test_a_sigterm_that_the_parent_has_blocked_ends_the_process(self):
-        status, _ = run("os.kill(os.getpid(), signal.SIGTERM)",
-                        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])")
-        self.assertEqual(status, -15, "the exit status")
+        done = run("os.kill(os.getpid(), signal.SIGTERM)",
+                   "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])")
+        self.assertEqual(done, (143, ""))
+
+    def test_ctrl_c_before_the_work_has_begun_prints_no_traceback(self):
+        self.assertEqual(run("os.kill(os.getpid(), signal.SIGINT)"), (130, ""))
 
     def test_a_sighup_that_the_parent_ignored_or_blocked_is_ignored(self):
         for how in ("signal.signal(signal.SIGHUP, signal.SIG_IGN)",
