@@ -806,6 +806,18 @@ class RollingRestartTest(ShopTestCase):
         self.assertEqual(shop.stop(), 0)
         self.assert_nothing_is_left(shop)
 
+    def test_a_process_that_is_replaced_does_not_tell_a_health_check_that_the_shop_ends(self):
+        shop = self.open("--fresh", kind=SmallShop)
+        idle, slow = self.enterContext(Wire(shop.first)), self.enterContext(Wire(shop.first))
+        idle.send(b"GET / HTTP/1.1\r\nHost: shop\r\n\r\n")
+        self.assertEqual(idle.read().status, 200)
+        slow.send(b"GET /health HTTP/1.1\r\nHost: shop\r\n")
+        shop.popen.send_signal(signal.SIGHUP)
+        self.assertTrue(idle.is_closed(), "the old process of the gateway closes idle connections")
+        slow.send(b"\r\n")
+        answer = slow.read()
+        self.assertEqual((answer.status, answer.headers["connection"]), (200, "close"))
+
     def test_a_sighup_for_every_process_replaces_them_and_kills_none(self):
         shop = self.open("--fresh", kind=SmallShop)
         for pid in [*shop.children(), shop.popen.pid]:

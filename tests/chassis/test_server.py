@@ -76,10 +76,14 @@ class SignalTest(unittest.TestCase):
                 self.assertEqual(os.listdir(self.folder), ["users.db"], "the WAL is left")
 
     def test_a_service_that_was_started_with_nohup_goes_on_after_sighup(self):
-        users = self.run_users("signal.signal(signal.SIGHUP, signal.SIG_IGN)")
-        port = users.port("Users service")
-        users.popen.send_signal(signal.SIGHUP)
-        self.assertEqual(ask(port, target="/users").status, 200)
+        users = self.run_users("""if True:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            class Users(Users):
+                def serve_forever(self):
+                    signal.raise_signal(signal.SIGHUP)
+                    print("stops" if self.is_stopping else "goes on", flush=True)
+                    super().serve_forever()""")
+        users.wait_for("goes on")
         self.assertEqual(users.stop(), 0, "exit status after SIGTERM")
 
     def test_a_service_ends_cleanly_although_there_is_no_room_for_another_thread(self):
