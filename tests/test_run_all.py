@@ -427,11 +427,17 @@ class EndTest(ShopTestCase):
 
 
 class ClosedStreamsTest(unittest.TestCase):
-    def test_it_serves_without_standard_streams(self):
+    def test_a_shop_serves_without_standard_streams(self):
+        self.check(*SmallShop.module, "--fresh")
+
+    def test_a_service_alone_serves_without_standard_streams(self):
+        self.check("microshop.users", "--data", self.enterContext(tempfile.TemporaryDirectory()))
+
+    def check(self, *module: str) -> None:
         first, folder = free_ports(), self.enterContext(tempfile.TemporaryDirectory())
         shop = subprocess.Popen(
-            ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-m", *SmallShop.module,
-             "--fresh", "--port", str(first)],
+            ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-m", *module,
+             "--port", str(first)],
             cwd=TOP, env={**os.environ, "TMPDIR": folder})
         self.addCleanup(shop.wait)
         self.addCleanup(shop.kill)
