@@ -43,12 +43,13 @@ class RestartPolicy:
 
     down      no process runs. One is started after a pause, which doubles each time a process
               ends; it is short again once a process has been up for HEALTHY_TIME
-    starting  a process runs, but is not ready. It is killed after HANG_TIME without a heartbeat
-    up        the process is ready. It, too, is killed after HANG_TIME without a heartbeat
+    starting  a process runs, but is not ready
+    up        the process is ready
     dying     the process has been killed, but has not ended yet
 
-    A child that has never been ready is given up after FAILED_STARTS, or after one that is final.
-    Once it has been ready, it is never given up: what keeps it from starting now may go away.
+    A process is killed after HANG_TIME without a heartbeat. A child that has never been ready is
+    given up after FAILED_STARTS in a row, or after one that is final. Once it has been ready, it is
+    never given up: what keeps it from starting now may go away.
     """
 
     FIRST_PAUSE, LAST_PAUSE = 0.1, 10.0  # seconds: first 0.1 to 0.2, then 0.2 to 0.4, ..., 5 to 10
@@ -65,7 +66,7 @@ class RestartPolicy:
         self.state = "down"
         self.pause = 0.0          # seconds to stay down
         self.has_been_ready = False
-        self.failed_starts = 0
+        self.failed_starts = 0    # in a row; of no account once it has been ready
         self.is_final = False     # another start would fail too
         self._since = clock()     # when the present state began
         self._heartbeat_at = 0.0  # when the last heartbeat came

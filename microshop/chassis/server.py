@@ -118,7 +118,10 @@ class Service(Listener):
 
     @classmethod
     def main(cls) -> None:
-        """Serve until SIGTERM or Ctrl-C. Exits with 1 if it cannot start, 2 if a setting is bad."""
+        """Serve until SIGTERM, SIGHUP or Ctrl-C.
+
+        Exits with 1 if it cannot start, and with 2 if a setting is bad.
+        """
         surroundings.prepare()
         settings = config.read(f"microshop.{cls.name}", [
             config.Setting("port", config.port, str(cls.port),

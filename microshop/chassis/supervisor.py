@@ -57,13 +57,17 @@ class RollingRestart:
     def next_child(self) -> Child | None:
         """Return the child that must get a new process now, or None.
 
-        If the new process of a child has failed, end the rolling restart.
+        If the new process of a child has failed, end the rolling restart. A child that is down is
+        left out: its next process is a new one, and may be long in coming.
         """
         child = self._waiting[0] if self._waiting else None
-        if not child or child.policy.state != "up" or child.former:
+        if not child or child.policy.state not in ("up", "down") or child.former:
             return None
         if child is self._tried:
             self._waiting.clear()
+            return None
+        if child.policy.state == "down":
+            self._waiting.popleft()
             return None
         self._tried = child
         return child

@@ -75,12 +75,17 @@ class RollingRestartTest(unittest.TestCase):
         self.assertIs(self.restart.next_child(), self.users)
 
     def test_a_child_that_crashed_and_was_started_again_counts_as_replaced(self):
-        self.restart.begin()
         self.users.note_end(self.users.current, -9)
-        self.assertIsNone(self.restart.next_child(), "users is down")
         self.users.policy.note_start()
+        self.restart.begin()
+        self.assertIsNone(self.restart.next_child(), "users is not ready yet")
         self.assertFalse(self.make_ready(self.users))
         self.assertIs(self.restart.next_child(), self.orders)
+
+    def test_a_child_that_is_down_does_not_hold_up_the_others(self):
+        self.users.note_end(self.users.current, -9)
+        self.restart.begin()
+        self.assertEqual([self.restart.next_child() for _ in range(2)], [None, self.orders])
 
     def test_a_request_during_a_rolling_restart_begins_another_one_after_it(self):
         self.restart.begin()
