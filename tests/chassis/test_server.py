@@ -140,6 +140,7 @@ class SupervisedTest(ConnectionsTest):
         self.port = self.listener.getsockname()[1]
         self.supervisor, self.theirs = socket.socketpair()
         self.enterContext(self.supervisor)
+        self.enterContext(self.theirs)
         self.supervisor.settimeout(PATIENCE)
 
     def handles(self, heart: socket.socket) -> list[int]:
