@@ -150,6 +150,8 @@ SHARED = [  # every process has these; run_all passes them on to each of its chi
     Setting("max-connections", count, "1024", "open connections that each process may have"),
     Setting("grace", seconds, "10", "seconds to finish open requests when a process has to stop"),
 ]
+SUPERVISED = Setting("supervised", file_descriptors, None,
+                     "for run_all only: the sockets that it passes on")
 FOR_GATEWAY = [  # the gateway has these; run_all passes them on to it
     TIMEOUT,
     Setting("token-file", token_file, None,
@@ -158,6 +160,10 @@ FOR_GATEWAY = [  # the gateway has these; run_all passes them on to it
             "requests that one client may send, like 100/s (default: no limit)"),
     Setting("max-in-flight", count, "64", "concurrent requests to each service"),
 ]
+
+
+def own_port(number: int) -> Setting:
+    return Setting("port", port, str(number), "port to listen on; 0 takes a free one")
 
 
 def service_url(name: str, port: int) -> Setting:

@@ -48,10 +48,10 @@ class Heartbeat:
         self._due_at = 0.0
         self._has_started = threading.Event()
 
-    def beat_at_start(self) -> None:
-        """Send heartbeats, in a thread of its own, until beat() is called."""
-        while not self._has_started.wait(HEARTBEAT):
-            self._send()
+    def begin(self) -> None:
+        """Start the thread, which sends heartbeats until beat() is called."""
+        with contextlib.suppress(RuntimeError):  # the system has no room for another thread
+            threading.Thread(target=self._beat_at_start, daemon=True).start()
 
     def beat(self) -> bool:
         """Send a heartbeat if one is due; return False if the supervisor is gone."""
@@ -68,6 +68,10 @@ class Heartbeat:
             return bool(self._supervisor.recv(1))
         except OSError:
             return False
+
+    def _beat_at_start(self) -> None:
+        while not self._has_started.wait(HEARTBEAT):
+            self._send()
 
     def _send(self) -> bool:
         try:
@@ -124,12 +128,7 @@ class Service(Listener):
         """
         surroundings.prepare()
         settings = config.read(f"microshop.{cls.name}", [
-            config.Setting("port", config.port, str(cls.port),
-                           "port to listen on; 0 takes a free one"),
-            *cls.options,
-            *config.SHARED,
-            config.Setting("supervised", config.file_descriptors, None,
-                           "for run_all only: the sockets that it passes on")])
+            config.own_port(cls.port), *cls.options, *config.SHARED, config.SUPERVISED])
         threading.stack_size(STACK_SIZE)
         try:
             if cls.schema and not settings.supervised:
@@ -150,8 +149,7 @@ class Service(Listener):
             self.socket = socket.socket(fileno=listener)
             self.socket.setblocking(False)  # another process that shares it may be faster to accept
             self.heartbeat = Heartbeat(supervisor)
-            with contextlib.suppress(RuntimeError):  # the system has no room for another thread
-                threading.Thread(target=self.heartbeat.beat_at_start, daemon=True).start()
+            self.heartbeat.begin()
             self.server_address = self.socket.getsockname()
         else:
             # HTTPServer.server_bind() looks up the host's name, which may take seconds.
