@@ -345,6 +345,7 @@ def state_of(reply: Reply | UpstreamError, breakers: list[str]) -> str:
 class Gateway(Service):
     name, title, port = "gateway", "API Gateway", GATEWAY_PORT
     handler = GatewayHandler
+    client: Client
     options = [
         config.HOST, *config.FOR_GATEWAY, config.TOKEN, config.QUIET,
         *[config.service_url(name, port) for name, port in SERVICES.items()]]
@@ -359,10 +360,6 @@ class Gateway(Service):
             self.upstreams[name] = Upstream(
                 name, getattr(settings, f"{name}_url"), max_in_flight=settings.max_in_flight,
                 idempotent_receiver=name in IDEMPOTENT_RECEIVERS)
-
-    def close(self) -> None:
-        self.client.close()
-        super().close()
 
 
 if __name__ == "__main__":

@@ -405,6 +405,7 @@ class OrdersHandler(Handler):
 class Orders(Service):
     name, title, port = "orders", "Orders service", SERVICES["orders"]
     handler, schema = OrdersHandler, SCHEMA
+    client: Client
     options = [
         *Service.options,
         config.service_url("users", SERVICES["users"]),
@@ -454,10 +455,6 @@ class Orders(Service):
         self.ending.set()  # the orders that are unfinished now are resumed at the next start
         super().drain()
         self._background.join(min(CALL_TIME, self.settings.grace))
-
-    def close(self) -> None:
-        self.client.close()
-        super().close()
 
 
 if __name__ == "__main__":

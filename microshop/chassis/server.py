@@ -20,6 +20,7 @@ from typing import Any
 
 from microshop.chassis import config, surroundings
 from microshop.chassis.access_log import AccessLog, write_whole
+from microshop.chassis.client import Client
 from microshop.chassis.data_folder import FolderUnusable, claim
 from microshop.chassis.database import Database, DatabaseUnusable
 from microshop.chassis.listener import Listener
@@ -98,6 +99,7 @@ class Service(Listener):
     port = 0
     handler: type[BaseHTTPRequestHandler]
     schema: Sequence[Sequence[str]] = ()
+    client: Client | None = None  # for calls to other services
     token = ""  # the bearer token that writes must carry; only the gateway has one
     options: Sequence[config.Setting] = (config.HOST, config.DATA, config.TIMEOUT, config.QUIET)
 
@@ -183,9 +185,11 @@ class Service(Listener):
     def service_actions(self) -> None:
         """Send a heartbeat if one is due; stop if the supervisor is gone.
 
-        socketserver calls this in each round of the accept loop, so a beat shows that it runs.
+        This is called in each round of the accept loop, so a beat shows that it runs.
         """
         super().service_actions()
+        if self.client:
+            self.client.trim()
         if self.heartbeat and not self.heartbeat.beat():
             self.heartbeat.close()
             self.heartbeat = None
@@ -220,6 +224,8 @@ class Service(Listener):
         if self.heartbeat:
             self.heartbeat.close()
         self.rejected.close()
+        if self.client:
+            self.client.close()
         if self.schema:
             self.database.close()
         self.log.close()

@@ -99,6 +99,14 @@ class SignalTest(unittest.TestCase):
         self.assertNotIn("Traceback", "".join(users.lines))
 
 
+class ClientTest(unittest.TestCase):
+    def test_the_connections_of_its_client_are_trimmed_in_silence_and_closed_at_the_end(self):
+        with running(Things) as service:
+            service.client = mock.Mock()
+            wait_until(lambda: service.client.trim.called, "the client to be trimmed")
+        service.client.close.assert_called_once_with()
+
+
 class HeartTest(unittest.TestCase):
     """The heartbeat, with a clock that is moved by hand."""
 
