@@ -22,7 +22,7 @@ from contextlib import closing
 from pathlib import Path
 
 from microshop import SERVICES
-from microshop.chassis import config
+from microshop.chassis import config, surroundings
 
 LOCK_TIME = 1.0  # seconds to wait for each write lock; the services wait for one up to 3 s
 
@@ -87,6 +87,7 @@ def back_up(folder: Path, target: Path) -> None:
 
 
 def main() -> None:
+    surroundings.prepare()
     settings = config.read("microshop.backup", OPTIONS, check)
     try:
         back_up(settings.data, settings.to)

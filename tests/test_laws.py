@@ -188,6 +188,13 @@ class RoomLawTest(LawTestCase):
             if re.search(r"\b(environb?|getenvb?)\b", source)
             and name not in READERS_OF_THE_ENVIRONMENT)
 
+    def test_every_main_first_repairs_what_its_process_has_inherited(self):
+        self.assert_none(
+            f"microshop/{name}: main() must begin with surroundings.prepare()"
+            for name, source in SOURCES.items() for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.FunctionDef) and node.name == "main"
+            and "surroundings.prepare()" not in map(ast.unparse, node.body[:2]))
+
     def test_services_and_ports_are_written_in_the_map_alone(self):
         self.assert_none(
             f"microshop/{name}, line {line}: derive {found} from microshop.SERVICES"
