@@ -14,6 +14,21 @@ class FolderUnusable(Exception):
     """The folder cannot be used; the message says why and what to do, in one line."""
 
 
+Identity = tuple[int, int]  # of a file: its device and its inode number
+
+
+def identify(path: str) -> Identity | None:
+    """Return what tells the file at a path from any other; None if there is none.
+
+    A file that is removed keeps its inode number while it is open, so no other file gets that.
+    """
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def claim(folder: Path, shared: bool) -> int:
     """Claim a folder, which is made if it does not exist; return a descriptor to keep open.
 

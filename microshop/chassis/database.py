@@ -20,24 +20,29 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
+from microshop.chassis.data_folder import Identity, identify
 from microshop.chassis.errors import (
     RETRY_SOON, InsufficientStorage, ServiceError, ServiceUnavailable)
 
 QUEUE_TIMEOUT = 1.5  # seconds to wait for a lock or a connection that another thread holds
 BUSY_TIMEOUT = 1.5   # seconds to wait after that for a lock that another process holds
-MAX_CHECKED = 2**26  # bytes; larger files are not checked for damage: it would take over a second
+MAX_CHECKED = 2**14  # pages of 4 KiB; to check more for damage would take over a second
+OLDEST = (3, 25, 0)  # version of SQLite: older ones cannot rename a column
 CONNECTIONS = 16     # in a pool: each holds two file descriptors and about 100 KiB of memory
 POLL = 0.001         # seconds between two attempts to get a connection when all are in use
 
 # SQLite's primary result codes that blame the file and not the statement.
 FAULTS: dict[int, type[ServiceError]] = {
     sqlite3.SQLITE_FULL: InsufficientStorage,
+    sqlite3.SQLITE_NOLFS: InsufficientStorage,
+    sqlite3.SQLITE_PERM: ServiceUnavailable,
     sqlite3.SQLITE_BUSY: ServiceUnavailable,
     sqlite3.SQLITE_LOCKED: ServiceUnavailable,
     sqlite3.SQLITE_READONLY: ServiceUnavailable,
     sqlite3.SQLITE_IOERR: ServiceUnavailable,
     sqlite3.SQLITE_CORRUPT: ServiceUnavailable,
     sqlite3.SQLITE_CANTOPEN: ServiceUnavailable,
+    sqlite3.SQLITE_PROTOCOL: ServiceUnavailable,
     sqlite3.SQLITE_NOTADB: ServiceUnavailable,
 }
 
@@ -46,6 +51,16 @@ Values = Sequence | dict  # for a statement's placeholders, by position or by na
 
 class DatabaseUnusable(Exception):
     """The file cannot be used; the message says why and what to do, in one line."""
+
+
+class FileReplaced(sqlite3.OperationalError):
+    """A file is no longer the one that is open: what is written to that may be lost."""
+
+    sqlite_errorcode = sqlite3.SQLITE_READONLY_DBMOVED  # as SQLite, where it notices it by itself
+
+    def __init__(self, file: str):
+        super().__init__(f"the file {Path(file).name} was removed or replaced while it was open; "
+                         "put it back, or restart the shop")
 
 
 class Written(NamedTuple):
@@ -63,7 +78,10 @@ class ConnectionPool:
 
     def __init__(self, path: Path):
         self.path = path
-        self.idle = [PooledConnection(self) for _ in range(CONNECTIONS)]
+        self.files = [f"{path}{suffix}" for suffix in ("", "-wal", "-shm")]
+        self._opened: list[Identity | None] = []  # which files the connections have open
+        self._places = [PooledConnection(self) for _ in range(CONNECTIONS)]
+        self.idle = self._places.copy()
 
     def lend(self) -> "PooledConnection":
         """Return a free place, to be used with `with`. Raises ServiceUnavailable on a timeout."""
@@ -76,16 +94,35 @@ class ConnectionPool:
                     raise timed_out(self.path, "a free connection") from None
             time.sleep(POLL)
 
+    def check_file(self) -> None:
+        """Raise FileReplaced if the database is not the file that is open (about 1.5 us)."""
+        if identify(self.files[0]) != self._opened[0]:
+            raise FileReplaced(self.files[0])
+
+    def check_files(self) -> None:
+        """Raise FileReplaced if the database, its WAL or the WAL's index is not the one open."""
+        for file, opened in zip(self.files, self._opened, strict=True):
+            if identify(file) != opened:
+                raise FileReplaced(file)
+
     def open(self) -> sqlite3.Connection:
+        """Return a new connection to the files that the others have open."""
+        is_first = not any(place.connection for place in self._places)
+        if not is_first:
+            self.check_files()
         connection = sqlite3.connect(
             self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
         try:
             connection.row_factory = sqlite3.Row
+            connection.execute("PRAGMA journal_mode = WAL")  # writes only if it is another one
             connection.execute("PRAGMA synchronous = FULL")  # less may lose commits (power failure)
             connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("PRAGMA schema_version").fetchall()  # opens the WAL and its index
         except sqlite3.Error:
             connection.close()
             raise
+        if is_first:
+            self._opened = [identify(file) for file in self.files]
         return connection
 
     def close(self) -> None:
@@ -109,12 +146,13 @@ class PooledConnection:
         self.connection: sqlite3.Connection | None = None
 
     def __enter__(self) -> sqlite3.Connection:
-        if not self.connection:
-            try:
+        try:
+            if not self.connection:
                 self.connection = self.pool.open()
-            except sqlite3.Error:
-                self.pool.idle.append(self)
-                raise
+            self.pool.check_file()
+        except sqlite3.Error:
+            self.pool.idle.append(self)
+            raise
         return self.connection
 
     def __exit__(self, *_: object) -> None:
@@ -177,11 +215,12 @@ class Database:
         self._pool = ConnectionPool(path)
         self._write_lock = threading.RLock()  # between threads; SQLite has one between processes
         self._queue: deque[tuple[str, Values, Future[Written]]] = deque()  # writes that wait
+        if sqlite3.sqlite_version_info < OLDEST:
+            raise DatabaseUnusable(f"microshop needs SQLite {'.'.join(map(str, OLDEST))} or newer; "
+                                   f"this Python has {sqlite3.sqlite_version}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.rows("PRAGMA journal_mode = WAL")
-            if path.stat().st_size <= MAX_CHECKED:
-                self._check()
+            self._check()
             self._upgrade(versions)
         except (OSError, sqlite3.Error, DatabaseUnusable) as error:
             self.close()
@@ -220,7 +259,7 @@ class Database:
         if not self._write_lock.acquire(timeout=QUEUE_TIMEOUT):
             raise timed_out(self.path, "the database lock")
         try:
-            with self._pool.lend() as connection, begin(connection) as transaction:
+            with self._begin() as transaction:
                 yield transaction
         finally:
             self._write_lock.release()
@@ -237,12 +276,28 @@ class Database:
         fault = FAULTS.get(code)
         return fault(f"{self.path.name}: {error}", [RETRY_SOON]) if fault else None
 
+    @contextlib.contextmanager
+    def _begin(self) -> Iterator[Transaction]:
+        """Begin a transaction, in the thread that holds the lock.
+
+        If the files are not those that are open, nothing is committed. If the WAL alone is gone,
+        earlier commits are in no file that has a name: we write them into the database.
+        """
+        with self._pool.lend() as connection:
+            try:
+                with begin(connection) as transaction:
+                    yield transaction
+                    self._pool.check_files()
+            except FileReplaced:
+                connection.execute("PRAGMA wal_checkpoint")
+                raise
+
     def _write_queued(self) -> None:
         """Execute every queued write in one transaction; then tell the waiting threads."""
         writes = [self._queue.popleft() for _ in range(len(self._queue))]
         results: list[Written | Exception]
         try:
-            with self._pool.lend() as connection, begin(connection) as transaction:
+            with self._begin() as transaction:
                 results = [attempt(transaction, statement, values)
                            for statement, values, _ in writes]
         except Exception as error:
@@ -254,13 +309,17 @@ class Database:
                 outcome.set_result(result)
 
     def _check(self) -> None:
+        if self.rows("PRAGMA page_count")[0]["page_count"] > MAX_CHECKED:
+            return
         found = self.rows("PRAGMA quick_check(1)")[0]["quick_check"]
         if found != "ok":
             raise DatabaseUnusable(f"it is damaged ({found.splitlines()[-1]})")
 
     def _upgrade(self, versions: Sequence[Sequence[str]]) -> None:
+        if find_version(self) == len(versions):  # then the start has nothing to write
+            return
         with self.transaction() as transaction:
-            version = transaction.rows("PRAGMA user_version")[0]["user_version"]
+            version = find_version(transaction)  # another process may have been faster
             if version > len(versions):
                 raise DatabaseUnusable(f"it was written by a newer microshop (its schema version "
                                        f"is {version}, this one knows {len(versions)})")
@@ -268,6 +327,10 @@ class Database:
                 for statement in statements:
                     transaction.write(statement)
             transaction.write(f"PRAGMA user_version = {len(versions)}")
+
+
+def find_version(database: Database | Transaction) -> int:
+    return database.rows("PRAGMA user_version")[0]["user_version"]
 
 
 def attempt(transaction: Transaction, statement: str, values: Values) -> Written | Exception:
