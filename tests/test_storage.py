@@ -124,6 +124,15 @@ class StorageTest(unittest.TestCase):
             away.rename(path.parent)
         self.assertEqual(self.get().status, 200)
 
+    def test_a_file_that_was_removed_is_503_for_all_until_it_is_put_back(self):
+        path = self.start_users()
+        self.assertEqual(self.post().status, 201)
+        away = path.rename(path.with_suffix(".away"))
+        for answer in (self.get(), self.post(), self.put()):
+            self.assert_refused(answer, 503, "the file users.db was removed or replaced")
+        away.rename(path)
+        self.assertEqual((self.post().status, len(self.get().json)), (201, 4))
+
     def test_a_damaged_file_is_503_and_the_next_start_says_what_to_do(self):
         path = self.start_users()
         self.users.database.close()

@@ -240,13 +240,19 @@ class Database:
 
         Writes that wait for the lock at the same time share one commit (group commit), since a
         commit costs more than most statements: the first thread that gets the lock executes them
-        all. A statement that breaks a constraint fails alone.
+        all. A statement that breaks a constraint fails alone. Raises ServiceUnavailable on a
+        timeout.
         """
         outcome: Future[Written] = Future()
         self._queue.append((statement, values, outcome))
-        with self._write_lock:
-            if not outcome.done():  # else a thread that had the lock before us has executed it
-                self._write_queued()
+        if self._write_lock.acquire(timeout=QUEUE_TIMEOUT):
+            try:
+                if not outcome.done():  # else a thread that had the lock before us has executed it
+                    self._write_queued()
+            finally:
+                self._write_lock.release()
+        elif outcome.cancel():  # else the thread that has the lock is executing it
+            raise timed_out(self.path, "the database lock")
         return outcome.result()
 
     @contextlib.contextmanager
@@ -294,7 +300,8 @@ class Database:
 
     def _write_queued(self) -> None:
         """Execute every queued write in one transaction; then tell the waiting threads."""
-        writes = [self._queue.popleft() for _ in range(len(self._queue))]
+        queued = [self._queue.popleft() for _ in range(len(self._queue))]
+        writes = [write for write in queued if write[2].set_running_or_notify_cancel()]
         results: list[Written | Exception]
         try:
             with self._begin() as transaction:

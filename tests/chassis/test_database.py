@@ -66,6 +66,25 @@ class SchemaTest(CatsTest):
         self.assertEqual(self.count_cats(self.open()), 1)
 
 
+class LockedTest(CatsTest):
+    """Another process, like a backup, holds the write lock of the file."""
+
+    def setUp(self):
+        super().setUp()
+        self.open().close()
+        self.enterContext(mock.patch.object(database, "BUSY_TIMEOUT", 0.05))
+        other = sqlite3.connect(self.path, isolation_level=None)
+        self.enterContext(contextlib.closing(other))
+        other.execute("BEGIN EXCLUSIVE")
+
+    def test_a_locked_file_is_opened_and_read_since_a_start_does_not_write(self):
+        self.assertEqual(self.names(self.open()), ["Mia"])
+
+    def test_a_locked_file_that_must_be_upgraded_is_refused(self):
+        with self.assertRaisesRegex(DatabaseUnusable, "locked"):
+            Database(self.path, [VERSION_1, VERSION_2])
+
+
 class SettingsTest(CatsTest):
     def test_commits_are_durable_and_foreign_keys_are_enforced(self):
         cats = self.open()
@@ -342,6 +361,14 @@ class WriteTest(CatsTest):
         self.assertEqual(commits, 1)
         self.assertEqual(self.names(self.cats), ["Mia", "Last", "Tom", "Kim"])
 
+    def test_a_write_that_waits_too_long_for_a_transaction_is_503_and_is_not_done_later(self):
+        with self.cats.transaction(), mock.patch.object(database, "QUEUE_TIMEOUT", 0.01):
+            error, = together(
+                partial(self.cats.write, "INSERT INTO cats (name) VALUES ('Late')"))
+            self.assertIsInstance(error, ServiceUnavailable)
+        self.cats.write("INSERT INTO cats (name) VALUES ('Tom')")  # executes what is queued
+        self.assertEqual(self.names(self.cats), ["Mia", "Tom"])
+
     def test_of_writes_that_share_a_commit_all_fail_on_a_full_disk(self):
         small = "INSERT INTO cats (name) VALUES ('Tom')"
         large = "INSERT INTO cats (name) VALUES (hex(zeroblob(9999)))"
@@ -390,12 +417,115 @@ class UnusableTest(CatsTest):
         self.path.mkdir(parents=True)
         self.assertIn("unable to open", self.refuse())
 
-    def test_a_file_that_another_process_keeps_locked_is_refused(self):
-        self.open().close()
-        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as other:
-            other.execute("BEGIN EXCLUSIVE")
-            with mock.patch.object(database, "BUSY_TIMEOUT", 0.05):
-                self.assertIn("locked", self.refuse())
+    def test_an_sqlite_that_is_too_old_is_refused_and_the_needed_version_is_named(self):
+        with mock.patch.multiple(
+                sqlite3, sqlite_version="3.22.0", sqlite_version_info=(3, 22, 0)):
+            with self.assertRaisesRegex(DatabaseUnusable, r"needs SQLite 3\.25\.0 .* has 3\.22\.0$"):
+                self.open()
+        self.assertFalse(self.path.exists())
+
+
+class ReplacedTest(CatsTest):
+    """Files of the database are removed or replaced while it is open."""
+
+    def setUp(self):
+        super().setUp()
+        self.cats = self.open()
+        self.write("Tom")
+
+    def write(self, name):
+        self.cats.write("INSERT INTO cats (name) VALUES (?)", [name])
+
+    def transact(self, name):
+        with self.cats.transaction() as transaction:
+            transaction.write("INSERT INTO cats (name) VALUES (?)", [name])
+
+    def file(self, suffix):
+        return self.path.with_name(self.path.name + suffix)
+
+    @contextlib.contextmanager
+    def replaced(self, suffix, content=None):
+        """Move a file away, put another in its place if there is content, and undo it at last."""
+        file, away = self.file(suffix), self.path.parent / "away"
+        file.rename(away)
+        if content is not None:
+            file.write_bytes(content)
+        try:
+            yield
+        finally:
+            away.rename(file)
+
+    def assert_refused(self, function, *arguments):
+        """Check that a call fails, that the client gets 503, and that the detail says why."""
+        message = f"{function.__name__}{arguments} did not notice that a file is gone"
+        with self.assertRaises(sqlite3.OperationalError, msg=message) as caught:
+            function(*arguments)
+        failure = self.cats.to_service_error(caught.exception)
+        self.assertIsInstance(failure, ServiceUnavailable, caught.exception)
+        self.assertRegex(failure.detail, "^cats.db: the file cats.db.* was removed or replaced")
+
+    def test_writes_are_refused_while_a_file_is_gone_or_another_one_and_then_work_again(self):
+        for suffix in ("", "-wal", "-shm"):
+            for content in (None, self.file(suffix).read_bytes()):
+                with self.subTest(suffix=suffix, is_replaced=bool(content)):
+                    with self.replaced(suffix, content):
+                        self.assert_refused(self.write, "Kim")
+                        self.assert_refused(self.transact, "Kim")
+                    self.write("Ben")
+                    self.transact("Ben")
+        self.assertEqual(self.names(self.cats), ["Mia", "Tom", *["Ben"] * 12])
+
+    def test_reads_are_refused_and_no_new_file_is_made_while_the_file_is_gone(self):
+        with self.replaced(""):
+            self.assert_refused(self.names, self.cats)
+            for _ in range(database.CONNECTIONS):  # a failure must not use up a connection
+                self.assert_refused(self.names, self.cats)
+            self.assertFalse(self.path.exists())
+        self.assertEqual(self.names(self.cats), ["Mia", "Tom"])
+
+    def test_a_new_connection_is_not_opened_to_other_files_than_the_first(self):
+        for suffix in ("", "-wal", "-shm"):
+            with self.subTest(suffix), self.cats._pool.lend(), self.replaced(suffix):
+                self.assert_refused(self.names, self.cats)
+                self.assertFalse(self.file(suffix).exists(), "it made a new file")
+
+    def test_a_transaction_is_not_committed_if_the_file_was_removed_since_it_began(self):
+        with contextlib.ExitStack() as stack:
+            with self.assertRaisesRegex(sqlite3.OperationalError, "removed or replaced"):
+                with self.cats.transaction() as transaction:
+                    transaction.write("DELETE FROM cats")
+                    stack.enter_context(self.replaced(""))
+        self.assertEqual(self.names(self.cats), ["Mia", "Tom"])
+
+    def test_commits_that_only_a_removed_wal_holds_are_written_into_the_file(self):
+        self.file("-wal").unlink()
+        self.assert_refused(self.write, "Kim")
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(self.path, folder)
+            with contextlib.closing(sqlite3.connect(f"{folder}/cats.db")) as alone:
+                names = alone.execute("SELECT name FROM cats").fetchall()
+        self.assertEqual(names, [("Mia",), ("Tom",)])
+
+    def test_files_that_sqlite_itself_removed_and_made_again_are_no_fault(self):
+        with self.cats._pool.lend() as spoilt:  # the only one: with it, the WAL is closed
+            spoilt.execute("BEGIN IMMEDIATE")
+        self.assertFalse(self.file("-wal").exists())
+        self.write("Kim")
+        self.assertEqual(self.names(self.cats), ["Mia", "Tom", "Kim"])
+
+
+class FaultTest(CatsTest):
+    def test_a_code_of_sqlite_that_blames_the_file_is_503_or_507_and_any_other_is_a_bug(self):
+        cats = self.open()
+        for code, status in (
+                (sqlite3.SQLITE_PROTOCOL, 503), (sqlite3.SQLITE_PERM, 503),
+                (sqlite3.SQLITE_IOERR_SHMMAP, 503), (sqlite3.SQLITE_BUSY_RECOVERY, 503),
+                (sqlite3.SQLITE_FULL, 507), (sqlite3.SQLITE_ERROR, None),
+                (sqlite3.SQLITE_TOOBIG, None), (sqlite3.SQLITE_MISUSE, None)):
+            error = sqlite3.OperationalError("it went wrong")
+            error.sqlite_errorcode = code
+            failure = cats.to_service_error(error)
+            self.assertEqual(failure and failure.status, status, f"SQLite's result code {code}")
 
 
 @contextlib.contextmanager
