@@ -172,6 +172,22 @@ class StorageTest(unittest.TestCase):
             self.assertEqual((shop.stock(), len(shop.ask("GET", "/orders").json)), (97, 3))
 
 
+class WithoutWalTest(unittest.TestCase):
+    def test_a_service_works_where_no_wal_is_possible_and_its_log_says_so(self):
+        without = ("import sqlite3\n"
+                   "connect = sqlite3.connect\n"
+                   "sqlite3.connect = lambda path, **options: connect(\n"
+                   "    path.absolute().as_uri() + '?vfs=unix-dotfile', uri=True, **options)\n"
+                   "from microshop.users import Users\n"
+                   "Users.main()")
+        with tempfile.TemporaryDirectory() as folder:
+            with process("tests.after", without, "--port", "0", "--data", folder) as users:
+                port = users.port("Users service")
+                users.wait_for(r"warning: .*/users\.db can have no write-ahead log")
+                self.assertEqual(ask(port, "POST", "/users", JSON, b'{"name":"Tom"}').status, 201)
+                self.assertEqual(len(ask(port, target="/users").json), 3)
+
+
 class KilledTest(unittest.TestCase):
     @unittest.skipUnless(hasattr(signal, "SIGXFSZ"), "this system has no limit of file sizes")
     def test_writes_acknowledged_before_the_disk_failed_survive_a_kill(self):

@@ -5,7 +5,8 @@
     Database         what a service works with: opens, checks, reads and writes the file
 
 The file is in WAL mode: SQLite appends commits to a second file, the write-ahead log, so that
-readers and the writer do not wait for each other.
+readers and the writer do not wait for each other. (Where a file system does not support that, the
+database works without it, and they do wait.)
 
 Law: this module opens, reads and writes databases and knows nothing of what is in them. SQL about
 rows appears only in the service that owns them.
@@ -78,8 +79,8 @@ class ConnectionPool:
 
     def __init__(self, path: Path):
         self.path = path
-        self.files = [f"{path}{suffix}" for suffix in ("", "-wal", "-shm")]
-        self._opened: list[Identity | None] = []  # which files the connections have open
+        self.files = (str(path), f"{path}-wal", f"{path}-shm")
+        self._opened: dict[str, Identity | None] = {}  # which files the connections have open
         self._places = [PooledConnection(self) for _ in range(CONNECTIONS)]
         self.idle = self._places.copy()
 
@@ -94,22 +95,17 @@ class ConnectionPool:
                     raise timed_out(self.path, "a free connection") from None
             time.sleep(POLL)
 
-    def check_file(self) -> None:
-        """Raise FileReplaced if the database is not the file that is open (about 1.5 us)."""
-        if identify(self.files[0]) != self._opened[0]:
-            raise FileReplaced(self.files[0])
-
-    def check_files(self) -> None:
-        """Raise FileReplaced if the database, its WAL or the WAL's index is not the one open."""
-        for file, opened in zip(self.files, self._opened, strict=True):
-            if identify(file) != opened:
+    def check(self, *files: str) -> None:
+        """Raise FileReplaced if a file is no longer the one that the connections have open."""
+        for file in files:
+            if identify(file) != self._opened[file]:
                 raise FileReplaced(file)
 
     def open(self) -> sqlite3.Connection:
         """Return a new connection to the files that the others have open."""
         is_first = not any(place.connection for place in self._places)
         if not is_first:
-            self.check_files()
+            self.check(*self.files)
         connection = sqlite3.connect(
             self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
         try:
@@ -117,12 +113,12 @@ class ConnectionPool:
             connection.execute("PRAGMA journal_mode = WAL")  # writes only if it is another one
             connection.execute("PRAGMA synchronous = FULL")  # less may lose commits (power failure)
             connection.execute("PRAGMA foreign_keys = ON")
-            connection.execute("PRAGMA schema_version").fetchall()  # opens the WAL and its index
+            connection.execute("PRAGMA schema_version")  # opens the WAL and its index
         except sqlite3.Error:
             connection.close()
             raise
         if is_first:
-            self._opened = [identify(file) for file in self.files]
+            self._opened = {file: identify(file) for file in self.files}
         return connection
 
     def close(self) -> None:
@@ -149,7 +145,7 @@ class PooledConnection:
         try:
             if not self.connection:
                 self.connection = self.pool.open()
-            self.pool.check_file()
+            self.pool.check(self.pool.files[0])
         except sqlite3.Error:
             self.pool.idle.append(self)
             raise
@@ -230,6 +226,10 @@ class Database:
             advice = "repair or move it, or choose another --data"
             raise DatabaseUnusable(f"cannot use {path}: {reason}; {advice}") from error
 
+    def has_wal(self) -> bool:
+        """Return whether there is a write-ahead log; some file systems do not support one."""
+        return self.rows("PRAGMA journal_mode") == [{"journal_mode": "wal"}]
+
     def rows(self, statement: str, values: Values = ()) -> list[dict]:
         """Return the rows that a query finds, each as a dict by column."""
         with self._pool.lend() as connection:
@@ -293,7 +293,7 @@ class Database:
             try:
                 with begin(connection) as transaction:
                     yield transaction
-                    self._pool.check_files()
+                    self._pool.check(*self._pool.files)
             except FileReplaced:
                 connection.execute("PRAGMA wal_checkpoint")
                 raise
