@@ -55,13 +55,9 @@ class DatabaseUnusable(Exception):
 
 
 class FileReplaced(sqlite3.OperationalError):
-    """A file is no longer the one that is open: what is written to that may be lost."""
+    """The open file is no longer the one at its path, so what is written to it would be lost."""
 
-    sqlite_errorcode = sqlite3.SQLITE_READONLY_DBMOVED  # as SQLite, where it notices it by itself
-
-    def __init__(self, file: str):
-        super().__init__(f"the file {Path(file).name} was removed or replaced while it was open; "
-                         "put it back, or restart the shop")
+    sqlite_errorcode = sqlite3.SQLITE_READONLY_DBMOVED  # SQLite's own code for this
 
 
 class Written(NamedTuple):
@@ -99,7 +95,8 @@ class ConnectionPool:
         """Raise FileReplaced if a file is no longer the one that the connections have open."""
         for file in files:
             if identify(file) != self._opened[file]:
-                raise FileReplaced(file)
+                raise FileReplaced(f"the file {Path(file).name} was removed or replaced while it "
+                                   "was open; put it back, or restart the shop")
 
     def open(self) -> sqlite3.Connection:
         """Return a new connection to the files that the others have open."""
@@ -110,7 +107,7 @@ class ConnectionPool:
             self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
         try:
             connection.row_factory = sqlite3.Row
-            connection.execute("PRAGMA journal_mode = WAL")  # writes only if it is another one
+            connection.execute("PRAGMA journal_mode = WAL")  # writes only if it had another mode
             connection.execute("PRAGMA synchronous = FULL")  # less may lose commits (power failure)
             connection.execute("PRAGMA foreign_keys = ON")
             connection.execute("PRAGMA schema_version")  # opens the WAL and its index
@@ -203,7 +200,8 @@ class Database:
     """The database file at `path`, upgraded to the newest version of its schema.
 
     `versions` holds the statements of each version of the schema, oldest first; `user_version` in
-    the file says how many versions have been executed. Raises DatabaseUnusable.
+    the file says how many versions have been executed. `has_wal` says whether the folder allows a
+    write-ahead log. Raises DatabaseUnusable.
     """
 
     def __init__(self, path: Path, versions: Sequence[Sequence[str]]):
@@ -218,6 +216,7 @@ class Database:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._check()
             self._upgrade(versions)
+            self.has_wal = self.rows("PRAGMA journal_mode") == [{"journal_mode": "wal"}]
         except (OSError, sqlite3.Error, DatabaseUnusable) as error:
             self.close()
             reason: object = error
@@ -225,10 +224,6 @@ class Database:
                 reason = f"{path.parent} is not a folder"
             advice = "repair or move it, or choose another --data"
             raise DatabaseUnusable(f"cannot use {path}: {reason}; {advice}") from error
-
-    def has_wal(self) -> bool:
-        """Return whether there is a write-ahead log; some file systems do not support one."""
-        return self.rows("PRAGMA journal_mode") == [{"journal_mode": "wal"}]
 
     def rows(self, statement: str, values: Values = ()) -> list[dict]:
         """Return the rows that a query finds, each as a dict by column."""

@@ -176,7 +176,7 @@ class Service(Listener):
             self.log.event(
                 f"- warning: other machines can reach port {self.server_port}, and any client may "
                 "write; set MICROSHOP_TOKEN or --token-file on the gateway to require a token")
-        if self.schema and not self.database.has_wal():
+        if self.schema and not self.database.has_wal:
             self.log.event(f"- warning: {self.database.path} can have no write-ahead log in this "
                            "folder, so reads have to wait for writes")
         line = f"{self.title} listening at {self.url}\n"
