@@ -100,8 +100,7 @@ class ConnectionPool:
 
     def open(self) -> sqlite3.Connection:
         """Return a new connection to the files that the others have open."""
-        is_first = not any(place.connection for place in self._places)
-        if not is_first:
+        if self._is_open():
             self.check(*self.files)
         connection = sqlite3.connect(
             self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
@@ -114,9 +113,12 @@ class ConnectionPool:
         except sqlite3.Error:
             connection.close()
             raise
-        if is_first:
+        if not self._is_open():  # this one is the first, or the first again
             self._opened = {file: identify(file) for file in self.files}
         return connection
+
+    def _is_open(self) -> bool:
+        return any(place.connection for place in self._places)
 
     def close(self) -> None:
         """Write the WAL back into the file, and close every connection that is not in use."""
