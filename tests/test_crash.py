@@ -37,9 +37,7 @@ REJECTED = [
     "write: UPDATE orders SET status = rejected", "call: DELETE products",
     "write: UPDATE orders SET due"]
 POSTPONED = ["call: PUT products", "write: UPDATE orders SET due"]
-RESUMED = [
-    "BEGIN", "PRAGMA", "PRAGMA", "COMMIT", "write: UPDATE orders SET due", "call: GET users",
-    *CONFIRMED]
+RESUMED = ["write: UPDATE orders SET due", "call: GET users", *CONFIRMED]
 CANCELLED = [
     "write: UPDATE orders SET status = cancelling", "call: DELETE products",
     "write: UPDATE orders SET status = cancelled"]
