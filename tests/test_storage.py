@@ -177,13 +177,13 @@ class WithoutWalTest(unittest.TestCase):
         without = ("import sqlite3\n"
                    "connect = sqlite3.connect\n"
                    "sqlite3.connect = lambda path, **options: connect(\n"
-                   "    path.absolute().as_uri() + '?vfs=unix-dotfile', uri=True, **options)\n"
+                   "    path + '&vfs=unix-dotfile', **options)\n"
                    "from microshop.users import Users\n"
                    "Users.main()")
         with tempfile.TemporaryDirectory() as folder:
             with process("tests.after", without, "--port", "0", "--data", folder) as users:
                 port = users.port("Users service")
-                users.wait_for(r"warning: .*/users\.db can have no write-ahead log")
+                users.wait_for(r"warning: .*/users\.db has no write-ahead log")
                 self.assertEqual(ask(port, "POST", "/users", JSON, b'{"name":"Tom"}').status, 201)
                 self.assertEqual(len(ask(port, target="/users").json), 3)
 

@@ -5,13 +5,14 @@
     Database         what a service works with: opens, checks, reads and writes the file
 
 The file is in WAL mode: SQLite appends commits to a second file, the write-ahead log, so that
-readers and the writer do not wait for each other. (Where a file system does not support that, the
-database works without it, and they do wait.)
+readers and the writer do not wait for each other. Where a folder does not support that, they wait;
+and a folder that cannot be written to can still be read.
 
 Law: this module opens, reads and writes databases and knows nothing of what is in them. SQL about
 rows appears only in the service that owns them.
 """
 import contextlib
+import os
 import sqlite3
 import threading
 import time
@@ -75,6 +76,7 @@ class ConnectionPool:
 
     def __init__(self, path: Path):
         self.path = path
+        self._is_read_only = is_read_only(path)
         self.files = (str(path), f"{path}-wal", f"{path}-shm")
         self._opened: dict[str, Identity | None] = {}  # which files the connections have open
         self._places = [PooledConnection(self) for _ in range(CONNECTIONS)]
@@ -102,8 +104,9 @@ class ConnectionPool:
         """Return a new connection to the files that the others have open."""
         if self._is_open():
             self.check(*self.files)
-        connection = sqlite3.connect(
-            self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+        uri = f"{self.path.absolute().as_uri()}?immutable={self._is_read_only:d}"
+        connection = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None,
+                                     check_same_thread=False)
         try:
             connection.row_factory = sqlite3.Row
             connection.execute("PRAGMA journal_mode = WAL")  # writes only if it had another mode
@@ -331,6 +334,15 @@ class Database:
                 for statement in statements:
                     transaction.write(statement)
             transaction.write(f"PRAGMA user_version = {len(versions)}")
+
+
+def is_read_only(path: Path) -> bool:
+    """Return whether a file cannot change: its folder cannot be written to, and it has no WAL.
+
+    SQLite makes a WAL even to read, unless it is told that the file is immutable.
+    """
+    has_files = [os.path.exists(file) for file in (path, f"{path}-wal")]
+    return has_files == [True, False] and not os.access(path.parent, os.W_OK, effective_ids=True)
 
 
 def find_version(database: Database | Transaction) -> int:

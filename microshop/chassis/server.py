@@ -177,8 +177,9 @@ class Service(Listener):
                 f"- warning: other machines can reach port {self.server_port}, and any client may "
                 "write; set MICROSHOP_TOKEN or --token-file on the gateway to require a token")
         if self.schema and not self.database.has_wal:
-            self.log.event(f"- warning: {self.database.path} can have no write-ahead log in this "
-                           "folder, so reads have to wait for writes")
+            self.log.event(
+                f"- warning: {self.database.path} has no write-ahead log: its folder is read-only "
+                "(when that changes, restart), or supports none (then reads wait for writes)")
         line = f"{self.title} listening at {self.url}\n"
         threading.Thread(target=announce, args=[line], daemon=True).start()
         self.serve_forever()

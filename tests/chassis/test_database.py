@@ -404,11 +404,6 @@ class UnusableTest(CatsTest):
         self.assertIn("it was written by a newer microshop "
                       "(its schema version is 2, this one knows 1)", self.refuse())
 
-    def test_a_read_only_file_is_refused(self):
-        self.open().close()
-        with unprivileged(self.path.parent):
-            self.assertIn("readonly", self.refuse())
-
     def test_a_data_folder_that_is_a_file_is_refused(self):
         self.path.parent.write_text("")
         self.assertIn(f"{self.path.parent} is not a folder", self.refuse())
@@ -512,6 +507,18 @@ class ReplacedTest(CatsTest):
         self.assertFalse(self.file("-wal").exists())
         self.write("Kim")
         self.assertEqual(self.names(self.cats), ["Mia", "Tom", "Kim"])
+
+
+class ReadOnlyTest(CatsTest):
+    def test_a_folder_that_cannot_be_written_to_can_be_read(self):
+        self.open().close()
+        with unprivileged(self.path.parent):
+            cats = self.open()
+            self.assertEqual((self.names(cats), cats.has_wal), (["Mia"], False))
+            with self.assertRaisesRegex(sqlite3.OperationalError, "readonly"):
+                cats.write("INSERT INTO cats VALUES (2, 'Tom')")
+            with self.assertRaisesRegex(DatabaseUnusable, "readonly"):
+                Database(self.path, [VERSION_1, VERSION_2])
 
 
 class FaultTest(CatsTest):
