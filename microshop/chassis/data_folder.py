@@ -1,7 +1,7 @@
 """The data folder: one shop at a time, and the files that were opened in it.
 
-Two shops on one folder would each take the other's orders for its own. And what is written to a
-file that was removed while it was open is lost when it is closed.
+Two shops on one folder would change the same data without knowing of each other. And what is
+written to a file that was removed while it was open is lost when it is closed.
 
 Law: nothing here knows what is in the files.
 """
