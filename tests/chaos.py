@@ -4,9 +4,10 @@
 
 The shop runs as its users run it. Each client sends an order under a key of its own until it is
 answered, as a careful client would. Meanwhile faults are injected: processes are killed, and
-stopped for a while. At the end the databases are compared with the answers: no order may be lost
-or doubled, and the stock must add up. A run goes on until it has seen each kind of fault and of
-answer, since otherwise it would prove little.
+stopped for a while; a database is locked while its service is killed; the clock of the orders
+service jumps ahead by more than a day, and back. At the end the databases are compared with the
+answers: no order may be lost or doubled, and the stock must add up. A run goes on until it has seen
+each kind of fault and of answer, since otherwise it would prove little.
 
 It prints what was measured, and each thing that is wrong; then the exit status is 1, and the data
 folder is kept. A seed repeats the schedule of faults and what the clients order, but not how the
@@ -38,12 +39,14 @@ from urllib.request import HTTPHandler, OpenerDirector, Request
 from microshop import SERVICES
 from microshop.audit import find_violations
 from microshop.orders import CALL_TIME
-from tests.helpers import Answered, Process
+from tests.helpers import TOP, Answered, Process
 
 PACE = 0.4                           # seconds from one fault to the next, on average
 BRIEF = (0.1, 0.5, 1.0)              # seconds for which a process is stopped
 LONG = (0.1, CALL_TIME + 0.5)        # long enough for orders to give up a call that succeeds later
 STOP_TIMES = {name: BRIEF for name in ("gateway", *SERVICES)} | {"products": LONG}
+LOCK_TIMES = (0.5, 1.0, 2.0)         # seconds for which a database is locked
+JUMP_TIMES = (0.1, 1.0, 2.0)         # seconds for which a clock is ahead
 CLIENT_TIMES = (0.1, 0.3, 1.0, 3.0)  # seconds that a client waits; short ones make many repeats
 CLIENT_PAUSE = 0.05                  # seconds until a client sends a request again
 EXTRA_TIME = 120.0                   # seconds beyond --seconds for all to be seen
@@ -52,6 +55,7 @@ POLL = 0.05                          # seconds
 PROGRESS = 5.0                       # seconds between two lines of progress
 CANCELS, REPEATS = 0.5, 0.2          # shares of orders that are cancelled, and that are sent again
 
+UNABLE_TO_START = "exit status 1 before it was ready"  # in a line of the supervisor
 SEED_ORDERS = {201, 202}
 NO_USER, NO_PRODUCT = 999_999, 999_999
 MOUSE_STOCK = 1_000_000
@@ -196,35 +200,52 @@ class Client(threading.Thread):
 
 # --- what is done to the shop
 
+# Faults that are not signals; those of the clock are handled in tests/jumping/sitecustomize.py.
+LOCK, UNLOCK = "lock", "unlock"
+AHEAD, BACK = signal.SIGUSR1, signal.SIGUSR2
+
+Kind = signal.Signals | str
+
+
 class Fault(NamedTuple):
-    """A fault to inject: the process `name` gets a signal `at` seconds of its round."""
+    """A fault to inject into the process `name`, `at` seconds of its round."""
 
     at: float
     name: str
-    number: signal.Signals
+    kind: Kind
 
 
 def schedule_round(dice: random.Random) -> list[Fault]:
-    """Schedule faults so that each process is killed once and stopped once, in any order."""
+    """Schedule faults in any order: each process is killed once and stopped once, one database is
+    locked, and the clock of the orders service jumps.
+    """
     faults, at = [], 0.0
-    kinds = [(name, number) for name in STOP_TIMES
-             for number in (signal.SIGKILL, signal.SIGSTOP)]
-    for name, number in dice.sample(kinds, len(kinds)):
+    kinds: list[tuple[str, Kind]] = [
+        (name, kind) for name in STOP_TIMES for kind in (signal.SIGKILL, signal.SIGSTOP)]
+    kinds += [(dice.choice(list(SERVICES)), LOCK), ("orders", AHEAD)]
+    for name, kind in dice.sample(kinds, len(kinds)):
         at += dice.uniform(0, 2 * PACE)
-        faults.append(Fault(at, name, number))
-        if number == signal.SIGSTOP:
-            length = dice.choice(STOP_TIMES[name])
-            faults.append(Fault(at + length, name, signal.SIGCONT))
-            at += dice.choice((0, length))  # so that half of the stops do not meet the next fault
-    return sorted(faults)
+        faults.append(Fault(at, name, kind))
+        if kind == signal.SIGKILL:
+            continue
+        ends = {signal.SIGSTOP: (signal.SIGCONT, STOP_TIMES[name]), LOCK: (UNLOCK, LOCK_TIMES),
+                AHEAD: (BACK, JUMP_TIMES)}
+        end, lengths = ends[kind]
+        length = dice.choice(lengths)
+        faults.append(Fault(at + length, name, end))
+        at += dice.choice((0, length))  # so that half of them do not meet the next fault
+    return sorted(faults, key=lambda fault: fault.at)
 
 
 class Shop(Process):
     """The shop as a person starts it, with faults to inject. No process outlives close()."""
 
     def __init__(self, folder: Path):
-        super().__init__("microshop.run_all", "--port", "0", "--data", str(folder), "--quiet")
+        super().__init__("microshop.run_all", "--port", "0", "--data", str(folder), "--quiet",
+                         PYTHONPATH=str(TOP / "tests/jumping"))
+        self.folder = folder
         self.known: set[int] = set()
+        self.locks: dict[str, sqlite3.Connection] = {}
 
     def children(self) -> dict[str, int]:
         """Return the pids of its processes by name, without zombies.
@@ -239,14 +260,37 @@ class Shop(Process):
         self.known.update(found.values())
         return found
 
-    def inject(self, name: str, number: signal.Signals) -> None:
+    def inject(self, name: str, kind: Kind) -> None:
+        if kind == LOCK:
+            self.lock(name)
+        elif kind == UNLOCK:
+            self.locks.pop(name).close()
+        else:
+            self.send(name, kind)
+
+    def send(self, name: str, number: signal.Signals) -> None:
         """Send a signal to a process; wait for it if it is just being started again."""
         def is_sent() -> bool:
             with contextlib.suppress(KeyError, ProcessLookupError):
                 os.kill(self.children()[name], number)
                 return True
-            return number == signal.SIGCONT  # it was killed meanwhile, and is not stopped any more
+            # It was killed meanwhile, so that it is not stopped any more, and its clock is right.
+            return number in (signal.SIGCONT, BACK)
         wait_until(is_sent, f"{name} to be started again")
+
+    def lock(self, name: str) -> None:
+        """Lock a database against writes, as a backup might, and kill its service meanwhile."""
+        lock = sqlite3.connect(self.folder / f"{name}.db", SETTLE_TIME, isolation_level=None)
+        self.locks[name] = lock
+        lock.execute("BEGIN IMMEDIATE")
+        self.send(name, signal.SIGKILL)
+
+    def repair(self) -> None:
+        """Undo the faults that last."""
+        for name in [*self.locks]:
+            self.inject(name, UNLOCK)
+        for number in (signal.SIGCONT, BACK):
+            self.send_all(number)
 
     def send_all(self, number: signal.Signals) -> None:
         for pid in self.children().values():
@@ -259,7 +303,7 @@ class Shop(Process):
         return Counter(match[1] for match in found if match)
 
     def close(self) -> None:
-        self.send_all(signal.SIGCONT)
+        self.repair()
         try:
             super().close()
         finally:
@@ -329,6 +373,8 @@ class Report:
     answers: Counter[int] = field(default_factory=Counter)
     kills: Counter[str] = field(default_factory=Counter)
     stops: Counter[str] = field(default_factory=Counter)
+    locks: Counter[str] = field(default_factory=Counter)
+    jumps: Counter[str] = field(default_factory=Counter)
     restarts: Counter[str] = field(default_factory=Counter)
     losses: list[str] = field(default_factory=list)
     doubles: list[str] = field(default_factory=list)
@@ -339,7 +385,8 @@ class Report:
     def unseen(self) -> list[str]:
         """What has not happened yet, of all that a run must have seen."""
         counts = {"cancelled order": self.cancels, "replayed answer": self.replays,
-                  "retried request": self.retries}
+                  "retried request": self.retries, "locked database": self.locks.total(),
+                  "clock that jumps": self.jumps.total()}
         counts |= {f"order answered {status}": self.answers[status] for status in (201, 409, 422)}
         for name in STOP_TIMES:
             counts |= {f"kill of {name}": self.kills[name], f"stop of {name}": self.stops[name],
@@ -365,6 +412,7 @@ class Report:
             f"seconds    {self.seconds:6.1f}", f"seed       {self.seed:6}",
             f"orders     {by_name(self.answers)}", f"cancels    {self.cancels:6}",
             f"kills      {by_name(self.kills)}", f"stops      {by_name(self.stops)}",
+            f"locks      {by_name(self.locks)}", f"jumps      {by_name(self.jumps)}",
             f"restarts   {by_name(self.restarts)}",
             f"retries    {self.retries:6}", f"replays    {self.replays:6}",
             f"losses     {len(self.losses):6}", f"doubles    {len(self.doubles):6}",
@@ -414,11 +462,13 @@ class Run:
         dice, began, told = random.Random(self.report.seed), time.monotonic(), time.monotonic()
         while True:
             round_began = time.monotonic()
-            for at, name, number in schedule_round(dice):
+            for at, name, kind in schedule_round(dice):
                 if self.ending.wait(max(0, round_began + at - time.monotonic())):
                     return
-                self.shop.inject(name, number)
-                self.report.stops[name] += number == signal.SIGSTOP
+                self.shop.inject(name, kind)
+                self.report.stops[name] += kind == signal.SIGSTOP
+                self.report.locks[name] += kind == LOCK
+                self.report.jumps[name] += kind == AHEAD
                 now = time.monotonic()
                 self.measure(now - began)
                 if self.is_done():
@@ -453,7 +503,7 @@ class Run:
     def settle(self) -> None:
         """Inject no more faults, and wait until every client is answered and no work is left."""
         self.tell("no more faults: waiting until every order is finished")
-        self.shop.send_all(signal.SIGCONT)
+        self.shop.repair()
         self.ending.set()
         wait_until(lambda: not any(client.is_alive() for client in self.clients),
                    "every client to be answered")
@@ -500,6 +550,7 @@ class Run:
         report.doubles = find_doubles(placed, orders)
         report.wrong_stock = find_wrong_stock(orders, free)
         report.violations += find_violations(self.folder)
+        report.violations += [line for line in self.shop.lines if UNABLE_TO_START in line]
 
 
 def run(seconds: float, seed: int, clients: int,

@@ -24,11 +24,12 @@ import re
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +38,7 @@ from microshop import SERVICES
 from microshop.audit import find_violations
 from microshop.products import Products
 from tests import bench, chaos, load
-from tests.helpers import Answered, service_of
+from tests.helpers import TOP, Answered, clean_environment, service_of
 
 PATIENCE = 60.0                           # seconds: the bound on waits
 WATCH_TIME = 20.0                         # seconds to watch a connection that sends too slowly
@@ -56,6 +57,7 @@ CLIENT_PAUSES = (0.3, 0.01, 0.01, 0.01)   # seconds until a client's next reques
 KILL_PAUSE = (1.5, 4.0)                   # seconds; more frequent kills make the restarts slower
 BACK = (10, 21)                           # seconds until a stopped process is replaced
 OVERLOAD, LEAST_OF_PEAK = 2, 0.8          # times what 64 connections reach
+UNREAD = 24_000                           # lines: twice what a pipe and a process's log hold
 GRACE = 10                                # seconds, the default of --grace
 REPLACED = "every process has been replaced"  # lines of the supervisor
 GIVEN_UP = "killing it|starting it again"
@@ -225,6 +227,15 @@ async def ask_slowly(port: int, requests: Iterable[bytes], dice: random.Random) 
     return answers
 
 
+async def ask_for(port: int, seconds: float) -> int:
+    """Send one request after another on one connection; return how many were answered 200."""
+    client, end, count = Connection(port), time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        count += (await client.ask(GETS[0])).status == 200
+    client.close()
+    return count
+
+
 async def send_slowly(client: Connection, request: bytes, dice: random.Random) -> None:
     while request:
         size = dice.randint(*PIECE)
@@ -321,6 +332,27 @@ class Load:
             line = request.partition(b" HTTP")[0].decode()
             self.failed.append(f"{line}: {answer.status} {answer.body.decode()}")
             return None
+
+
+@contextlib.contextmanager
+def started_unread(folder: str) -> Iterator[subprocess.Popen]:
+    """Start a shop with an access log, whose output the caller may read or leave unread."""
+    with subprocess.Popen(
+            [sys.executable, "-m", "microshop.run_all", "--port", "0", "--data", folder],
+            cwd=TOP, env=clean_environment(), stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as shop:
+        try:
+            yield shop
+        finally:
+            shop.kill()
+
+
+def read_port(shop: subprocess.Popen) -> int:
+    """Read what a shop prints until it is ready; return the port of its gateway."""
+    for line in shop.stdout:
+        if match := re.search(rb"ready in .*:([0-9]+) ", line):
+            return int(match[1])
+    raise EOFError("the shop ended before it was ready")
 
 
 def offer(port: int, rate: float, seconds: float) -> tuple[Counter, list[float]]:
@@ -480,6 +512,24 @@ class Soak:
                 Figure("{} processes given up by the supervisor", self.count(GIVEN_UP) - before,
                        most=0)]
 
+    async def unread(self, seconds: float) -> list[Figure]:
+        """Nothing reads the log of a second shop: no request waits for it, nor does the end."""
+        with tempfile.TemporaryDirectory() as folder, started_unread(folder) as shop:
+            port = read_port(shop)
+            answered = await asyncio.gather(*(ask_for(port, seconds) for _ in range(CLIENTS)))
+            health = await Connection(port).ask(b"GET /health HTTP/1.1\r\nHost: shop\r\n\r\n")
+            began = time.monotonic()
+            shop.terminate()
+            await until(lambda: shop.poll() is not None)
+            took = time.monotonic() - began
+        lines = 2 * sum(answered)  # one of the gateway, one of the service
+        return [Figure("{} requests answered", sum(answered)),
+                Figure("{} lines that nothing read", lines, least=UNREAD * min(1, seconds / 15)),
+                Figure("health {}", health.status, least=200, most=200),
+                Figure("exit status {}", -1 if shop.returncode is None else shop.returncode,
+                       least=0, most=0),
+                Figure("after {:.2f} s", took, most=GRACE)]
+
     async def end(self, seconds: float) -> list[Figure]:
         """After Ctrl-C the shop ends within its grace period, and leaves its databases only."""
         began = time.monotonic()
@@ -547,8 +597,8 @@ def judge_ends(what: str, ends: Sequence[tuple[float, int | None]], expected: in
 
 
 SCENES = {  # in this order, each with its share of the time
-    Soak.slow: 0.2, Soak.idle: 0.06, Soak.drips: 0.24, Soak.restarts: 0.12, Soak.kills: 0.26,
-    Soak.overload: 0.12, Soak.end: 0}
+    Soak.slow: 0.2, Soak.idle: 0.06, Soak.drips: 0.24, Soak.restarts: 0.12, Soak.kills: 0.22,
+    Soak.overload: 0.11, Soak.unread: 0.05, Soak.end: 0}
 
 
 def run(seconds: float, seed: int) -> Report:

@@ -4,9 +4,12 @@ import io
 import os
 import random
 import signal
+import sqlite3
 import tempfile
+import time
 import unittest
 from collections import Counter
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from unittest import mock
 
@@ -57,10 +60,11 @@ class OneRunTest(unittest.TestCase):
 class UnseenTest(unittest.TestCase):
     def test_a_run_says_what_it_has_not_seen(self):
         report = chaos.Report(seed=1, answers=Counter({201: 1, 409: 1}), cancels=1, retries=2,
-                              kills=Counter(SHOP), stops=Counter(SHOP - {"users"}))
+                              kills=Counter(SHOP), stops=Counter(SHOP - {"users"}),
+                              locks=Counter(["users"]))
         self.assertEqual(
             set(report.unseen), {"replayed answer", "order answered 422", "stop of users",
-                                 *(f"restart of {name}" for name in SHOP)})
+                                 "clock that jumps", *(f"restart of {name}" for name in SHOP)})
 
     def test_a_run_that_never_sees_enough_ends_and_is_wrong(self):
         run = mock.Mock(seconds=0, report=chaos.Report(seed=1, seconds=chaos.EXTRA_TIME + 1))
@@ -74,33 +78,69 @@ class UnseenTest(unittest.TestCase):
 
 
 class ShopTest(unittest.TestCase):
+    def setUp(self):
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.shop = self.enterContext(contextlib.closing(chaos.Shop(self.folder)))
+        self.shop.wait_for("ready in")
+
     def test_no_process_outlives_the_shop_even_if_it_is_stopped_and_its_supervisor_killed(self):
-        with (tempfile.TemporaryDirectory() as folder,
-              contextlib.closing(chaos.Shop(Path(folder))) as shop):
-            shop.wait_for("ready in")
-            self.assertEqual(set(shop.children()), SHOP)
-            shop.send_all(signal.SIGSTOP)
-            shop.popen.kill()
-            shop.popen.wait()
-            self.assertEqual(set(shop.children()), SHOP)
-            shop.close()
-            chaos.wait_until(lambda: not shop.children(), "the processes of a closed shop to end")
+        shop = self.shop
+        self.assertEqual(set(shop.children()), SHOP)
+        shop.send_all(signal.SIGSTOP)
+        shop.popen.kill()
+        shop.popen.wait()
+        self.assertEqual(set(shop.children()), SHOP)
+        shop.close()
+        chaos.wait_until(lambda: not shop.children(), "the processes of a closed shop to end")
+
+
+    def test_a_lock_kills_the_service_and_lasts_until_it_is_repaired(self):
+        def begin() -> None:
+            with contextlib.closing(sqlite3.connect(path, timeout=0)) as database:
+                database.execute("BEGIN IMMEDIATE")
+
+        path = self.folder / "users.db"
+        before = self.shop.children()["users"]
+        self.shop.inject("users", chaos.LOCK)
+        with self.assertRaisesRegex(sqlite3.OperationalError, "locked"):
+            begin()
+        self.shop.repair()
+        begin()
+        self.shop.wait_for("Users service listening", times=2)
+        self.assertNotEqual(self.shop.children()["users"], before, "the process was not killed")
+
+    def test_the_clock_of_a_process_jumps_ahead_and_back(self):
+        def ahead() -> float:
+            told = chaos.ask(port, "GET", "/orders").headers["date"]
+            return parsedate_to_datetime(told).timestamp() - time.time()
+
+        port = self.shop.port("Orders service")
+        self.shop.inject("orders", chaos.AHEAD)
+        chaos.wait_until(lambda: ahead() > 24 * 3600, "the clock to be a day ahead")
+        self.shop.repair()
+        chaos.wait_until(lambda: ahead() < 60, "the clock to be right again")
 
 
 class ScheduleTest(unittest.TestCase):
-    def test_each_round_kills_and_stops_each_process_whatever_the_seed(self):
+    def test_each_round_has_each_fault_whatever_the_seed(self):
         for seed in range(100):
             faults = chaos.schedule_round(random.Random(seed))
-            for number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT):
-                names = sorted(fault.name for fault in faults if fault.number == number)
-                self.assertEqual(names, sorted(SHOP), f"{number.name} with seed {seed}")
+            for kind in (signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT):
+                names = sorted(fault.name for fault in faults if fault.kind == kind)
+                self.assertEqual(names, sorted(SHOP), f"{kind.name} with seed {seed}")
+            kinds = Counter(fault.kind for fault in faults)
+            for kind in (chaos.LOCK, chaos.UNLOCK, chaos.AHEAD, chaos.BACK):
+                self.assertEqual(kinds[kind], 1, f"{kind} with seed {seed}")
 
-    def test_each_process_that_is_stopped_is_continued_later(self):
+    def test_each_fault_that_lasts_is_undone_later(self):
+        undone = {signal.SIGSTOP: signal.SIGCONT, chaos.LOCK: chaos.UNLOCK,
+                  chaos.AHEAD: chaos.BACK}
         for seed in range(100):
             faults = chaos.schedule_round(random.Random(seed))
-            at = {(fault.name, fault.number): fault.at for fault in faults}
-            for name in SHOP:
-                self.assertGreater(at[name, signal.SIGCONT], at[name, signal.SIGSTOP])
+            at = {(fault.name, fault.kind): fault.at for fault in faults}
+            for _, name, kind in faults:
+                if kind in undone:
+                    self.assertGreater(at[name, undone[kind]], at[name, kind], (kind, seed))
 
     def test_a_seed_repeats_its_schedule_and_another_seed_does_not(self):
         def schedule(seed: int) -> list[list[chaos.Fault]]:
