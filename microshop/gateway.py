@@ -17,7 +17,7 @@ from threading import Thread
 from typing import Any
 
 from microshop import GATEWAY_PORT, SERVICES
-from microshop.chassis import config
+from microshop.chassis import config, wire
 from microshop.chassis.admission import (
     SAFE_METHODS, RateLimit, bearer_token, client_of, is_same)
 from microshop.chassis.answer import NO_STORE, Answer
@@ -54,7 +54,7 @@ ABOUT_THE_WHOLE = {
 
 def via(version: str) -> str:
     """Return the gateway's entry in a Via header (RFC 9110 section 7.6.3)."""
-    return f"{version.removeprefix('HTTP/')} microshop"
+    return f"{version.removeprefix('HTTP/')} {wire.PSEUDONYM}"
 
 
 def in_parallel(function: Callable[[Any], Any], items: list) -> list:
@@ -190,7 +190,7 @@ class GatewayHandler(Handler):
     def dispatch(self) -> Answer:
         """Compose or forward. A path that names no service is one of the gateway's own."""
         path, _, query = self.path.partition("?")
-        upstream = self.server.upstreams.get(path.split("/")[1])
+        upstream = self.server.upstreams.get(path.removeprefix("/").partition("/")[0])
         if not upstream:
             return super().dispatch()
         if query and upstream.name in EXPANSIONS and self.command in ("GET", "HEAD"):
@@ -250,7 +250,7 @@ class GatewayHandler(Handler):
             headers.pop("authorization", None)
         headers.update(self.trace_headers())
         has_body = "content-length" in self.headers or "transfer-encoding" in self.headers
-        body = self.body if has_body else None
+        body = self.receive_body() if has_body else None
         return self.server.client.call(
             upstream, method, self.path, headers, body, self.deadline)
 

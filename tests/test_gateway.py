@@ -271,6 +271,15 @@ class ForwardingTest(GatewayTest):
                 arrived = self.arrive(*lines, request=f"{method} /users HTTP/1.1")
                 self.assertEqual(arrived["Content-Length"], length, f"{method} with {lines}")
 
+    def test_a_body_that_its_client_holds_back_is_asked_for_and_forwarded(self):
+        with Wire(self.gateway.server_port) as connection:
+            connection.send(b"POST /users HTTP/1.1\r\nHost: shop\r\n"
+                            b"Content-Length: 5\r\nExpect: 100-continue\r\n\r\n")
+            self.assertEqual(connection.read().status, 100)
+            connection.send(b"Alice")
+            self.assertEqual(connection.read().status, 200)
+        self.assertEqual(self.stub.requests[-1].partition(b"\r\n\r\n")[2], b"Alice")
+
     def test_a_body_in_chunks_arrives_with_a_content_length(self):
         arrived = self.arrive("Transfer-Encoding: chunked", request="POST /users HTTP/1.1",
                               body=b"3;a=b\r\nAli\r\n2\r\nce\r\n0\r\nX-Trailer: 1\r\n\r\n")
@@ -430,6 +439,14 @@ class TokenTest(GatewayTest):
             wire.send(b"POST /users HTTP/1.1\r\nHost: shop\r\nContent-Length: 2\r\n\r\n{}"
                       b"GET /users HTTP/1.1\r\nHost: shop\r\n\r\n")
             self.assertEqual([wire.read().status, wire.read().status], [401, 200])
+
+    def test_a_client_without_the_token_is_not_asked_for_the_body_that_it_holds_back(self):
+        with Wire(self.gateway.server_port) as connection:
+            connection.send(b"POST /users HTTP/1.1\r\nHost: shop\r\n"
+                            b"Content-Length: 5\r\nExpect: 100-continue\r\n\r\n")
+            self.assert_unauthorized(connection.read())
+            connection.end()
+            self.assertTrue(connection.is_closed(), "a connection whose body was not read")
 
     def test_two_authorization_headers_are_not_accepted(self):
         twice = b"Authorization: Bearer s3cret\r\n" * 2

@@ -28,12 +28,12 @@ MALFORMED = {  # what is wrong: the status of the refusal, and the bytes
     "method with parentheses": (400, b"GE(T) /users HTTP/1.1\r\nHost: shop\r\n\r\n"),
     "lower-case http": (400, b"GET /users http/1.1\r\nHost: shop\r\n\r\n"),
     "version 1.10": (400, b"GET /users HTTP/1.10\r\nHost: shop\r\n\r\n"),
-    "version 1.2": (505, b"GET /users HTTP/1.2\r\nHost: shop\r\n\r\n"),
+    "version 3.0": (505, b"GET /users HTTP/3.0\r\nHost: shop\r\n\r\n"),
     "version 2.0": (505, b"GET /users HTTP/2.0\r\nHost: shop\r\n\r\n"),
     "http/2 preface": (505, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
     "tls hello": (400, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"),
     # the target, RFC 9112 3.2
-    "asterisk": (400, b"OPTIONS * HTTP/1.1\r\nHost: shop\r\n\r\n"),
+    "asterisk": (400, b"GET * HTTP/1.1\r\nHost: shop\r\n\r\n"),
     "authority": (400, b"CONNECT shop:80 HTTP/1.1\r\nHost: shop\r\n\r\n"),
     "https": (400, b"GET https://shop/users HTTP/1.1\r\nHost: shop\r\n\r\n"),
     "file": (400, b"GET file:///etc/passwd HTTP/1.1\r\nHost: shop\r\n\r\n"),
@@ -118,6 +118,13 @@ NOT_FOUND = [
 ABSOLUTE = [b"http://elsewhere/users", b"HTTP://elsewhere:80/users", b"http://[::1]:80/users"]
 
 
+def largest(start: bytes, excess: int = 0) -> bytes:
+    """Return a head with as many fields as are allowed, and as many bytes, or some more bytes."""
+    fields = wire.MAX_FIELDS - start.count(b"\r\n") + 1
+    start += b"".join([b"F%d:\r\n" % number for number in range(1, fields)]) + b"F:"
+    return start.ljust(wire.MAX_HEAD - len(b"\r\n\r\n") + excess, b"x") + b"\r\n\r\n"
+
+
 class HostileTest(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
@@ -149,6 +156,19 @@ class HostileTest(unittest.TestCase):
                     status, data = MALFORMED[name]
                     connection.send(data)
                     self.assertEqual(status, connection.read().status, f"{data[:200]!r} at {at}")
+
+    def test_a_head_is_as_large_at_a_service_as_it_may_be_at_the_gateway(self):
+        for start in (HEAD, b"GET /users HTTP/1.0\r\n", LINE + b"Host:" + b"h" * 260 + b"\r\n",
+                      HEAD + b"Via: 1.0 a\r\nX-Request-Timeout: 5\r\n"):
+            for excess, status in ((0, 200), (1, 431)):
+                for at, port in self.ports.items():
+                    with self.subTest(start, excess=excess, at=at):
+                        answer, = exchange(port, largest(start, excess))
+                        self.assertEqual(status, answer.status, f"{start!r} at {at}: {answer}")
+            fields = largest(start).replace(b"\r\nF:", b"\r\nF0:\r\nF:")[:-10] + b"\r\n\r\n"
+            for at, port in self.ports.items():
+                answer, = exchange(port, fields)
+                self.assertEqual(431, answer.status, f"{start!r} with 101 fields at {at}: {answer}")
 
     def test_a_path_that_is_not_literally_a_resource_gets_404(self):
         for at, port in self.ports.items():

@@ -35,8 +35,8 @@ from microshop.chassis.errors import (
 from microshop.chassis.server import Service
 
 HEAD_TIME = 10.0     # seconds for a whole head, from its first byte
-BODY_TIME = 10.0     # seconds for a whole body, and 1 s more for each BODY_RATE bytes of it
-BODY_RATE = 1024     # bytes per second: the slowest rate that is accepted
+BODY_TIME = 10.0     # seconds without a byte of the body, or with fewer than BODY_RATE per second
+BODY_RATE = 1024     # bytes per second: the slowest rate that is accepted for long
 SEND_TIME = 10.0     # seconds for a client to take a whole answer
 ANSWER_SHARE = 0.1   # of the caller's timeout: reserved for sending the answer back
 CLIENT_GONE = 499    # in the log only, as in nginx: the client did not wait for its answer
@@ -48,34 +48,121 @@ TRACEPARENT = re.compile(
 # RFC 9110 section 5.6.6: a parameter may be missing after its semicolon
 JSON_TYPE = re.compile(r'application/json(?>[ \t]*;[ \t]*(?:charset="?utf-8"?)?)*', re.I)
 KNOWN_METHODS = frozenset(HTTPMethod)  # with an unknown one, the answer is 501, not 405
+MAX_TRACESTATE = 512  # characters; longer ones need not be passed on (W3C)
 NO_FIELDS = wire.Fields([])
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 Methods = dict[str, Callable[..., Answer]]  # the functions of a path, by HTTP method
 
 
-class ConnectionHandler(BaseHTTPRequestHandler):
-    """The life of a connection: read a request, answer it, log it, and wait for the next."""
+class ConnectionLost(OSError):
+    """The connection broke, or we have closed it: nothing can be answered on it."""
+
+
+class RequestReader(BaseHTTPRequestHandler):
+    """Reads the requests of a connection, one after another."""
 
     server: Service
     headers: wire.Fields  # type: ignore[assignment]
-    disable_nagle_algorithm = True  # Nagle's algorithm may delay an answer by 40 ms
-    rbufsize = 0                    # no buffer here: wire.Stream has its own
+    body = b""
+    body_size = 0         # bytes that have arrived of it, and are taken from the body_memory
+    deadline = 0.0        # of time.monotonic: when the work on the request must end
+    rbufsize = 0          # no buffer here: wire.Stream has its own
 
     def setup(self) -> None:
         super().setup()
         self.stream = wire.Stream(self.connection)
 
+    def begin_request(self) -> None:
+        """Replace what is known of the last request: another one begins."""
+        self.command, self.path, self.request_id = "-", "-", make_request_id()
+        self.request_version, self.headers = "HTTP/1.1", NO_FIELDS
+        self.is_read = False
+
+    def read_request(self) -> None:
+        """Read a head, and the body as well, unless the client waits to be asked for it.
+
+        The body is read whatever the route, so that it is never taken for the next request. Raises
+        ServiceError and ConnectionLost.
+        """
+        self.stream.deadline = time.monotonic() + HEAD_TIME
+        head = self.receive(self.stream.read_head)
+        try:
+            request = wire.parse_request(head)
+        except ServiceError:  # the log shows the first line, escaped
+            line = head.partition("\r\n")[0]
+            self.path = ascii(line[:200])[1:-1].replace(" ", r"\x20") or "-"
+            raise
+        self.command, self.path, self.request_version, self.headers, length = request
+        self.length = length or 0
+        if REQUEST_ID.fullmatch(self.headers.get("x-request-id", "")):
+            self.request_id = self.headers["x-request-id"]
+        expects = "expect" in self.headers and self.request_version == "HTTP/1.1"
+        if expects and self.headers["expect"].lower() != "100-continue":
+            raise ExpectationFailed("the only expectation supported is 100-continue")
+        if not (expects and self.length):
+            self._read_body()
+
+    def receive_body(self) -> bytes:
+        """Return the body. If the client waits to be asked for it, ask, and wait for it.
+
+        So a request with `Expect: 100-continue` that is refused for its head gets the refusal
+        before it sends its body (RFC 9110 section 10.1.1). Raises ServiceError and ConnectionLost.
+        """
+        if not self.is_read:
+            if self.length <= wire.MAX_BODY:
+                self.receive(self.stream.send, CONTINUE)
+            self._read_body()
+        return self.body
+
+    def _read_body(self) -> None:
+        if self.length:
+            began = time.monotonic()
+            self.stream.deadline = began + BODY_TIME
+            self.body = self.receive(
+                self.stream.read_body, self.length, wire.MAX_BODY, self.note_arrival)
+            self.deadline += time.monotonic() - began  # the work waits meanwhile
+        self.is_read = True
+
+    def receive(self, read: Callable[..., Any], *arguments: Any) -> Any:
+        """Return what a method of the stream returns. Raises ServiceError and ConnectionLost."""
+        try:
+            return read(*arguments)
+        except TimeoutError:
+            raise RequestTimeout("the request was not received in time") from None
+        except EOFError:
+            if self.server.connections.has_closed(self.connection):
+                raise ConnectionLost from None  # no answer: the client may retry the request
+            raise BadRequest("the connection ended before the whole request was received") from None
+        except OSError as error:
+            raise ConnectionLost from error
+
+    def note_arrival(self, size: int) -> None:
+        """Find room for a part of the body that has arrived, and give the rest more time."""
+        self.server.body_memory.take(size)
+        self.body_size += size
+        self.stream.deadline = min(
+            self.stream.deadline + size / BODY_RATE, time.monotonic() + BODY_TIME)
+
+    def forget_body(self) -> None:
+        self.server.body_memory.release(self.body_size)
+        self.body, self.body_size = b"", 0
+
+
+class ConnectionHandler(RequestReader):
+    """The life of a connection: read a request, answer it, log it, and wait for the next."""
+
+    disable_nagle_algorithm = True  # Nagle's algorithm may delay an answer by 40 ms
+
     def handle_one_request(self) -> None:
         """Read a request and answer it; handle() calls this until close_connection is true."""
         self.server.connections.note_idle(self.connection)
         self.close_connection = True
-        self.body = b""  # the last one may have been large, and the wait may be long
         if not self.stream.await_message(IDLE_TIME):
             return
         self.server.connections.note_busy(self.connection)
         started = time.perf_counter()
-        self.command, self.path, self.request_id = "-", "-", make_request_id()
-        self.request_version, self.headers = "HTTP/1.1", NO_FIELDS
+        self.begin_request()
         try:
             status, message = self.respond()
             self.stream.deadline = time.monotonic() + SEND_TIME
@@ -92,13 +179,14 @@ class ConnectionHandler(BaseHTTPRequestHandler):
         """Return the status and the bytes of the answer to the request that has begun to arrive."""
         try:
             self.read_request()
-        except ServiceError as error:  # close_connection stays True: no next head can be found
-            return self.format(problem_answer(error, self.request_id))
-        self.close_connection = not wire.keeps_alive(self.request_version, self.headers)
-        try:
             return self.format(self.find_answer())
+        except ConnectionLost:
+            raise
         except Exception as error:
             return self.format(problem_answer(self.to_service_error(error), self.request_id))
+        finally:
+            if self.body_size:
+                self.forget_body()
 
     def find_answer(self) -> Answer:
         """Return the answer to the request that was read. Raises ServiceError."""
@@ -107,9 +195,11 @@ class ConnectionHandler(BaseHTTPRequestHandler):
     def format(self, answer: Answer) -> tuple[int, bytes]:
         """Return an answer's status and bytes. A draining process closes the connection after it.
 
-        Raises ValueError if the answer cannot be written safely.
+        So does one that has not read the whole request: it cannot find the next one. Raises
+        ValueError if the answer cannot be written safely.
         """
-        self.close_connection = self.close_connection or self.server.draining
+        is_kept = self.is_read and wire.keeps_alive(self.request_version, self.headers)
+        self.close_connection = not is_kept or self.server.draining
         context = self.context()
         answer = represent(answer, context)
         return answer.status, format_answer(answer, context)
@@ -131,46 +221,6 @@ class ConnectionHandler(BaseHTTPRequestHandler):
         server.log.event(f"{self.request_id} failed\n{traceback.format_exc()}", "failure")
         return ServiceError("an internal error occurred; the log of the service has the details")
 
-    # --- reading
-
-    def read_request(self) -> None:
-        """Read head and body. Raises ServiceError.
-
-        The body is read whatever the route, so that it is never taken for the next request.
-        """
-        self.stream.deadline = time.monotonic() + HEAD_TIME
-        head = ""
-        try:
-            head = self.stream.read_head()
-            request = wire.parse_request(head)
-            self.command, self.path, self.request_version, self.headers, length = request
-            if REQUEST_ID.fullmatch(self.headers.get("x-request-id", "")):
-                self.request_id = self.headers["x-request-id"]
-            if "expect" in self.headers:
-                self.meet_expectation(length)
-            if length:
-                self.stream.deadline = time.monotonic() + BODY_TIME
-                self.body = self.stream.read_body(length, wire.MAX_BODY, BODY_RATE)
-        except TimeoutError:
-            raise RequestTimeout("the request was not received in time") from None
-        except EOFError:
-            if self.server.connections.has_closed(self.connection):
-                raise ConnectionResetError from None  # no answer: the client may retry it
-            raise BadRequest("the connection ended before the whole request was received") from None
-        finally:
-            if self.command == "-" and head:  # malformed: the log shows its first line, escaped
-                line = head.partition("\r\n")[0]
-                self.path = ascii(line[:200])[1:-1].replace(" ", r"\x20") or "-"
-
-    def meet_expectation(self, length: int | None) -> None:
-        """Answer Expect: 100-continue; ask for the body, unless too large (RFC 9110 10.1.1)."""
-        if self.request_version != "HTTP/1.1":
-            return
-        if self.headers["expect"].lower() != "100-continue":
-            raise ExpectationFailed("the only expectation supported is 100-continue")
-        if length and length <= wire.MAX_BODY:
-            self.stream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-
     # --- following a request through the services
 
     def trace_headers(self) -> dict[str, str]:
@@ -178,14 +228,14 @@ class ConnectionHandler(BaseHTTPRequestHandler):
 
         The request id is the correlation id of the logs. A trace that the client began is continued
         (https://www.w3.org/TR/trace-context/); otherwise a new one begins here, and self.headers
-        keeps it for the next call.
+        keeps it for the next call. A long tracestate is dropped: it might make a head too large.
         """
         if not TRACEPARENT.fullmatch(self.headers.get("traceparent", "")):
             trace_id, parent_id = random.getrandbits(128), random.getrandbits(64)
             self.headers["traceparent"] = f"00-{trace_id:032x}-{parent_id:016x}-01"
             self.headers.pop("tracestate", None)
         fields = {"traceparent": self.headers["traceparent"]}
-        if "tracestate" in self.headers:
+        if 0 < len(self.headers.get("tracestate", "")) <= MAX_TRACESTATE:
             fields["tracestate"] = self.headers["tracestate"]
         fields["x-request-id"] = self.request_id
         return fields
@@ -237,6 +287,8 @@ class Handler(ConnectionHandler):
         if self.command not in KNOWN_METHODS:
             raise MethodNotImplemented(f"the method {excerpt(self.command)} is not supported")
         path, _, self.query_string = self.path.partition("?")
+        if path == "*":  # OPTIONS asks about the server in general (RFC 9110 section 9.3.7)
+            return Answer(status=204, headers=[("Allow", "OPTIONS, GET, HEAD, POST, PUT, DELETE")])
         methods, ids = self._find_route(path)
         function = methods.get("GET" if self.command == "HEAD" else self.command)
         if function:
@@ -299,7 +351,7 @@ class Handler(ConnectionHandler):
         if self.headers.get("content-encoding", "identity").lower() != "identity":
             raise UnsupportedMediaType("the body must not have a Content-Encoding",
                                        [("Accept-Encoding", "identity")])
-        return parse_json(self.body)
+        return parse_json(self.receive_body())
 
     def read_fields(self, fields: FieldTable) -> dict[str, Any]:
         """Return the valid fields of the JSON object in the body.

@@ -29,9 +29,29 @@ from microshop.chassis.answer import RequestContext, format_answer, problem_answ
 from microshop.chassis.errors import RETRY_SOON, ServiceUnavailable
 
 POLL = 0.05           # seconds that the accept loop may need to notice that it should stop
+BODY_MEMORY = 64 * 1024 * 1024  # bytes of the request bodies that are held at a time
 MAX_REJECTED = 64     # connections that were answered 503 and are not closed yet
 NO_ROOM_PAUSE = 0.1   # seconds without accepting when the system has no room for a connection
 NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+
+class BodyMemory:
+    """The memory for request bodies: all together hold at most `size` bytes at a time."""
+
+    def __init__(self, size: int):
+        self._free = size
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> None:
+        """Take this many bytes. Raises ServiceUnavailable if they are not free."""
+        with self._lock:
+            if size > self._free:
+                raise ServiceUnavailable("too many request bodies are being received", [RETRY_SOON])
+            self._free -= size
+
+    def release(self, size: int) -> None:
+        with self._lock:
+            self._free += size
 
 
 class OpenConnections:
@@ -145,6 +165,7 @@ class Listener(ThreadingHTTPServer):
         self.max_connections = max_connections
         self.connections = OpenConnections()
         self.rejected = RejectedConnections()
+        self.body_memory = BodyMemory(BODY_MEMORY)
         super().__init__(address, handler)
 
     def serve_forever(self, poll_interval: float = POLL) -> None:

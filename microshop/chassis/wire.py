@@ -25,6 +25,8 @@ from microshop.chassis.errors import (
 MAX_LINE = 8 * 1024          # bytes of a request line or status line
 MAX_HEAD = 32 * 1024         # bytes of a whole head
 MAX_FIELDS = 100             # header fields in a head
+ADDED_BYTES = 1024           # what our gateway may add to a request's head, beyond these limits:
+ADDED_FIELDS = 10            # Via, Host, X-Forwarded-*, traceparent and the like
 MAX_BODY = 1024 * 1024       # bytes of a request's body
 MAX_CHUNK_LINE = 1024        # bytes of a chunk's size and extensions
 MAX_EMPTY = 20               # reads that may bring only empty lines before a message
@@ -33,6 +35,9 @@ LINGER = 1.0                 # seconds for which a closing connection is still r
 PRECISION = 0.01             # seconds by which a deadline may be missed, to save system calls
 
 CHUNKED = -1                 # stands for the length of a body that comes in chunks
+PSEUDONYM = "microshop"      # the name of our gateway in Via (RFC 9110 section 7.6.3)
+
+NoteArrival = Callable[[int], None]
 
 # Quantifiers with a + after them (possessive) and atomic groups, (?>...), never backtrack, so the
 # time to match is linear in the length of the input. Possessive quantifiers after a group are not
@@ -42,17 +47,21 @@ CHUNKED = -1                 # stands for the length of a body that comes in chu
 TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 # RFC 9112 section 3.2.1, but no fragment (#), incomplete escape (%, %4) or NUL (%00)
 TARGET = re.compile(r'/[!"$&-~]*+(?>(?:%(?!00)[0-9A-Fa-f]{2}[!"$&-~]*+)*)')
-# RFC 3986 sections 3.2.2 and 3.2.3: a name or an IPv4 address, or an IPv6 address; then a port
+# RFC 3986 sections 3.2.2 and 3.2.3: a name or an IPv4 address, or an IPv6 address; then a port.
+# At most 260 characters: no name in the DNS is longer, and the gateway adds it to heads once more.
 HOST = re.compile(
+    r"(?![^/?]{261})"
     r"(?>(?:[!$&-.0-9;=A-Z_a-z~]++|%[0-9A-Fa-f]{2})+|\[[0-9A-Fa-f:.]++\])(?::[0-9]{0,5})?")
 # RFC 9112 section 3.2.2
 ABSOLUTE = re.compile(rf"(?i:http)://({HOST.pattern})((?:[/?].*)?)")
 # RFC 9112 section 2.3
 VERSION = re.compile(r"HTTP/[0-9]\.[0-9]")
 # RFC 9112 section 4
-STATUS_LINE = re.compile(r"(HTTP/1\.[01]) ([1-5][0-9]{2}) [\t -~\x80-\xff]*")
+STATUS_LINE = re.compile(r"(HTTP/1\.[0-9]) ([1-5][0-9]{2}) [\t -~\x80-\xff]*")
 # RFC 9112 section 5
 FIELD = re.compile(rf"^({TOKEN.pattern}):[ \t]*+([\t -~\x80-\xff]*+)\r\n", re.MULTILINE)
+# A head that our gateway has forwarded
+FORWARDED = re.compile(rf"^via:.*[0-9] {PSEUDONYM}\r\n", re.I | re.M)
 # RFC 9110 section 8.6; int() refuses more than 4,300 digits
 LENGTH = re.compile(r"[0-9]{1,4000}")
 # RFC 9112 sections 7.1 and 7.1.1
@@ -78,10 +87,9 @@ class Fields(dict):
                 value = self[name] + separator + value
             self[name] = value
 
-    def tokens(self, name: str) -> list[str]:
+    def tokens(self, name: str) -> set[str]:
         """Return the members of a list field in lower case (RFC 9110 section 5.6.1)."""
-        members = [member.strip(" \t").lower() for member in self.get(name, "").split(",")]
-        return [member for member in members if member]
+        return {member.strip(" \t") for member in self.get(name, "").lower().split(",")} - {""}
 
 
 class Request(NamedTuple):
@@ -111,10 +119,12 @@ class Response(NamedTuple):
 def parse_request(head: str) -> Request:
     """Parse a request's head (RFC 9112 section 3), as read_head() returns it.
 
-    The host of an absolute target, as in `GET http://shop/users`, replaces the Host field.
+    The host of an absolute target, as in `GET http://shop/users`, replaces the Host field. A later
+    minor version is taken for the last one known, 1.1 (RFC 9110 section 2.5).
     Raises the ServiceError to answer with; then the connection cannot be used any more, since it
     is not known where the next request begins.
     """
+    check_request_size(head)
     line, _, block = head.partition("\r\n")
     parts = line.split(" ")
     if len(parts) != 3 or not TOKEN.fullmatch(parts[0]):
@@ -123,8 +133,9 @@ def parse_request(head: str) -> Request:
     method, target, version = parts
     if not VERSION.fullmatch(version):
         raise BadRequest("the HTTP version is malformed")
-    if version not in ("HTTP/1.1", "HTTP/1.0"):
+    if not version.startswith("HTTP/1."):
         raise VersionNotSupported("only HTTP/1.0 and HTTP/1.1 are supported")
+    version = min(version, "HTTP/1.1")
     fields = parse_fields(block)
     if "host" not in fields:
         if version == "HTTP/1.1":
@@ -134,7 +145,8 @@ def parse_request(head: str) -> Request:
                          "optionally with a port")
     if absolute := ABSOLUTE.fullmatch(target):
         fields["host"], target = absolute[1], "/" + absolute[2].removeprefix("/")
-    if not TARGET.fullmatch(target):
+    is_asterisk = target == "*" and method == "OPTIONS"  # RFC 9112 section 3.2.4
+    if not is_asterisk and not TARGET.fullmatch(target):
         raise BadRequest("the request target is malformed")
     return Request(method, target, version, fields, parse_length(version, fields))
 
@@ -148,9 +160,9 @@ def parse_response(head: str) -> Response:
     match = STATUS_LINE.fullmatch(line)
     if not match:
         raise BadRequest("the status line is malformed")
-    version, status = match.groups()
+    version, status = min(match[1], "HTTP/1.1"), int(match[2])
     fields = parse_fields(block)
-    return Response(int(status), version, fields, parse_length(version, fields))
+    return Response(status, version, fields, parse_length(version, fields))
 
 
 def parse_fields(block: str) -> Fields:
@@ -162,7 +174,7 @@ def parse_fields(block: str) -> Fields:
     pairs = FIELD.findall(block)
     if len(pairs) != block.count("\n"):
         raise BadRequest("a header line is malformed: it must be a name, a colon and a value")
-    if len(pairs) > MAX_FIELDS:
+    if len(pairs) > MAX_FIELDS + ADDED_FIELDS:
         raise FieldsTooLarge(f"there are more than {MAX_FIELDS} header fields")
     return Fields(pairs)
 
@@ -223,6 +235,10 @@ def set_timeout(connection: socket.socket, option: int, seconds: float) -> None:
     seconds = max(seconds, 0.001)  # the kernel takes zero for "no limit"
     timeval = struct.pack("@ll", int(seconds), int(seconds % 1 * 1_000_000))
     connection.setsockopt(socket.SOL_SOCKET, option, timeval)
+
+
+def ignore(size: int) -> None:
+    """Take no note of the bytes of a body that have arrived."""
 
 
 class TimedConnection:
@@ -295,10 +311,16 @@ class Stream(TimedConnection):
         super().__init__(connection)
         self._buffer = b""
         self._start = 0  # of what has not been read yet
+        self._note_arrival: NoteArrival = ignore
 
     def has_bytes(self) -> bool:
         """Return whether bytes have been received that have not been read yet."""
         return self._start < len(self._buffer)
+
+    def receive(self, size: int) -> bytes:
+        received = super().receive(size)
+        self._note_arrival(len(received))
+        return received
 
     def fill(self) -> None:
         """Wait for more bytes."""
@@ -329,18 +351,21 @@ class Stream(TimedConnection):
         """
         return self.read_through(b"\r\n\r\n", check_head_size)[:-2].decode("latin-1")
 
-    def read_body(self, length: int, limit: int, rate: float = math.inf) -> bytes:
+    def read_body(self, length: int, limit: int, note_arrival: NoteArrival = ignore) -> bytes:
         """Return a body of `length` bytes, or one that comes in chunks if `length` is CHUNKED.
 
-        Each `rate` bytes of the body extend the deadline by a second. Raises ContentTooLarge if
-        there are more than `limit` bytes, before it reads them, and BadRequest.
+        `note_arrival` is called with the number of bytes that have arrived already, then each time
+        that more arrive; it may raise a ServiceError. Raises ContentTooLarge if there are more than
+        `limit` bytes, before it reads them, and BadRequest.
         """
-        if length == CHUNKED:
-            return read_chunks(self, limit, rate)
         if length > limit:
             raise body_too_large(limit)
-        self.deadline += length / rate
-        return self.read_exactly(length)
+        self._note_arrival = note_arrival
+        try:
+            note_arrival(len(self._buffer) - self._start)
+            return read_chunks(self, limit) if length == CHUNKED else self.read_exactly(length)
+        finally:
+            self._note_arrival = ignore
 
     def read_to_end(self, limit: int) -> bytes:
         """Return all that comes until the peer closes: the body of a response without a length.
@@ -357,10 +382,13 @@ class Stream(TimedConnection):
 
     def read_exactly(self, size: int) -> bytes:
         """Return the next `size` bytes."""
-        body = bytearray(self._buffer[self._start:self._start + size])
-        self._start += len(body)
+        part = self._buffer[self._start:self._start + size]
+        self._start += len(part)
         if not self.has_bytes():
             self._buffer, self._start = b"", 0  # an idle connection should not hold memory
+        if len(part) == size:
+            return part
+        body = bytearray(part)
         while len(body) < size:
             body += self.receive(min(size - len(body), RECEIVE_SIZE))
         return bytes(body)
@@ -388,7 +416,7 @@ class Stream(TimedConnection):
 
 # --- bodies in chunks (RFC 9112 section 7.1)
 
-def read_chunks(stream: Stream, limit: int, rate: float) -> bytes:
+def read_chunks(stream: Stream, limit: int) -> bytes:
     """Decode a body that comes in chunks; their extensions and the trailers are dropped.
 
     Arguments and errors are those of Stream.read_body().
@@ -403,10 +431,10 @@ def read_chunks(stream: Stream, limit: int, rate: float) -> bytes:
             raise body_too_large(limit)
         if size == 0:
             break
-        stream.deadline += size / rate
-        body += stream.read_exactly(size)
-        if stream.read_exactly(2) != b"\r\n":
+        chunk = stream.read_exactly(size + len(b"\r\n"))
+        if not chunk.endswith(b"\r\n"):
             raise BadRequest("a chunk is longer than its size")
+        body += chunk[:size]
     skip_trailers(stream)
     return bytes(body)
 
@@ -434,11 +462,23 @@ def skip_trailers(stream: Stream) -> None:
 # --- limits
 
 def check_head_size(head: bytes) -> None:
-    """Raise TargetTooLong or FieldsTooLarge if a head, complete or not, is over a limit."""
+    """Raise TargetTooLong or FieldsTooLarge if a head, complete or not, is over every limit."""
     if len(head) > MAX_LINE and len(head.partition(b"\r")[0]) > MAX_LINE:
         raise TargetTooLong(f"the first line is longer than {MAX_LINE} bytes")
-    if len(head) > MAX_HEAD:
+    if len(head) > MAX_HEAD + ADDED_BYTES:
         raise FieldsTooLarge(f"the head is larger than {MAX_HEAD} bytes")
+
+
+def check_request_size(head: str) -> None:
+    """Raise FieldsTooLarge if a client sent too much.
+
+    What our gateway adds does not count: the same requests are accepted there and at a service.
+    """
+    size, count = len(head) + len("\r\n"), head.count("\n") - 1
+    if size > MAX_HEAD or count > MAX_FIELDS:
+        if not FORWARDED.search(head):
+            raise FieldsTooLarge(f"the head is larger than {MAX_HEAD} bytes, or has more than "
+                                 f"{MAX_FIELDS} fields")
 
 
 def check_fields_size(line: bytes) -> None:

@@ -58,6 +58,11 @@ class RouteTest(ThingsTest):
                 with self.subTest(f"{method} {path}"):
                     self.assertEqual(self.ask(method, path).status, 501)
 
+    def test_options_about_the_whole_server_lists_every_method(self):
+        [answer] = exchange(self.port, b"OPTIONS * HTTP/1.1\r\nHost: shop\r\n\r\n")
+        self.assertEqual((answer.status, answer.headers.get("allow")),
+                         (204, "OPTIONS, GET, HEAD, POST, PUT, DELETE"))
+
     def test_options_lists_the_methods_of_a_path(self):
         answer = self.ask("OPTIONS", "/things/5")
         self.assertEqual((answer.status, answer.body), (204, b""))
@@ -293,6 +298,33 @@ class BodyTest(ThingsTest):
             connection.send(b"[1]")
             self.assertEqual(self.read(connection, "POST, now with its body").status, 201)
 
+    def test_a_client_that_expects_100_continue_and_is_refused_gets_only_the_refusal(self):
+        for line, status in ((b"POST /nothing", 404), (b"PUT /things", 405),
+                             (b"POST /things", 415), (b"GET /things", 200)):
+            with self.subTest(line), Wire(self.port) as connection:
+                connection.send(line + b" HTTP/1.1\r\nHost: shop\r\nContent-Type: text/plain\r\n"
+                                b"Content-Length: %d\r\nExpect: 100-continue\r\n\r\n" % len(GET))
+                request = f"{line}, whose body is not wanted,"
+                self.assertEqual(self.read(connection, request).status, status, request)
+                connection.send(GET)  # the body, which must not be taken for a request
+                self.assert_closed(connection, f"the connection of {request}")
+
+    def test_the_time_to_send_a_body_that_was_asked_for_is_no_time_of_the_work(self):
+        with stopped_clock(handler, wire) as clock, Wire(self.port) as connection:
+            connection.send(POST.replace(b"/things", b"/deadline")
+                            + b"Content-Length: 3\r\nExpect: 100-continue\r\n\r\n")
+            self.assertEqual(self.read(connection, "POST /deadline, the head").status, 100)
+            clock.now += 7
+            connection.send(b"[1]")
+            remaining = self.read(connection, "POST /deadline, the body").json
+        self.assertAlmostEqual(remaining, 5, 3, "of 5 s, when the body has come after 7 s")
+
+    def test_an_http_1_0_client_does_not_get_100_continue(self):
+        request = POST.replace(b"HTTP/1.1", b"HTTP/1.0")
+        [answer] = exchange(
+            self.port, request + b"Content-Length: 3\r\nExpect: 100-continue\r\n\r\n[1]")
+        self.assertEqual(answer.status, 201)
+
     def test_an_unknown_expectation_is_417_except_from_an_http_1_0_client(self):
         for line, status in ((b"GET /things HTTP/1.1", 417), (b"GET /things HTTP/1.0", 200)):
             with self.subTest(line):
@@ -460,30 +492,32 @@ class SlowClientTest(ConnectionsTest):
         answer = self.read(connection, "GET /things, a byte each 0.6 times the limit")
         self.assertEqual(answer.status, 408)
 
-    def test_the_time_for_a_body_grows_with_its_size(self):
-        self.enterContext(mock.patch.multiple(handler, BODY_TIME=1000, BODY_RATE=1))
+    def test_the_time_for_a_body_grows_with_what_has_arrived_not_with_what_was_announced(self):
+        self.enterContext(mock.patch.multiple(handler, BODY_TIME=1000, BODY_RATE=0.1))
         clock = self.enterContext(stopped_clock(handler, wire))
-        announced = POST + b"Content-Length: 10\r\n\r\n12345678"
-        chunked = POST + b"Transfer-Encoding: chunked\r\n\r\n8\r\n12345678\r\n"
 
-        def send_with_pause(begin: bytes, seconds: float, rest: bytes) -> int:
-            """Send a request with a pause after 8 bytes of its body; return the answer's status."""
-            service = self.enterContext(running(Things))
-            connection = self.connect(service)
-            connection.send(begin)
-            grown = clock.now + 1000 + 8
-            wait_until(lambda: service.handlers and service.handlers[0].stream.deadline >= grown,
-                       "the deadline to grow by a second for each byte of the body")
-            clock.now += seconds
-            connection.send(rest)
-            return self.read(connection, "POST, after a pause").status
+        def send_slowly(begin: bytes, *parts: tuple[float, bytes]) -> int:
+            """Send each part after a pause of some seconds; return the status of the answer."""
+            with running(Things) as service, Wire(service.server_port) as connection:
+                connection.send(POST + begin)
+                sent = len(begin.partition(b"\r\n\r\n")[2])
+                for seconds, part in parts:
+                    wait_until(lambda: service.handlers and service.handlers[0].body_size == sent,
+                               f"the service to receive {sent} bytes of a body")
+                    clock.now += seconds
+                    connection.send(part)
+                    sent += len(part)
+                return self.read(connection, "POST, sent slowly,").status
 
-        for begin, rest in ((announced, b"90"), (chunked, b"2\r\n90\r\n0\r\n\r\n")):
+        for begin, end in ((b'Content-Length: 100\r\n\r\n"', b'"'),
+                           (b'Transfer-Encoding: chunked\r\n\r\n64\r\n"', b'"\r\n0\r\n\r\n')):
             with self.subTest(begin):
-                self.assertEqual(send_with_pause(begin, 1004, rest), 201,
-                                 "the rest after 1004 of 1008 s")
-                self.assertEqual(send_with_pause(begin, 1012, rest[:1]), 408,
-                                 "a byte of the rest after 1012 of at most 1010 s")
+                slowly = send_slowly(begin, (900, b"x" * 20), (250, b"x" * 78), (0, end))
+                self.assertEqual(slowly, 201, "20 bytes in 900 s should have brought 200 s more")
+                silent = send_slowly(begin, (1100, b"x"))
+                self.assertEqual(silent, 408, "a byte after 1100 s of silence is too late")
+                silent = send_slowly(begin + b"x" * 97, (1100, b"x"))
+                self.assertEqual(silent, 408, "so it is if much came before the silence")
 
     def test_a_client_that_does_not_read_its_answer_is_given_up(self):
         with (contextlib.redirect_stderr(io.StringIO()) as log,

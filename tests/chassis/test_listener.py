@@ -14,7 +14,8 @@ from unittest import mock
 
 from microshop.chassis import database, listener, wire
 from microshop.chassis.access_log import AT_ONCE
-from microshop.chassis.listener import Listener, OpenConnections, RejectedConnections
+from microshop.chassis.errors import ServiceUnavailable
+from microshop.chassis.listener import BodyMemory, Listener, OpenConnections, RejectedConnections
 from tests.chassis.things import (
     GET, POST, ConnectionsTest, StoppedClock, StoredThings, Things, ThingsTest, stopped_clock)
 from tests.helpers import PATIENCE, Wire, ask, process, running, wait_until
@@ -152,6 +153,37 @@ class OpenConnectionsTest(PairTest):
                          [False, False], "these were idle for more than 1.5 s")
         self.assertTrue(self.is_open(idle_for_one), "this was idle for less than 1.5 s")
         self.assertEqual(len(self.connections), 3, "they count until their threads forget them")
+
+
+class BodyMemoryTest(ConnectionsTest):
+    def test_what_was_taken_is_not_free_until_it_is_released(self):
+        memory = BodyMemory(100)
+        memory.take(60)
+        self.assertRaises(ServiceUnavailable, memory.take, 41)
+        memory.take(40)
+        memory.release(60)
+        memory.take(60)
+
+    def test_a_body_for_which_there_is_no_memory_gets_503_until_others_are_answered(self):
+        service = self.enterContext(running(Things))
+        service.body_memory = BodyMemory(100)
+        begun = [self.connect(service) for _ in range(2)]
+        for connection, pad in zip(begun, (b"x" * 59, b"y" * 39), strict=True):
+            connection.send(POST + b'Content-Length: 100\r\n\r\n"' + pad)
+        wait_until(lambda: service.body_memory._free == 0, "100 bytes of two bodies to arrive")
+        for framing in (b"Content-Length: 1\r\n\r\n1",
+                        b"Transfer-Encoding: chunked\r\n\r\n1\r\n1\r\n0\r\n\r\n"):
+            newcomer = self.connect(service)
+            newcomer.send(POST + framing)
+            answer = self.read(newcomer, "POST without memory for its body")
+            self.assertEqual((answer.status, answer.headers.get("retry-after")), (503, "1"))
+        self.get_things(self.connect(service), "a client that sends no body")
+        begun[0].end()
+        self.assertEqual(self.read(begun[0], "POST, of which the end is missing").status, 400)
+        self.assertEqual(service.body_memory._free, 60, "bytes that are free without it")
+        begun[1].send(b"y" * 59 + b'"')
+        self.assertEqual(self.read(begun[1], "POST, all of it").status, 201)
+        self.assertEqual(service.body_memory._free, 100, "bytes that are free in the end")
 
 
 class RejectedConnectionsTest(PairTest):
@@ -317,7 +349,8 @@ class AcceptedClientsTest(ThingsTest):
     def test_a_client_that_resets_its_connection_leaves_no_traceback(self):
         service = self.enterContext(running(Things))
         with contextlib.redirect_stderr(io.StringIO()) as log:
-            for data in (b"", GET[:10], GET * 50, POST + b"Content-Length: 9\r\n\r\n"):
+            for data in (b"", GET[:10], GET * 50, POST + b"Content-Length: 9\r\n\r\n",
+                         POST + b"Content-Length: 9\r\nExpect: 100-continue\r\n\r\n"):
                 with Wire(service.server_port) as connection:
                     connection.send(data)
                     reset_on_close = b"\1\0\0\0\0\0\0\0"  # struct linger: on, for 0 seconds

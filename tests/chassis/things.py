@@ -52,6 +52,10 @@ class ThingsHandler(Handler):
         """Answer with the seconds that remain for this request."""
         return Answer(self.deadline - handler.time.monotonic())
 
+    def show_deadline_after_body(self) -> Answer:
+        self.read_json()
+        return self.show_deadline()
+
     def fail(self) -> Answer:
         raise RuntimeError("secret\n2026-01-01T00:00:00.000Z things forged GET /")
 
@@ -72,7 +76,7 @@ class ThingsHandler(Handler):
     routes = {
         "/things": {"GET": list_things, "POST": echo},
         "/things/{id}": {"GET": get_thing, "DELETE": remove_thing},
-        "/deadline": {"GET": show_deadline},
+        "/deadline": {"GET": show_deadline, "POST": show_deadline_after_body},
         "/pages": {"GET": list_page},
         "/large": {"GET": answer_large},
         "/fail": {"GET": fail},
