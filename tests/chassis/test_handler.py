@@ -492,6 +492,10 @@ class SlowClientTest(ConnectionsTest):
         answer = self.read(connection, "GET /things, a byte each 0.6 times the limit")
         self.assertEqual(answer.status, 408)
 
+    def await_body(self, service: Things, size: int) -> None:
+        wait_until(lambda: service.handlers and service.handlers[0].body_size == size,
+                   f"the service to receive {size} bytes of a body")
+
     def test_the_time_for_a_body_grows_with_what_has_arrived_not_with_what_was_announced(self):
         self.enterContext(mock.patch.multiple(handler, BODY_TIME=1000, BODY_RATE=0.1))
         clock = self.enterContext(stopped_clock(handler, wire))
@@ -502,8 +506,7 @@ class SlowClientTest(ConnectionsTest):
                 connection.send(POST + begin)
                 sent = len(begin.partition(b"\r\n\r\n")[2])
                 for seconds, part in parts:
-                    wait_until(lambda: service.handlers and service.handlers[0].body_size == sent,
-                               f"the service to receive {sent} bytes of a body")
+                    self.await_body(service, sent)
                     clock.now += seconds
                     connection.send(part)
                     sent += len(part)
