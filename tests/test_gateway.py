@@ -250,6 +250,11 @@ class ForwardingTest(GatewayTest):
             arrived = self.arrive(f"traceparent: {given}", "tracestate: shop=1")
             self.assertEqual(arrived.get_all("tracestate"), expected)
 
+    def test_a_tracestate_that_would_make_heads_large_is_not_forwarded(self):
+        for given, expected in (("a=" + "b" * 510, 512), ("a=" + "b" * 511, 0)):
+            arrived = self.arrive(f"traceparent: {TRACEPARENT}", f"tracestate: {given}")
+            self.assertEqual(len(arrived.get("tracestate", "")), expected)
+
     # --- methods, bodies and statuses
 
     def test_method_and_body_arrive_unchanged(self):

@@ -110,18 +110,19 @@ class RequestReader(BaseHTTPRequestHandler):
         before it sends its body (RFC 9110 section 10.1.1). Raises ServiceError and ConnectionLost.
         """
         if not self.is_read:
+            began = time.monotonic()
             if self.length <= wire.MAX_BODY:
+                self.stream.deadline = began + SEND_TIME
                 self.receive(self.stream.send, CONTINUE)
             self._read_body()
+            self.deadline += time.monotonic() - began  # the work waits meanwhile
         return self.body
 
     def _read_body(self) -> None:
         if self.length:
-            began = time.monotonic()
-            self.stream.deadline = began + BODY_TIME
+            self.stream.deadline = time.monotonic() + BODY_TIME
             self.body = self.receive(
                 self.stream.read_body, self.length, wire.MAX_BODY, self.note_arrival)
-            self.deadline += time.monotonic() - began  # the work waits meanwhile
         self.is_read = True
 
     def receive(self, read: Callable[..., Any], *arguments: Any) -> Any:
