@@ -118,11 +118,11 @@ NOT_FOUND = [
 ABSOLUTE = [b"http://elsewhere/users", b"HTTP://elsewhere:80/users", b"http://[::1]:80/users"]
 
 
-def largest(start: bytes, excess: int = 0) -> bytes:
-    """Return a head with as many fields as are allowed, and as many bytes, or some more bytes."""
-    fields = wire.MAX_FIELDS - start.count(b"\r\n") + 1
-    start += b"".join([b"F%d:\r\n" % number for number in range(1, fields)]) + b"F:"
-    return start.ljust(wire.MAX_HEAD - len(b"\r\n\r\n") + excess, b"x") + b"\r\n\r\n"
+def largest(start: bytes, more_fields: int, more_bytes: int) -> bytes:
+    """Return a head with as many fields and bytes as are allowed, or with more of them."""
+    names = range(start.count(b"\r\n"), wire.MAX_FIELDS + more_fields)
+    fields = b"".join(b"F%d:\r\n" % number for number in names)
+    return (start + fields + b"F:").ljust(wire.MAX_HEAD - 4 + more_bytes, b"x") + b"\r\n\r\n"
 
 
 class HostileTest(unittest.TestCase):
@@ -160,15 +160,11 @@ class HostileTest(unittest.TestCase):
     def test_a_head_is_as_large_at_a_service_as_it_may_be_at_the_gateway(self):
         for start in (HEAD, b"GET /users HTTP/1.0\r\n", LINE + b"Host:" + b"h" * 260 + b"\r\n",
                       HEAD + b"Via: 1.0 a\r\nX-Request-Timeout: 5\r\n"):
-            for excess, status in ((0, 200), (1, 431)):
+            for more, status in (((0, 0), 200), ((1, 0), 431), ((0, 1), 431)):
                 for at, port in self.ports.items():
-                    with self.subTest(start, excess=excess, at=at):
-                        answer, = exchange(port, largest(start, excess))
+                    with self.subTest(start, more=more, at=at):
+                        answer, = exchange(port, largest(start, *more))
                         self.assertEqual(status, answer.status, f"{start!r} at {at}: {answer}")
-            fields = largest(start).replace(b"\r\nF:", b"\r\nF0:\r\nF:")[:-10] + b"\r\n\r\n"
-            for at, port in self.ports.items():
-                answer, = exchange(port, fields)
-                self.assertEqual(431, answer.status, f"{start!r} with 101 fields at {at}: {answer}")
 
     def test_a_path_that_is_not_literally_a_resource_gets_404(self):
         for at, port in self.ports.items():

@@ -86,7 +86,7 @@ class RequestReader(BaseHTTPRequestHandler):
         ServiceError and ConnectionLost.
         """
         self.stream.deadline = time.monotonic() + HEAD_TIME
-        head = self.receive(self.stream.read_head)
+        head = self.attempt(self.stream.read_head)
         try:
             request = wire.parse_request(head)
         except ServiceError:  # the log shows the first line, escaped
@@ -113,7 +113,7 @@ class RequestReader(BaseHTTPRequestHandler):
             began = time.monotonic()
             if self.length <= wire.MAX_BODY:
                 self.stream.deadline = began + SEND_TIME
-                self.receive(self.stream.send, CONTINUE)
+                self.attempt(self.stream.send, CONTINUE)
             self._read_body()
             self.deadline += time.monotonic() - began  # the work waits meanwhile
         return self.body
@@ -121,14 +121,14 @@ class RequestReader(BaseHTTPRequestHandler):
     def _read_body(self) -> None:
         if self.length:
             self.stream.deadline = time.monotonic() + BODY_TIME
-            self.body = self.receive(
+            self.body = self.attempt(
                 self.stream.read_body, self.length, wire.MAX_BODY, self.note_arrival)
         self.is_read = True
 
-    def receive(self, read: Callable[..., Any], *arguments: Any) -> Any:
-        """Return what a method of the stream returns. Raises ServiceError and ConnectionLost."""
+    def attempt(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        """Return what an action on the stream returns. Raises ServiceError and ConnectionLost."""
         try:
-            return read(*arguments)
+            return action(*arguments)
         except TimeoutError:
             raise RequestTimeout("the request was not received in time") from None
         except EOFError:
@@ -196,7 +196,7 @@ class ConnectionHandler(RequestReader):
     def format(self, answer: Answer) -> tuple[int, bytes]:
         """Return an answer's status and bytes. A draining process closes the connection after it.
 
-        So does one that has not read the whole request: it cannot find the next one. Raises
+        So does one that has not read the whole request, since it cannot find the next one. Raises
         ValueError if the answer cannot be written safely.
         """
         is_kept = self.is_read and wire.keeps_alive(self.request_version, self.headers)

@@ -25,8 +25,8 @@ from microshop.chassis.errors import (
 MAX_LINE = 8 * 1024          # bytes of a request line or status line
 MAX_HEAD = 32 * 1024         # bytes of a whole head
 MAX_FIELDS = 100             # header fields in a head
-ADDED_BYTES = 1024           # what our gateway may add to a request's head, beyond these limits:
-ADDED_FIELDS = 10            # Via, Host, X-Forwarded-*, traceparent and the like
+ADDED_BYTES = 1024           # bytes that our gateway may add to a head beyond its limit, by
+ADDED_FIELDS = 10            # fields like Via, X-Forwarded-For and traceparent; and how many
 MAX_BODY = 1024 * 1024       # bytes of a request's body
 MAX_CHUNK_LINE = 1024        # bytes of a chunk's size and extensions
 MAX_EMPTY = 20               # reads that may bring only empty lines before a message
@@ -175,7 +175,7 @@ def parse_fields(block: str) -> Fields:
     if len(pairs) != block.count("\n"):
         raise BadRequest("a header line is malformed: it must be a name, a colon and a value")
     if len(pairs) > MAX_FIELDS + ADDED_FIELDS:
-        raise FieldsTooLarge(f"there are more than {MAX_FIELDS} header fields")
+        raise FieldsTooLarge("there are too many header fields")
     return Fields(pairs)
 
 
@@ -462,7 +462,7 @@ def skip_trailers(stream: Stream) -> None:
 # --- limits
 
 def check_head_size(head: bytes) -> None:
-    """Raise TargetTooLong or FieldsTooLarge if a head, complete or not, is over every limit."""
+    """Raise TargetTooLong or FieldsTooLarge if a head, complete or not, is too large for anyone."""
     if len(head) > MAX_LINE and len(head.partition(b"\r")[0]) > MAX_LINE:
         raise TargetTooLong(f"the first line is longer than {MAX_LINE} bytes")
     if len(head) > MAX_HEAD + ADDED_BYTES:
@@ -472,13 +472,12 @@ def check_head_size(head: bytes) -> None:
 def check_request_size(head: str) -> None:
     """Raise FieldsTooLarge if a client sent too much.
 
-    What our gateway adds does not count: the same requests are accepted there and at a service.
+    What our gateway adds does not count: a service accepts what the gateway accepts, and no more.
     """
-    size, count = len(head) + len("\r\n"), head.count("\n") - 1
-    if size > MAX_HEAD or count > MAX_FIELDS:
-        if not FORWARDED.search(head):
-            raise FieldsTooLarge(f"the head is larger than {MAX_HEAD} bytes, or has more than "
-                                 f"{MAX_FIELDS} fields")
+    is_large = len(head) > MAX_HEAD - len("\r\n") or head.count("\n") - 1 > MAX_FIELDS
+    if is_large and not FORWARDED.search(head):
+        raise FieldsTooLarge(
+            f"the head has more than {MAX_HEAD} bytes or {MAX_FIELDS} header fields")
 
 
 def check_fields_size(line: bytes) -> None:
