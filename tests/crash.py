@@ -72,9 +72,10 @@ class Steps:
                 finally:
                     self._thread.is_writing = False
 
-        def watched_begin(connection):
+        def watched_begin(connection, check):
             is_writing = getattr(self._thread, "is_writing", False)
-            return begin(connection) if is_writing else self.watch_statements(connection, begin)
+            transaction = begin(connection, check)
+            return transaction if is_writing else self.watch_statements(connection, transaction)
 
         def watched_call(client, upstream, method, *rest):
             with self.step(f"call: {method} {upstream.name}"):
@@ -83,7 +84,7 @@ class Steps:
         Database.write, database.begin, Client.call = watched_write, watched_begin, watched_call
 
     @contextlib.contextmanager
-    def watch_statements(self, connection, begin) -> Iterator[Transaction]:
+    def watch_statements(self, connection, begun) -> Iterator[Transaction]:
         """Make a step of each statement of a transaction, BEGIN and COMMIT among them."""
         with contextlib.ExitStack() as current:  # the step of now; it ends where the next begins
 
@@ -93,7 +94,7 @@ class Steps:
 
             connection.set_trace_callback(go_on)  # is called before each statement
             try:
-                with begin(connection) as transaction:
+                with begun as transaction:
                     yield transaction
             finally:
                 connection.set_trace_callback(None)

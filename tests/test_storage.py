@@ -16,7 +16,8 @@ from microshop.chassis import database
 from microshop.chassis.database import ConnectionPool, DatabaseUnusable
 from microshop.users import Users
 from tests.chassis.test_database import unprivileged
-from tests.helpers import PATIENCE, Answered, ask, process, running, running_shop
+from tests.helpers import (
+    PATIENCE, Answered, ask, process, running, running_shop, wait_until)
 
 JSON = {"Content-Type": "application/json"}
 
@@ -128,6 +129,7 @@ class StorageTest(unittest.TestCase):
         path = self.start_users()
         self.assertEqual(self.post().status, 201)
         away = path.rename(path.with_suffix(".away"))
+        wait_until(lambda: self.get().status == 503, "GET to notice that the file is gone")
         for answer in (self.get(), self.post(), self.put()):
             self.assert_refused(answer, 503, "the file users.db was removed or replaced")
         away.rename(path)

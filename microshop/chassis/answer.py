@@ -15,9 +15,9 @@ from microshop.chassis.content import encode
 from microshop.chassis.errors import PHRASES, PreconditionFailed, ServiceError
 
 IDLE_TIME = 60.0  # seconds to wait for the next request; the Keep-Alive header announces it
-# Keep-Alive is about one hop only, so Connection must name it (RFC 9110 section 7.6.1).
-KEPT = [("Connection", "keep-alive"), ("Keep-Alive", f"timeout={IDLE_TIME:.0f}")]
-CLOSED = [("Connection", "close")]
+# Lines of a head. Keep-Alive is about one hop, so Connection must name it (RFC 9110 7.6.1).
+KEPT = f"Connection: keep-alive\r\nKeep-Alive: timeout={IDLE_TIME:.0f}\r\n"
+CLOSED = "Connection: close\r\n"
 NO_STORE = ("Cache-Control", "no-store")  # a header, for what may be false a moment later
 # Methods and statuses of the answers that hold what a GET would return; these have an ETag.
 TAGGED = {("GET", 200), ("HEAD", 200), ("PUT", 200), ("POST", 201)}
@@ -99,20 +99,20 @@ def format_answer(answer: Answer, context: RequestContext) -> bytes:
 
     Raises ValueError if a header would break the message, such as one with a line break in it.
     """
-    status, body, headers = int(answer.status), answer.body, list(answer.headers)
-    names = [name.lower() for name, _ in headers]
+    status, body = int(answer.status), answer.body
+    names = [name.lower() for name, _ in answer.headers]
+    lines = f"X-Request-Id: {context.request_id}\r\n{KEPT if context.keeps_alive else CLOSED}"
     is_head = context.method == "HEAD"
     # A HEAD answer without a body states no length: that of the GET is not known here.
     states_length = status not in (204, 304) and (body or not is_head)
     if states_length and "content-length" not in names:
-        headers.append(("Content-Length", str(len(body))))
+        lines += f"Content-Length: {len(body)}\r\n"
     if "date" not in names:
-        headers.append(("Date", format_date(int(time.time()))))
+        lines += f"Date: {format_date(int(time.time()))}\r\n"
     if "cache-control" not in names:  # no cache may choose a lifetime: the ETag is cheap to check
-        headers.append(("Cache-Control", "no-cache"))
-    headers.append(("X-Request-Id", context.request_id))
-    headers += KEPT if context.keeps_alive else CLOSED
-    head = wire.format_head(f"HTTP/1.1 {status} {PHRASES.get(status, '')}", headers)
+        lines += "Cache-Control: no-cache\r\n"
+    start_line = f"HTTP/1.1 {status} {PHRASES.get(status, '')}"
+    head = wire.format_head(start_line, answer.headers, lines)
     return head if is_head else head + body
 
 

@@ -125,6 +125,8 @@ def parse_query(query: str, names: Collection[str]) -> dict[str, str]:
     none. Raises BadRequest, which names the parameter, for one of these that appears twice.
     """
     found: dict[str, str] = {}
+    if not query:
+        return found
     for name, value in parse_qsl(query, keep_blank_values=True):
         if name in found:
             raise BadRequest(f"{name}: this parameter must not appear twice")

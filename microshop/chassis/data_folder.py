@@ -7,7 +7,11 @@ Law: nothing here knows what is in the files.
 """
 import fcntl
 import os
+import time
+from collections.abc import Sequence
 from pathlib import Path
+
+RESOLUTION = 2.0  # seconds: the coarsest that file systems count time in
 
 
 class FolderUnusable(Exception):
@@ -15,6 +19,30 @@ class FolderUnusable(Exception):
 
 
 Identity = tuple[int, int]  # of a file: its device and its inode number
+
+
+class OpenFiles:
+    """Files of a folder that are open; notices when one is no longer at its path.
+
+    A folder is modified whenever a file in it is made, renamed or removed. As long as it is not,
+    its files are still those that were found last, and one system call tells.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str]):
+        self._folder = str(folder)
+        self._opened = {name: identify(f"{folder}/{name}") for name in names}
+        self._modified: tuple[Identity, int] | None = None
+
+    def find_replaced(self) -> str:
+        """Return the name of a file that was removed or replaced, or "" if there is none."""
+        modified = last_modified(self._folder)
+        if modified and modified == self._modified:
+            return ""
+        for name, opened in self._opened.items():
+            if identify(f"{self._folder}/{name}") != opened:
+                return name
+        self._modified = modified
+        return ""
 
 
 def identify(path: str) -> Identity | None:
@@ -27,6 +55,20 @@ def identify(path: str) -> Identity | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
+
+
+def last_modified(folder: str) -> tuple[Identity, int] | None:
+    """Return which folder is at a path, and when it was modified, in nanoseconds.
+
+    None if there is none, or if that was so recently that a further change may get the same time.
+    """
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return None
+    if time.time() - found.st_mtime < RESOLUTION:
+        return None
+    return (found.st_dev, found.st_ino), found.st_mtime_ns
 
 
 def claim(folder: Path, shared: bool) -> int:

@@ -17,12 +17,12 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
-from microshop.chassis.data_folder import Identity, identify
+from microshop.chassis.data_folder import OpenFiles
 from microshop.chassis.errors import (
     RETRY_SOON, InsufficientStorage, ServiceError, ServiceUnavailable)
 
@@ -31,6 +31,7 @@ BUSY_TIMEOUT = 1.5   # seconds to wait after that for a lock that another proces
 MAX_CHECKED = 2**14  # pages of 4 KiB; to check more for damage would take over a second
 OLDEST = (3, 25, 0)  # version of SQLite: older ones cannot rename a column
 CONNECTIONS = 16     # in a pool: each holds two file descriptors and about 100 KiB of memory
+LOOK = 0.05          # seconds between two looks of readers whether the file is still at its path
 POLL = 0.001         # seconds between two attempts to get a connection when all are in use
 
 # SQLite's primary result codes that blame the file and not the statement.
@@ -77,33 +78,37 @@ class ConnectionPool:
     def __init__(self, path: Path):
         self.path = path
         self._is_read_only = is_read_only(path)
-        self.files = (str(path), f"{path}-wal", f"{path}-shm")
-        self._opened: dict[str, Identity | None] = {}  # which files the connections have open
+        self._files: OpenFiles | None = None
+        self._look_at = 0.0  # of time.monotonic
         self._places = [PooledConnection(self) for _ in range(CONNECTIONS)]
         self.idle = self._places.copy()
 
     def lend(self) -> "PooledConnection":
-        """Return a free place, to be used with `with`. Raises ServiceUnavailable on a timeout."""
-        deadline = time.monotonic() + QUEUE_TIMEOUT
+        """Return a free place, to be used with `with`.
+
+        Raises ServiceUnavailable on a timeout, and FileReplaced.
+        """
+        now = time.monotonic()
+        if now > self._look_at:
+            self.check()
+            self._look_at = now + LOOK
         while True:
             try:
                 return self.idle.pop()
             except IndexError:  # rare, so we poll: a lock would make every read slower
-                if time.monotonic() > deadline:
+                if time.monotonic() > now + QUEUE_TIMEOUT:
                     raise timed_out(self.path, "a free connection") from None
             time.sleep(POLL)
 
-    def check(self, *files: str) -> None:
+    def check(self) -> None:
         """Raise FileReplaced if a file is no longer the one that the connections have open."""
-        for file in files:
-            if identify(file) != self._opened[file]:
-                raise FileReplaced(f"the file {Path(file).name} was removed or replaced while it "
-                                   "was open; put it back, or restart the shop")
+        if self._files and self._is_open() and (replaced := self._files.find_replaced()):
+            raise FileReplaced(f"the file {replaced} was removed or replaced while it was open; "
+                               "put it back, or restart the shop")
 
     def open(self) -> sqlite3.Connection:
         """Return a new connection to the files that the others have open."""
-        if self._is_open():
-            self.check(*self.files)
+        self.check()
         uri = f"{self.path.absolute().as_uri()}?immutable={self._is_read_only:d}"
         connection = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None,
                                      check_same_thread=False)
@@ -117,7 +122,8 @@ class ConnectionPool:
             connection.close()
             raise
         if not self._is_open():  # this one is the first, or the first again
-            self._opened = {file: identify(file) for file in self.files}
+            self._files = OpenFiles(self.path.parent, [
+                self.path.name, f"{self.path.name}-wal", f"{self.path.name}-shm"])
         return connection
 
     def _is_open(self) -> bool:
@@ -147,7 +153,6 @@ class PooledConnection:
         try:
             if not self.connection:
                 self.connection = self.pool.open()
-            self.pool.check(self.pool.files[0])
         except sqlite3.Error:
             self.pool.idle.append(self)
             raise
@@ -185,19 +190,25 @@ class Transaction:
 
 
 @contextlib.contextmanager
-def begin(connection: sqlite3.Connection) -> Iterator[Transaction]:
+def begin(connection: sqlite3.Connection, check: Callable[[], None]) -> Iterator[Transaction]:
     """Commit what is written in the `with` block, durably; roll it back if the block raises.
 
     IMMEDIATE takes the file's write lock at once. Without it, a transaction that reads first and
     then writes fails at once with SQLITE_BUSY_SNAPSHOT if another one has written in between.
+
+    If `check` raises FileReplaced, nothing is committed. If the WAL alone is gone, earlier commits
+    are in no file that has a name: we write them into the database.
     """
     connection.execute("BEGIN IMMEDIATE")
     try:
         yield Transaction(connection)
+        check()
         connection.execute("COMMIT")
-    except BaseException:
+    except BaseException as error:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
+        if isinstance(error, FileReplaced):
+            connection.execute("PRAGMA wal_checkpoint")
         raise
 
 
@@ -265,7 +276,8 @@ class Database:
         if not self._write_lock.acquire(timeout=QUEUE_TIMEOUT):
             raise timed_out(self.path, "the database lock")
         try:
-            with self._begin() as transaction:
+            with (self._pool.lend() as connection,
+                  begin(connection, self._pool.check) as transaction):
                 yield transaction
         finally:
             self._write_lock.release()
@@ -282,29 +294,14 @@ class Database:
         fault = FAULTS.get(code)
         return fault(f"{self.path.name}: {error}", [RETRY_SOON]) if fault else None
 
-    @contextlib.contextmanager
-    def _begin(self) -> Iterator[Transaction]:
-        """Begin a transaction, in the thread that holds the lock.
-
-        If the files are not those that are open, nothing is committed. If the WAL alone is gone,
-        earlier commits are in no file that has a name: we write them into the database.
-        """
-        with self._pool.lend() as connection:
-            try:
-                with begin(connection) as transaction:
-                    yield transaction
-                    self._pool.check(*self._pool.files)
-            except FileReplaced:
-                connection.execute("PRAGMA wal_checkpoint")
-                raise
-
     def _write_queued(self) -> None:
         """Execute every queued write in one transaction; then tell the waiting threads."""
         queued = [self._queue.popleft() for _ in range(len(self._queue))]
         writes = [write for write in queued if write[2].set_running_or_notify_cancel()]
         results: list[Written | Exception]
         try:
-            with self._begin() as transaction:
+            with (self._pool.lend() as connection,
+                  begin(connection, self._pool.check) as transaction):
                 results = [attempt(transaction, statement, values)
                            for statement, values, _ in writes]
         except Exception as error:

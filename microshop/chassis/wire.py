@@ -211,18 +211,18 @@ def keeps_alive(version: str, fields: Fields) -> bool:
     return "close" not in options and (version == "HTTP/1.1" or "keep-alive" in options)
 
 
-def format_head(start_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
-    """Return a head as bytes.
+def format_head(start_line: str, headers: Iterable[tuple[str, str]], lines: str = "") -> bytes:
+    """Return a head as bytes; `lines` are the last ones of it, which are known to be valid.
 
     Raises ValueError for a line break, which would end a header or the head too early (response
     splitting), for NUL, and for characters that Latin-1 does not have.
     """
-    lines = [start_line, *[f"{name}: {value}" for name, value in headers], "", ""]
-    head = "\r\n".join(lines)
-    has_only_our_line_breaks = head.count("\r") == head.count("\n") == len(lines) - 1
+    first = [start_line, *[f"{name}: {value}" for name, value in headers], ""]
+    head = "\r\n".join(first)
+    has_only_our_line_breaks = head.count("\r") == head.count("\n") == len(first) - 1
     if not has_only_our_line_breaks or "\0" in head:
         raise ValueError(f"a header contains a line break or NUL: {headers!r}")
-    return head.encode("latin-1")
+    return f"{head}{lines}\r\n".encode("latin-1")
 
 
 # --- connections
@@ -237,10 +237,6 @@ def set_timeout(connection: socket.socket, option: int, seconds: float) -> None:
     connection.setsockopt(socket.SOL_SOCKET, option, timeval)
 
 
-def ignore(size: int) -> None:
-    """Take no note of the bytes of a body that have arrived."""
-
-
 class TimedConnection:
     """A connection on which no call waits past `deadline` (of time.monotonic).
 
@@ -253,6 +249,7 @@ class TimedConnection:
     def __init__(self, connection: socket.socket):
         self.connection = connection
         self.deadline = 0.0
+        self.note_arrival: NoteArrival | None = None  # gets the size of what receive() returns
         # The timeouts that the kernel applies now; it has none at first.
         self._timeouts = {socket.SO_RCVTIMEO: math.inf, socket.SO_SNDTIMEO: math.inf}
 
@@ -265,6 +262,8 @@ class TimedConnection:
             raise TimeoutError from None
         if not received:
             raise EOFError
+        if self.note_arrival:
+            self.note_arrival(len(received))
         return received
 
     def send(self, message: bytes) -> None:
@@ -311,16 +310,10 @@ class Stream(TimedConnection):
         super().__init__(connection)
         self._buffer = b""
         self._start = 0  # of what has not been read yet
-        self._note_arrival: NoteArrival = ignore
 
     def has_bytes(self) -> bool:
         """Return whether bytes have been received that have not been read yet."""
         return self._start < len(self._buffer)
-
-    def receive(self, size: int) -> bytes:
-        received = super().receive(size)
-        self._note_arrival(len(received))
-        return received
 
     def fill(self) -> None:
         """Wait for more bytes."""
@@ -351,7 +344,8 @@ class Stream(TimedConnection):
         """
         return self.read_through(b"\r\n\r\n", check_head_size)[:-2].decode("latin-1")
 
-    def read_body(self, length: int, limit: int, note_arrival: NoteArrival = ignore) -> bytes:
+    def read_body(self, length: int, limit: int,
+                  note_arrival: NoteArrival | None = None) -> bytes:
         """Return a body of `length` bytes, or one that comes in chunks if `length` is CHUNKED.
 
         `note_arrival` is called with the number of bytes that have arrived already, then each time
@@ -360,12 +354,13 @@ class Stream(TimedConnection):
         """
         if length > limit:
             raise body_too_large(limit)
-        self._note_arrival = note_arrival
-        try:
+        if note_arrival:
             note_arrival(len(self._buffer) - self._start)
+        self.note_arrival = note_arrival
+        try:
             return read_chunks(self, limit) if length == CHUNKED else self.read_exactly(length)
         finally:
-            self._note_arrival = ignore
+            self.note_arrival = None
 
     def read_to_end(self, limit: int) -> bytes:
         """Return all that comes until the peer closes: the body of a response without a length.

@@ -35,12 +35,12 @@ class FormatTest(unittest.TestCase):
         self.assertEqual(message, (
             b"HTTP/1.1 200 OK\r\n"
             b"Content-Type: text/plain\r\n"
-            b"Content-Length: 5\r\n"
-            b"Date: Thu, 01 Jan 1970 00:00:00 GMT\r\n"
-            b"Cache-Control: no-cache\r\n"
             b"X-Request-Id: id-1\r\n"
             b"Connection: keep-alive\r\n"
             b"Keep-Alive: timeout=60\r\n"
+            b"Content-Length: 5\r\n"
+            b"Date: Thu, 01 Jan 1970 00:00:00 GMT\r\n"
+            b"Cache-Control: no-cache\r\n"
             b"\r\n"
             b"hello"))
 

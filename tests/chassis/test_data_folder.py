@@ -1,4 +1,4 @@
-"""The data folder: two shops cannot use it at once."""
+"""The data folder: two shops cannot use it at once, and files removed from it are missed."""
 import errno
 import os
 import tempfile
@@ -7,7 +7,48 @@ from pathlib import Path
 from unittest import mock
 
 from microshop.chassis import data_folder
-from microshop.chassis.data_folder import FolderUnusable, claim
+from microshop.chassis.data_folder import FolderUnusable, OpenFiles, claim
+
+
+class OpenFilesTest(unittest.TestCase):
+    def setUp(self):
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.file = self.folder / "a.db"
+        self.file.touch()
+
+    def replace_file(self):
+        other = self.folder / "b.db"
+        other.touch()
+        other.rename(self.file)
+
+    def test_a_file_that_is_removed_or_replaced_later_is_named(self):
+        for change in (self.file.unlink, self.file.touch, self.replace_file):
+            files = OpenFiles(self.folder, ["a.db"])
+            os.utime(self.folder, (0, 0))  # so that the folder need not be looked through
+            self.assertEqual((files.find_replaced(), files.find_replaced()), ("", ""))
+            change()
+            self.assertEqual(files.find_replaced(), "a.db", change.__name__)
+
+    def test_a_change_in_the_same_moment_as_one_before_is_noticed(self):
+        files, now = OpenFiles(self.folder, ["a.db"]), self.folder.stat().st_mtime_ns
+        self.assertEqual(files.find_replaced(), "")
+        self.replace_file()
+        os.utime(self.folder, ns=(now, now))
+        self.assertEqual(files.find_replaced(), "a.db")
+
+    def test_a_file_is_named_when_its_folder_is_moved_away_and_another_made(self):
+        data = self.folder / "data"
+        self.make(data)
+        files = OpenFiles(data, ["a.db"])
+        self.assertEqual(files.find_replaced(), "")
+        data.rename(self.folder / "away")
+        self.make(data)
+        self.assertEqual(files.find_replaced(), "a.db")
+
+    def make(self, folder):
+        folder.mkdir()
+        (folder / "a.db").touch()
+        os.utime(folder, (0, 0))
 
 
 class ClaimTest(unittest.TestCase):

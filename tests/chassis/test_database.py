@@ -13,7 +13,7 @@ from unittest import mock
 from microshop.chassis import database
 from microshop.chassis.database import ConnectionPool, Database, DatabaseUnusable, Written
 from microshop.chassis.errors import ServiceUnavailable
-from tests.helpers import PATIENCE, together
+from tests.helpers import PATIENCE, together, wait_until
 
 VERSION_1 = (
     "CREATE TABLE cats (id INTEGER PRIMARY KEY, name TEXT NOT NULL)",
@@ -471,8 +471,14 @@ class ReplacedTest(CatsTest):
         self.assertEqual(self.names(self.cats), ["Mia", "Tom", *["Ben"] * 12])
 
     def test_reads_are_refused_and_no_new_file_is_made_while_the_file_is_gone(self):
+        def is_refused() -> bool:
+            with contextlib.suppress(sqlite3.OperationalError):
+                self.names(self.cats)
+                return False
+            return True
+
         with self.replaced(""):
-            self.assert_refused(self.names, self.cats)
+            wait_until(is_refused, "a read to notice that the file is gone")
             for _ in range(database.CONNECTIONS):  # a failure must not use up a connection
                 self.assert_refused(self.names, self.cats)
             self.assertFalse(self.path.exists())
