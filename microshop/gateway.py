@@ -11,10 +11,8 @@ import json
 import math
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from concurrent.futures import Future
 from threading import Thread
-from typing import Any
 
 from microshop import GATEWAY_PORT, SERVICES
 from microshop.chassis import config, wire
@@ -57,41 +55,33 @@ def via(version: str) -> str:
     return f"{version.removeprefix('HTTP/')} {wire.PSEUDONYM}"
 
 
-def in_parallel(function: Callable[[Any], Any], items: list) -> list:
-    """Return [function(item) for item in items], each call but the first in a thread of its own.
+def get_all(client: Client, requests: list[tuple[Upstream, str]], headers: dict[str, str],
+            deadline: float) -> list[Reply | UpstreamError]:
+    """Send a GET to each service and target; return the replies, or the errors.
 
-    The first call is made in this thread, which otherwise would only wait. The threads are daemons:
-    a call that hangs must not keep the process from ending, as a concurrent.futures pool would.
+    All are sent in parallel: the first in this thread, which otherwise would only wait, and each
+    other in a thread of its own. The threads are daemons: a call that hangs must not keep the
+    process from ending, as a concurrent.futures pool would.
     """
-    futures: list[Future] = [Future() for _ in items]
+    futures: list[Future] = [Future() for _ in requests]
 
-    def run(future: Future, item: Any) -> None:
+    def get(future: Future, upstream: Upstream, target: str) -> None:
         try:
-            future.set_result(function(item))
+            future.set_result(client.call(upstream, "GET", target, headers, None, deadline))
+        except UpstreamError as error:
+            future.set_result(error)
         except Exception as error:  # raised again below, in the thread that waits
             future.set_exception(error)
 
-    for call in list(zip(futures, items, strict=True))[1:]:
+    calls = [(future, *request) for future, request in zip(futures, requests, strict=True)]
+    for call in calls[1:]:
         try:
-            Thread(target=run, args=call, daemon=True).start()
+            Thread(target=get, args=call, daemon=True).start()
         except RuntimeError:  # the system has no room for another thread
-            run(*call)
-    if items:
-        run(futures[0], items[0])
+            get(*call)
+    if calls:
+        get(*calls[0])
     return [future.result() for future in futures]
-
-
-def get_all(client: Client, requests: list[tuple[Upstream, str]], headers: dict[str, str],
-            deadline: float) -> list[Reply | UpstreamError]:
-    """Send a GET to each service and target in parallel; return the replies, or the errors."""
-    def get(request: tuple[Upstream, str]) -> Reply | UpstreamError:
-        upstream, target = request
-        try:
-            return client.call(upstream, "GET", target, headers, None, deadline)
-        except UpstreamError as error:
-            return error
-
-    return in_parallel(get, requests)
 
 
 # --- what a composed response is made of

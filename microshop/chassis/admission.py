@@ -11,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS", "TRACE"}  # they change nothing: RFC 9110 9.2.1
 
 

@@ -67,7 +67,7 @@ def represent(answer: Answer, context: RequestContext) -> Answer:
         headers.append(("ETag", tag))
         if context.method in ("GET", "HEAD") and check_preconditions(context, tag):
             return Answer(b"", 304, headers)
-    if all(name != "Content-Type" for name, _ in headers):
+    if "Content-Type" not in dict(headers):
         headers.append(("Content-Type", "application/json; charset=utf-8"))
     return Answer(body, answer.status, headers)
 

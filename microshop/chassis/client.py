@@ -102,7 +102,9 @@ class Upstream:
         every circuit breaker is open.
         """
         with self._lock:
-            candidates = self._probe_ended.wait_for(self._candidates, min(wait, BULKHEAD_TIME))
+            self._probe_ended.wait_for(
+                lambda: self.admits() or self.is_open(), min(wait, BULKHEAD_TIME))
+            candidates = [one for one in self.instances if one.breaker.admits()]
             if not candidates:
                 raise self._breaker_is_open()
             instance = min(
@@ -127,7 +129,7 @@ class Upstream:
         if change:
             self._log_breaker(instance, change, log)
 
-    def admits(self, except_for: Sequence[Instance]) -> bool:
+    def admits(self, except_for: Sequence[Instance] = ()) -> bool:
         """Return whether any instance may be called now, except for these."""
         return any(one not in except_for and one.breaker.admits() for one in self.instances)
 
@@ -139,16 +141,6 @@ class Upstream:
         """Return whether a retry may be made; if so, it is counted."""
         with self._lock:
             return not self.is_open() and self._retries.take()
-
-    def _candidates(self) -> list[Instance]:
-        """Return the instances that may be called now; none if each that is not open is probed.
-
-        Raises UpstreamUnavailable if every circuit breaker is open.
-        """
-        candidates = [one for one in self.instances if one.breaker.admits()]
-        if not candidates and self.is_open():
-            raise self._breaker_is_open()
-        return candidates
 
     def _log_breaker(self, instance: Instance, change: str, log: Log) -> None:
         log(f"circuit breaker for {self.name} at {instance.base_url} {change}",
@@ -187,8 +179,7 @@ class Call:
 
         What that attempt deleted is not found, and what it changed no longer matches If-Match.
         """
-        return (self.method, status) in OWN_EFFECTS and any(
-            isinstance(failure, Broken) for failure in self.failures)
+        return (self.method, status) in OWN_EFFECTS and bool(self.broken())
 
     def error(self) -> UpstreamError:
         """Return the failure to report.
@@ -196,8 +187,11 @@ class Call:
         A failure after which the request may have been carried out matters most: we report the last
         of those. If there is none, we report the last failure.
         """
-        broken = [failure for failure in self.failures if isinstance(failure, Broken)]
-        return (broken or self.failures)[-1]
+        return (self.broken() or self.failures)[-1]
+
+    def broken(self) -> list[Broken]:
+        """Return the failures after which the request may have been carried out."""
+        return [failure for failure in self.failures if isinstance(failure, Broken)]
 
     def log_event(self, text: str, kind: str) -> None:
         """Log an event of this call, with its request id."""

@@ -145,10 +145,6 @@ class RequestReader(BaseHTTPRequestHandler):
         self.stream.deadline = min(
             self.stream.deadline + size / BODY_RATE, time.monotonic() + BODY_TIME)
 
-    def forget_body(self) -> None:
-        self.server.body_memory.release(self.body_size)
-        self.body, self.body_size = b"", 0
-
 
 class ConnectionHandler(RequestReader):
     """The life of a connection: read a request, answer it, log it, and wait for the next."""
@@ -187,7 +183,8 @@ class ConnectionHandler(RequestReader):
             return self.format(problem_answer(self.to_service_error(error), self.request_id))
         finally:
             if self.body_size:
-                self.forget_body()
+                self.server.body_memory.release(self.body_size)
+                self.body, self.body_size = b"", 0
 
     def find_answer(self) -> Answer:
         """Return the answer to the request that was read. Raises ServiceError."""

@@ -88,11 +88,11 @@ class CircuitBreaker:
         if ticket <= self._last_change:
             return ""
         was_probe, self._is_probing = self._is_probing, False
-        if outcome is Outcome.BROKE and ticket > self._last_break:
-            self._last_break = self._calls
-            outcome = Outcome.FAILED
-        if outcome not in (Outcome.SUCCEEDED, Outcome.FAILED):
+        was_counted = outcome is Outcome.BROKE and ticket <= self._last_break
+        if was_counted or outcome is Outcome.UNKNOWN:
             return ""
+        if outcome is Outcome.BROKE:
+            self._last_break = self._calls
         succeeded = outcome is Outcome.SUCCEEDED
         if was_probe and succeeded:
             self._change(pause=0.0)

@@ -370,9 +370,12 @@ class CircuitBreakerTest(ClientTest):
 
     def test_a_call_waits_for_a_probe_no_longer_than_for_the_bulkhead(self):
         users = self.serve(Stub(ALICE))
+        open_breaker(users.instances[0].breaker)
+        self.time.now += 1
+        users.choose([], 0)  # the probe
         for left, expected in ((TIMEOUT, client.BULKHEAD_TIME), (0.05, 0.05)):
-            probe = mock.patch.object(users._probe_ended, "wait_for", return_value=[])
-            with probe as wait_for, self.assertRaises(UpstreamUnavailable) as raised:
+            waiting = mock.patch.object(users._probe_ended, "wait_for")
+            with waiting as wait_for, self.assertRaises(UpstreamUnavailable) as raised:
                 self.call(users, deadline=self.time.now + left)
             self.assertEqual(raised.exception.headers, [("Retry-After", "1")])
             self.assertAlmostEqual(wait_for.call_args.args[1], expected,

@@ -1,4 +1,4 @@
-"""Circuit breaker, bulkhead, retry budget and log limit, tested by replaying histories."""
+"""Circuit breaker, bulkhead and retry budget, tested by replaying histories."""
 import random
 import threading
 import unittest
