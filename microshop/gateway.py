@@ -321,7 +321,7 @@ class GatewayHandler(Handler):
 def state_of(reply: Reply | UpstreamError, breakers: list[str]) -> str:
     """Return the state of a service from its health check, and those of its circuit breakers.
 
-    A service is busy if it has no room, or not the time, to answer: that alone is no fault.
+    A service that has no room or no time for a health check is busy; that alone is no fault.
     """
     if reply.status == 200:
         return "ok"

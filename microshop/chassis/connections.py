@@ -103,9 +103,10 @@ class KeepAliveHandler(urllib.request.BaseHandler):
 
     def close(self) -> None:
         """Close the idle connections."""
-        for idle in self._idle.values():
-            while idle:
-                idle.pop().close()
+        for idle in list(self._idle.values()):  # a call that is still under way may add more
+            with contextlib.suppress(IndexError):  # none is left
+                while True:
+                    idle.pop().close()
 
     def _keep(self, address: str, connection: "Connection") -> None:
         idle = self._idle[address]

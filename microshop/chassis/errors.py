@@ -18,7 +18,7 @@ PHRASES = {status.value: status.phrase for status in HTTPStatus} | {
 
 
 def excerpt(text: str) -> str:
-    """Return a client's text as far as a message repeats it: an answer must not grow with it."""
+    """Return the start of a client's text, to be quoted: an answer must not grow with the text."""
     return text if len(text) <= MAX_QUOTED else text[:MAX_QUOTED] + "..."
 
 
@@ -113,7 +113,7 @@ class Broken(BadGateway):
 
 
 class Stale(Broken):
-    """It was a kept connection, perhaps of a process that is gone: a new one will show."""
+    """A kept connection broke, perhaps one to a process that is gone: a new one may work."""
 
 
 class UpstreamUnavailable(UpstreamError):                                                # 503

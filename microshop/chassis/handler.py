@@ -35,8 +35,8 @@ from microshop.chassis.errors import (
 from microshop.chassis.server import Service
 
 HEAD_TIME = 10.0     # seconds for a whole head, from its first byte
-BODY_TIME = 10.0     # seconds without a byte of the body, or with fewer than BODY_RATE per second
-BODY_RATE = 1024     # bytes per second: the slowest rate that is accepted for long
+BODY_TIME = 10.0     # seconds for which a body may arrive more slowly than at BODY_RATE
+BODY_RATE = 1024     # bytes per second
 SEND_TIME = 10.0     # seconds for a client to take a whole answer
 ANSWER_SHARE = 0.1   # of the caller's timeout: reserved for sending the answer back
 CLIENT_GONE = 499    # in the log only, as in nginx: the client did not wait for its answer
@@ -191,9 +191,10 @@ class ConnectionHandler(RequestReader):
         raise NotImplementedError
 
     def format(self, answer: Answer) -> tuple[int, bytes]:
-        """Return an answer's status and bytes. A draining process closes the connection after it.
+        """Return an answer's status and bytes.
 
-        So does one that has not read the whole request, since it cannot find the next one. Raises
+        The connection is closed after it if the process drains, or if it is not known where the
+        next request begins, since this one was not read to its end. Raises PreconditionFailed, and
         ValueError if the answer cannot be written safely.
         """
         is_kept = self.is_read and wire.keeps_alive(self.request_version, self.headers)

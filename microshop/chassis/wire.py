@@ -25,8 +25,8 @@ from microshop.chassis.errors import (
 MAX_LINE = 8 * 1024          # bytes of a request line or status line
 MAX_HEAD = 32 * 1024         # bytes of a whole head
 MAX_FIELDS = 100             # header fields in a head
-ADDED_BYTES = 1024           # bytes that our gateway may add to a head beyond its limit, by
-ADDED_FIELDS = 10            # fields like Via, X-Forwarded-For and traceparent; and how many
+ADDED_BYTES = 1024           # bytes beyond MAX_HEAD for what our gateway adds, such as Via
+ADDED_FIELDS = 10            # header fields beyond MAX_FIELDS for the same
 MAX_BODY = 1024 * 1024       # bytes of a request's body
 MAX_CHUNK_LINE = 1024        # bytes of a chunk's size and extensions
 MAX_EMPTY = 20               # reads that may bring only empty lines before a message

@@ -122,6 +122,14 @@ class KeepAliveTest(ClientTest):
         self.client.close()
         self.assertTrue(stub.ended.acquire(timeout=PATIENCE), "the connection is still open")
 
+    def test_a_call_under_way_may_take_and_keep_connections_while_the_client_is_closed(self):
+        idle = self.client._connections._idle
+        kept = [mock.Mock(), mock.Mock()]
+        kept[1].close.side_effect = lambda: idle["another"].append(idle["one"].pop())
+        idle["one"].extend(kept)
+        self.client.close()  # it takes them from the right
+        self.assertEqual(list(idle["another"]), [kept[0]], "it was of no more concern to close()")
+
     def test_a_connection_is_not_used_again_after_a_response_that_rules_it_out(self):
         for what, response in {
             "close": CLOSING,
