@@ -324,7 +324,7 @@ class Handler(ConnectionHandler):
     def health(self) -> Answer:
         """Answer a health check: 503 while the process drains, so that it gets no new work.
 
-        While one is replaced, the port stays open, and its successor accepts: that is 200.
+        A process that is replaced answers 200 all the same: its successor accepts on its port.
         """
         if self.server.draining and not self.server.is_replaced:
             body = {"status": "draining", "service": self.server.name}

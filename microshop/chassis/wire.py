@@ -60,8 +60,6 @@ VERSION = re.compile(r"HTTP/[0-9]\.[0-9]")
 STATUS_LINE = re.compile(r"(HTTP/1\.[0-9]) ([1-5][0-9]{2}) [\t -~\x80-\xff]*")
 # RFC 9112 section 5
 FIELD = re.compile(rf"^({TOKEN.pattern}):[ \t]*+([\t -~\x80-\xff]*+)\r\n", re.MULTILINE)
-# A head that our gateway has forwarded
-FORWARDED = re.compile(rf"^via:.*[0-9] {PSEUDONYM}\r\n", re.I | re.M)
 # RFC 9110 section 8.6; int() refuses more than 4,300 digits
 LENGTH = re.compile(r"[0-9]{1,4000}")
 # RFC 9112 sections 7.1 and 7.1.1
@@ -124,7 +122,6 @@ def parse_request(head: str) -> Request:
     Raises the ServiceError to answer with; then the connection cannot be used any more, since it
     is not known where the next request begins.
     """
-    check_request_size(head)
     line, _, block = head.partition("\r\n")
     parts = line.split(" ")
     if len(parts) != 3 or not TOKEN.fullmatch(parts[0]):
@@ -137,6 +134,7 @@ def parse_request(head: str) -> Request:
         raise VersionNotSupported("only HTTP/1.0 and HTTP/1.1 are supported")
     version = min(version, "HTTP/1.1")
     fields = parse_fields(block)
+    check_request_size(head, fields)
     if "host" not in fields:
         if version == "HTTP/1.1":
             raise BadRequest("the Host header is missing")
@@ -464,13 +462,14 @@ def check_head_size(head: bytes) -> None:
         raise FieldsTooLarge(f"the head is larger than {MAX_HEAD} bytes")
 
 
-def check_request_size(head: str) -> None:
+def check_request_size(head: str, fields: Fields) -> None:
     """Raise FieldsTooLarge if a client sent too much.
 
     What our gateway adds does not count: a service accepts what the gateway accepts, and no more.
     """
-    is_large = len(head) > MAX_HEAD - len("\r\n") or head.count("\n") - 1 > MAX_FIELDS
-    if is_large and not FORWARDED.search(head):
+    is_large = len(head) + len("\r\n") > MAX_HEAD or len(fields.pairs) > MAX_FIELDS
+    is_from_gateway = fields.get("via", "").endswith(f" {PSEUDONYM}")
+    if is_large and not is_from_gateway:
         raise FieldsTooLarge(
             f"the head has more than {MAX_HEAD} bytes or {MAX_FIELDS} header fields")
 

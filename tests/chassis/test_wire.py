@@ -242,9 +242,10 @@ class RefusedHeadTest(WireTest):
                 ("Via: 1.1 microshop", wire.ADDED_FIELDS, wire.ADDED_BYTES),
                 ("via: 1.0 other, 1.1 microshop", wire.ADDED_FIELDS, wire.ADDED_BYTES),
                 ("Via: 1.1 microshop, 1.1 other", 0, 0),
+                ("Via: 1.1 microshop\r\nVia: 1.1 other", 0, 0),
                 ("X: 1.1 microshop", 0, 0)]:
             start = ["GET / HTTP/1.1", forwarder]
-            fields = wire.MAX_FIELDS + more_fields - len(["Host: shop", forwarder])
+            fields = wire.MAX_FIELDS + more_fields - len(["Host: shop", *forwarder.split("\r\n")])
             size = wire.MAX_HEAD + more_bytes - len(head(*start, "Name: "))
             with self.subTest(forwarder):
                 parse(head(*start, *["A: b"] * fields))
