@@ -468,8 +468,7 @@ def check_request_size(head: str, fields: Fields) -> None:
     What our gateway adds does not count: a service accepts what the gateway accepts, and no more.
     """
     is_large = len(head) + len("\r\n") > MAX_HEAD or len(fields.pairs) > MAX_FIELDS
-    is_from_gateway = fields.get("via", "").endswith(f" {PSEUDONYM}")
-    if is_large and not is_from_gateway:
+    if is_large and not fields.get("via", "").endswith(f" {PSEUDONYM}"):
         raise FieldsTooLarge(
             f"the head has more than {MAX_HEAD} bytes or {MAX_FIELDS} header fields")
 
