@@ -111,7 +111,7 @@ class RequestReader(BaseHTTPRequestHandler):
         """
         if not self.is_read:
             began = time.monotonic()
-            if self.length <= wire.MAX_BODY:
+            if self.length <= wire.MAX_BODY:  # a larger one is refused without being sent
                 self.stream.deadline = began + SEND_TIME
                 self.attempt(self.stream.send, CONTINUE)
             self._read_body()
