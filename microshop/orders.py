@@ -105,14 +105,18 @@ def find_orders(database: Database, status: str | None, page: Page) -> list[dict
         "ORDER BY id LIMIT :limit + 1", {**page._asdict(), "status": status})
 
 
-def find_order(database: Database, order_id: int) -> dict:
-    """Return an order, with the reason if it was rejected. Raises NotFound."""
+def find_order(database: Database, order_id: int) -> tuple[dict, int]:
+    """Return an order, with the reason if it was rejected, and the id of its reservation.
+
+    Raises NotFound.
+    """
     rows = database.rows(
-        "SELECT id, userId, productId, quantity, status, reason FROM orders WHERE id = ?",
-        [order_id])
+        "SELECT id, userId, productId, quantity, status, reason,"
+        " coalesce(reservation, id) AS reservation FROM orders WHERE id = ?", [order_id])
     if not rows:
         raise NotFound(f"there is no order {order_id}")
-    return {column: value for column, value in rows[0].items() if value is not None}
+    reservation = rows[0].pop("reservation")
+    return {column: value for column, value in rows[0].items() if value is not None}, reservation
 
 
 def add_order(database: Database, fields: dict, key: str | None) -> tuple[int, bool]:
@@ -146,13 +150,6 @@ def choose_reservation() -> int:
     products would take a new order for one that it knows.
     """
     return random.randint(1, MAX_INTEGER)
-
-
-def find_reservation(database: Database, order_id: int) -> int:
-    """Return the id of an order's reservation."""
-    rows = database.rows(
-        "SELECT coalesce(reservation, id) AS reservation FROM orders WHERE id = ?", [order_id])
-    return rows[0]["reservation"]
 
 
 def renew_reservation(database: Database, order_id: int, reservation: int) -> None:
@@ -240,8 +237,12 @@ class Saga:
     def __init__(self, service: "Orders", order_id: int, trace: dict[str, str],
                  deadline: float = math.inf):
         self.service, self.trace, self.deadline = service, trace, deadline
-        self.database = service.database
-        self.order = find_order(self.database, order_id)
+        self.database, self.order_id = service.database, order_id
+        self.load()
+
+    def load(self) -> None:
+        """Read the order and the id of its reservation: another worker may have changed them."""
+        self.order, self.reservation = find_order(self.database, self.order_id)
 
     def advance(self) -> None:
         """Take every step that can be taken now, before the deadline."""
@@ -250,14 +251,14 @@ class Saga:
                 self.decide()
             if self.order["status"] == "rejected":
                 self.release()
-                finish_rejected(self.database, self.order["id"])
+                finish_rejected(self.database, self.order_id)
             if self.order["status"] == "cancelling":
                 self.release()
                 self.move("cancelled")
         except UpstreamError as failure:
-            self.order = find_order(self.database, self.order["id"])  # it may have been moved
+            self.load()
             self.log(f"stays {self.order['status']}: {failure.detail}", "order")
-            postpone_order(self.database, self.order["id"])
+            postpone_order(self.database, self.order_id)
 
     def decide(self) -> None:
         """Confirm the order if its user exists and the stock suffices; reject it otherwise."""
@@ -286,9 +287,8 @@ class Saga:
         says how many units are available is about the stock, and decides. Any other is about the
         id: it decides nothing, and the order is resumed with a new id.
         """
-        reservation = find_reservation(self.database, self.order["id"])
         content = {"productId": self.order["productId"], "quantity": self.order["quantity"]}
-        reply = self.ask(self.service.products, "PUT", f"/reservations/{reservation}",
+        reply = self.ask(self.service.products, "PUT", f"/reservations/{self.reservation}",
                          {200, 201, 409, 422}, content)
         if reply.status == 422:
             raise UnprocessableContent(
@@ -296,7 +296,7 @@ class Saga:
         if reply.status == 409 and "available" in reply.problem:
             raise Conflict(reply.detail)
         if reply.status == 409:
-            renew_reservation(self.database, self.order["id"], reservation)
+            renew_reservation(self.database, self.order_id, self.reservation)
             raise BadGateway(self.service.products.name, f"refused an id: {reply.detail}")
 
     def release(self) -> None:
@@ -305,8 +305,8 @@ class Saga:
         A rejected order releases too, since another worker may have reserved units for it before
         this one got its refusal.
         """
-        reservation = find_reservation(self.database, self.order["id"])
-        self.ask(self.service.products, "DELETE", f"/reservations/{reservation}", {204})
+        self.load()  # another worker may have reserved under another id
+        self.ask(self.service.products, "DELETE", f"/reservations/{self.reservation}", {204})
 
     def ask(self, upstream: Upstream, method: str, target: str, definite: set[int],
             content: dict | None = None) -> Reply:
@@ -324,15 +324,14 @@ class Saga:
     def move(self, status: str, response: Response | None = None,
              reason: str | None = None) -> None:
         """Move the order to a status. If another worker has moved it already, read where to."""
-        if move_order(self.database, self.order["id"], status, response, reason):
+        if move_order(self.database, self.order_id, status, response, reason):
             self.log(f"{self.order['status']} -> {status}")
             self.order = {**self.order, "status": status}
         else:
-            self.order = find_order(self.database, self.order["id"])
+            self.load()
 
     def log(self, text: str, kind: str = "") -> None:
-        self.service.log.event(f"{self.trace['x-request-id']} order {self.order['id']} {text}",
-                               kind)
+        self.service.log.event(f"{self.trace['x-request-id']} order {self.order_id} {text}", kind)
 
 
 # --- the routes
@@ -347,7 +346,8 @@ class OrdersHandler(Handler):
         return self.answer_page(partial(find_orders, self.server.database, status))
 
     def get_order(self, order_id: int) -> Answer:
-        return Answer(find_order(self.server.database, order_id))
+        order, _ = find_order(self.server.database, order_id)
+        return Answer(order)
 
     def create_order(self) -> Answer:
         """Store an order, take it as far as possible now, and answer with its state.
@@ -377,8 +377,8 @@ class OrdersHandler(Handler):
 
     def cancel_order(self, order_id: int) -> Answer:
         """Cancel a confirmed order; a pending one is decided first, if that can be done now."""
-        self.load_saga(order_id).advance()
-        saga = self.load_saga(order_id)  # reads the order again: another worker may have moved it
+        saga = self.load_saga(order_id)
+        saga.advance()
         if saga.order["status"] == "confirmed":
             saga.move("cancelling")
             saga.advance()

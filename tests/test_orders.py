@@ -375,7 +375,8 @@ class UpgradeTest(unittest.TestCase):
     def test_the_reservation_of_an_old_order_has_its_id(self):
         order = self.add("confirmed", None)
         with running(Orders, data=self.path.parent) as service:
-            self.assertEqual(orders.find_reservation(service.database, order), order)
+            _, reservation = orders.find_order(service.database, order)
+            self.assertEqual(reservation, order)
 
     def test_a_repeated_key_gets_the_present_state_of_an_order_whose_response_was_a_202(self):
         accepted = '[202,{"id":203,"status":"pending"}]'

@@ -82,7 +82,7 @@ class SagaTest(unittest.TestCase):
 
     def reservation(self, order):
         """Return the path of an order's reservation."""
-        number = orders.find_reservation(self.shop.orders.database, order)
+        _, number = orders.find_order(self.shop.orders.database, order)
         return f"/reservations/{number}"
 
     def add(self, fields=LAPTOPS, key=None):
@@ -424,7 +424,15 @@ class QueriesTest(unittest.TestCase):
 
     def add(self):
         order, _ = orders.add_order(self.database, LAPTOPS, None)
-        return orders.find_order(self.database, order)
+        return self.find(order)
+
+    def find(self, order):
+        found, _ = orders.find_order(self.database, order)
+        return found
+
+    def reservation(self, order):
+        _, number = orders.find_order(self.database, order)
+        return number
 
 
 class BackoffTest(QueriesTest):
@@ -539,28 +547,28 @@ class BackoffTest(QueriesTest):
 
 class ReservationIdTest(QueriesTest):
     def test_no_two_orders_have_the_same_reservation(self):
-        ids = {orders.find_reservation(self.database, self.add()["id"]) for _ in range(100)}
+        ids = {self.reservation(self.add()["id"]) for _ in range(100)}
         self.assertEqual(len(ids), 100)
         self.assertTrue(all(1 <= number < 2**53 for number in ids), ids)
 
     def test_of_two_workers_that_renew_a_reservation_one_succeeds(self):
         order = self.add()["id"]
-        first = orders.find_reservation(self.database, order)
+        first = self.reservation(order)
         orders.renew_reservation(self.database, order, first)
-        second = orders.find_reservation(self.database, order)
+        second = self.reservation(order)
         self.assertNotEqual(second, first)
         orders.renew_reservation(self.database, order, first)
-        self.assertEqual(orders.find_reservation(self.database, order), second)
+        self.assertEqual(self.reservation(order), second)
 
     def test_only_a_pending_order_gets_another_reservation(self):
         for path in (["confirmed", "cancelling", "cancelled"], ["rejected"]):
             order = self.add()["id"]
-            reservation = orders.find_reservation(self.database, order)
+            reservation = self.reservation(order)
             for status in path:
                 orders.move_order(self.database, order, status)
                 orders.renew_reservation(self.database, order, reservation)
                 with self.subTest(status):
-                    self.assertEqual(orders.find_reservation(self.database, order), reservation)
+                    self.assertEqual(self.reservation(order), reservation)
 
 
 class StatusTest(QueriesTest):
@@ -578,7 +586,7 @@ class StatusTest(QueriesTest):
                         self.database, order, after, (201, {}), "because")
                 self.assertEqual(moved, (before, after) in arrows)
                 if moved:
-                    self.assertEqual(orders.find_order(self.database, order)["status"], after)
+                    self.assertEqual(self.find(order)["status"], after)
                 else:
                     rows = self.database.rows("SELECT * FROM orders WHERE id = ?", [order])
                     self.assertEqual(rows, stored)
@@ -700,6 +708,22 @@ class InterleavingTest(SagaTest):
                 self.assertEqual(self.shop.stock(), before - LAPTOPS["quantity"])
         self.assertEqual(self.shop.stock(102), 99, "the units of the other reservation")
         self.shop.ask("DELETE", used)
+
+    def test_a_rejected_order_releases_what_another_worker_reserved_under_a_new_id(self):
+        user = self.shop.ask("POST", "/users", {"name": "Carol"}).json["id"]
+        order = {**LAPTOPS, "userId": user}
+        units = {"productId": order["productId"], "quantity": order["quantity"]}
+
+        def renew_reserve_and_delete_the_user():
+            _, refused = orders.find_order(self.shop.orders.database, self.newest())
+            orders.renew_reservation(self.shop.orders.database, self.newest(), refused)
+            reserved = self.shop.ask("PUT", self.reservation(self.newest()), units)
+            self.assertEqual(reserved.status, 201)
+            self.the_user_is_deleted(order)
+
+        with self.interrupted("before", "GET", renew_reserve_and_delete_the_user):
+            self.assertEqual(self.post(order).status, 422)
+        self.assertEqual(self.shop.stock(), 100, "all units are free again")
 
     def test_an_order_is_in_the_file_before_any_service_is_called(self):
         def look():
