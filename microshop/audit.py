@@ -1,7 +1,8 @@
 """The audit: do the databases of a shop agree? `python -m microshop.audit [--data FOLDER]`
 
 Since each service owns its database, no constraint spans two of them; the audit checks what must
-hold between them. It is the one tool that opens the files of all services. The shop may be running.
+hold between them. Like the backup, and unlike any service, it opens the files of all services. The
+shop may be running.
 
 Without --data it checks the folder `data`, and those of shops that run with --fresh. For each it
 prints one line, and one for each violation. Exit status: 0 if all agree, 1 if there is a

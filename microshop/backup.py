@@ -29,12 +29,9 @@ LOCK_TIME = 1.0  # seconds to wait for each write lock; the services wait for on
 
 def parse_target(text: str) -> Path:
     """Return the folder for the copies, which does not exist yet or is empty."""
-    try:
-        target = config.folder(text)
-        if target.exists() and any(target.iterdir()):
-            raise ValueError(f"{text!r} is not empty; choose a new folder")
-    except OSError as error:
-        raise ValueError(f"{text!r} cannot be used: {error.strerror}") from None
+    target = config.folder(text)
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"{text!r} is not empty; choose a new folder")
     return target
 
 
@@ -45,12 +42,14 @@ OPTIONS = [
 
 
 def check(settings: Namespace) -> None:
-    """Raise ValueError if it is not said where to, or if there is nothing to copy."""
+    """Raise ValueError if a database or the target is missing, or if a restore would delete it."""
     if not settings.to:
         raise ValueError("--to is missing: the new folder for the copies")
     names = [f"{name}.db" for name in SERVICES]
     if missing := [name for name in names if not os.path.exists(settings.data / name)]:
         raise ValueError(f"--data: there is no {', no '.join(missing)} in {settings.data}")
+    if settings.to.resolve().is_relative_to(settings.data.resolve()):
+        raise ValueError(f"--to: {settings.to} is inside {settings.data}, which a restore replaces")
 
 
 def open_files(folder: Path) -> sqlite3.Connection:
