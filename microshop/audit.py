@@ -132,10 +132,10 @@ def check(folder: Path) -> bool:
     try:
         violations = find_violations(folder)
     except (sqlite3.Error, UnicodeDecodeError) as error:
-        is_new = re.match("no such (table|column)", str(error))
-        why = "the tables are not there yet; start the shop, or wait until it is ready"
-        print(f"audit: cannot read the databases in {folder}: {why if is_new else error}",
-              file=sys.stderr)
+        why = str(error)
+        if re.match("no such (table|column)", why):  # the files are new, or of an older version
+            why = "the tables are not there yet; start the shop, or wait until it is ready"
+        print(f"audit: cannot read the databases in {folder}: {why}", file=sys.stderr)
         return False
     print(f"the databases in {folder} {'do not agree:' if violations else 'agree'}")
     for line in violations:
