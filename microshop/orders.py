@@ -23,7 +23,6 @@ import threading
 import time
 import traceback
 from argparse import Namespace
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -212,7 +211,7 @@ def find_due(database: Database) -> list[int]:
 def make_old_due(database: Database, started: float) -> None:
     """Make every unfinished order due now that got its status before this process started.
 
-    No worker is processing it: they have ended with the process before this one.
+    Its worker has ended, together with the process before this one.
     """
     database.write("UPDATE orders SET due = 0 WHERE due IS NOT NULL AND since < ?", [started])
 
@@ -423,25 +422,27 @@ class Orders(Service):
 
     def _resume_orders(self, started: float) -> None:
         """Resume every order that is due, until the process ends."""
-        work: Callable[[Database], None] = partial(make_old_due, started=started)
+        old_are_due = False
         while not self.ending.wait(POLL):
             try:
-                work(self.database)
-                work = self._resume_due_orders
+                if not old_are_due:
+                    make_old_due(self.database, started)
+                    old_are_due = True
+                self._resume_due_orders()
             except Exception as error:  # the cause may go away: a disk may be full for a while
                 self.log.event(f"- cannot resume orders; next attempt in {RETRY_LAST} s\n"
                                + self._explain(error), "background")
                 self.ending.wait(RETRY_LAST)
 
-    def _resume_due_orders(self, database: Database) -> None:
+    def _resume_due_orders(self) -> None:
         """Resume every order that is due now. One that cannot be resumed holds up no other."""
-        for order_id in find_due(database):
+        for order_id in find_due(self.database):
             if self.ending.is_set():
                 break
             try:
                 Saga(self, order_id, {"x-request-id": f"order-{order_id}"}).advance()
             except Exception as error:
-                postpone_order(database, order_id)  # raises if the file itself is the cause
+                postpone_order(self.database, order_id)  # raises if the file itself is the cause
                 self.log.event(
                     f"- cannot resume order {order_id}\n{self._explain(error)}", "order")
 

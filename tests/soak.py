@@ -45,7 +45,7 @@ WATCH_TIME = 20.0                         # seconds to watch a connection that s
 AT_ONCE = 1.0                             # seconds
 SLOW_CLIENTS, SLOW_REQUESTS = 500, 10_000
 PIECE, PAUSE = (1, 9), (0.01, 0.09)       # bytes that a slow client sends, and seconds between
-# What a second crowd may leave in a process. Descriptors: the eight connections to a database are
+# What a second crowd may leave in a process. Descriptors: the connections to a database are
 # opened when they are first needed, with two files each.
 MORE = {"{:+} threads": 0, "{:+} descriptors": 16, "{:+.1f} MiB": 16}
 IDLE, NEWCOMERS, MOST = 1000, 100, 1024   # connections; MOST is the default of --max-connections

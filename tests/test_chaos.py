@@ -93,7 +93,6 @@ class ShopTest(unittest.TestCase):
         shop.close()
         chaos.wait_until(lambda: not shop.children(), "the processes of a closed shop to end")
 
-
     def test_a_lock_kills_the_service_and_lasts_until_it_is_repaired(self):
         def begin() -> None:
             with contextlib.closing(sqlite3.connect(path, timeout=0)) as database:

@@ -174,11 +174,11 @@ class DeadlineTest(SagaTest):
 
 class DatabaseFaultTest(SagaTest):
     def test_after_a_fault_of_the_database_the_background_waits_before_it_tries_again(self):
-        for query, pauses in (("make_old_due", [0.001]), ("find_due", [0.001, 0.001])):
+        for query in ("make_old_due", "find_due"):
             with self.subTest(query):
-                self.check_wait_after_a_fault_of(query, pauses)
+                self.check_wait_after_a_fault_of(query)
 
-    def check_wait_after_a_fault_of(self, query, pauses):
+    def check_wait_after_a_fault_of(self, query):
         waits, has_waited_long = [], threading.Event()
 
         class RecordingEvent(threading.Event):
@@ -196,7 +196,7 @@ class DatabaseFaultTest(SagaTest):
               mock.patch.object(orders, query, side_effect=fault) as failing,
               contextlib.redirect_stderr(io.StringIO()) as log, running(Orders) as service):
             self.assertTrue(has_waited_long.wait(PATIENCE), waits)
-            self.assertEqual((waits, failing.call_count), ([*pauses, NEVER], 1))
+            self.assertEqual((waits, failing.call_count), ([0.001, NEVER], 1))
             service.log.flush()
         self.assertIn(f"cannot resume orders; next attempt in {NEVER} s\n", log.getvalue())
         self.assertEqual(log.getvalue().count("disk I/O error"), 1, log.getvalue())
