@@ -27,24 +27,18 @@ from microshop.chassis import config, surroundings
 LOCK_TIME = 1.0  # seconds to wait for each write lock; the services wait for one up to 3 s
 
 
-def parse_target(text: str) -> Path:
-    """Return the folder for the copies, which does not exist yet or is empty."""
-    target = config.folder(text)
-    if target.exists() and any(target.iterdir()):
-        raise ValueError(f"{text!r} is not empty; choose a new folder")
-    return target
-
-
 OPTIONS = [
     config.DATA,
-    config.Setting("to", parse_target, None, "new folder for the copies"),
+    config.Setting("to", config.folder, None, "new folder for the copies"),
 ]
 
 
 def check(settings: Namespace) -> None:
-    """Raise ValueError if a database or the target is missing, or if a restore would delete it."""
+    """Raise ValueError if there is nothing to copy, or no place for the copies."""
     if not settings.to:
         raise ValueError("--to is missing: the new folder for the copies")
+    if settings.to.exists() and any(settings.to.iterdir()):
+        raise ValueError(f"--to: {settings.to} is not empty; choose a new folder")
     names = [f"{name}.db" for name in SERVICES]
     if missing := [name for name in names if not os.path.exists(settings.data / name)]:
         raise ValueError(f"--data: there is no {', no '.join(missing)} in {settings.data}")

@@ -125,7 +125,7 @@ class RefusalTest(BackupTest):
                 (self.folder, [], "--to is missing"),
                 (self.folder, ["--to", ""], "--to: '' is not a folder"),
                 (self.folder, ["--to", file], f"--to: '{file}' is not a folder"),
-                (self.folder, ["--to", self.folder], f"--to: '{self.folder}' is not empty"),
+                (self.folder, ["--to", self.folder], f"--to: {self.folder} is not empty"),
                 (self.folder, ["--to", self.folder / "copies"], "copies is inside "),
                 (empty, ["--to", self.target], "--data: there is no users.db, no ")):
             with self.subTest(why):
