@@ -150,6 +150,11 @@ def log_to_stderr() -> Iterator[None]:
         yield
 
 
+def flush(log: access_log.AccessLog) -> None:
+    """Wait until a log has written its lines."""
+    wait_until(lambda: not log._lines, "a log to be written")
+
+
 @contextlib.contextmanager
 def running(service: type, **settings: Any) -> Iterator[Any]:
     """Serve in a thread of this process, on a free port and a temporary folder."""

@@ -15,7 +15,8 @@ from microshop.chassis.admission import Rate
 from microshop.chassis.resilience import CircuitBreaker
 from microshop.gateway import Gateway
 from microshop.users import Users
-from tests.helpers import PATIENCE, Answered, Wire, ask, read_request, running, upstream, wait_until
+from tests.helpers import (
+    PATIENCE, Answered, Wire, ask, flush, read_request, running, upstream, wait_until)
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n"
 TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -471,7 +472,7 @@ class TokenTest(GatewayTest):
         self.ask("POST", "/users", {"Authorization": "Bearer guessed"})
 
         def all_three_are_logged() -> bool:
-            self.gateway.log.flush()
+            flush(self.gateway.log)
             return self.log.getvalue().count(" /users ") == 3
 
         wait_until(all_three_are_logged)
@@ -596,7 +597,7 @@ class LogTest(GatewayTest):
         self.open()
         for _ in range(2):
             self.ask("GET", "/users", {"X-Request-Id": "my-request"})
-        self.gateway.log.flush()
+        flush(self.gateway.log)
         events = [line.partition(" gateway ")[2] for line in log.getvalue().splitlines()]
         self.assertEqual(events[0], f"my-request retrying GET /users at {self.users_url}: "
                                     "the users service cannot be reached: Connection refused")

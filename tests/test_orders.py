@@ -14,7 +14,7 @@ from microshop.chassis.database import Database
 from microshop.orders import Orders
 from tests.collection import JSON, CollectionTests
 from tests.helpers import (
-    PATIENCE, ask, patient_services, running, running_moody_shop, running_shop, together,
+    PATIENCE, ask, flush, patient_services, running, running_moody_shop, running_shop, together,
     wait_until)
 
 MOST = 2**53 - 1  # the largest integer that every JSON client can hold
@@ -214,7 +214,7 @@ class LogTest(ShopTest):
 
     def assert_logged(self, *events):
         """Check all events that were logged, without their times."""
-        self.shop.orders.log.flush()
+        flush(self.shop.orders.log)
         lines = self.log.getvalue().splitlines()
         self.assertEqual([line.partition(" orders ")[2] for line in lines], list(events))
 

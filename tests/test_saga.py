@@ -26,7 +26,7 @@ from microshop.orders import Orders, Saga
 from microshop.products import Products
 from microshop.users import Users
 from tests.helpers import (
-    PATIENCE, Wire, ask, patient_services, read_request, running, running_moody_shop,
+    PATIENCE, Wire, ask, flush, patient_services, read_request, running, running_moody_shop,
     running_shop, together, upstream, wait_until)
 
 LAPTOPS = {"userId": 1, "productId": 101, "quantity": 3}
@@ -197,7 +197,7 @@ class DatabaseFaultTest(SagaTest):
               contextlib.redirect_stderr(io.StringIO()) as log, running(Orders) as service):
             self.assertTrue(has_waited_long.wait(PATIENCE), waits)
             self.assertEqual((waits, failing.call_count), ([0.001, NEVER], 1))
-            service.log.flush()
+            flush(service.log)
         self.assertIn(f"cannot resume orders; next attempt in {NEVER} s\n", log.getvalue())
         self.assertEqual(log.getvalue().count("disk I/O error"), 1, log.getvalue())
         self.assertNotIn("Traceback", log.getvalue())
@@ -226,7 +226,7 @@ class DatabaseFaultTest(SagaTest):
             self.shop.orders.database.write(
                 "UPDATE orders SET reason = NULL WHERE id = ?", [damaged])
             self.wait_for("confirmed", damaged)
-            self.shop.orders.log.flush()
+            flush(self.shop.orders.log)
         self.assertRegex(log.getvalue(), f"cannot resume order {damaged}\n.*Could not decode")
         self.assertNotIn("Traceback", log.getvalue())
 

@@ -17,7 +17,7 @@ from microshop.chassis.database import ConnectionPool, DatabaseUnusable
 from microshop.users import Users
 from tests.chassis.test_database import unprivileged
 from tests.helpers import (
-    PATIENCE, Answered, ask, process, running, running_shop, wait_until)
+    PATIENCE, Answered, ask, flush, process, running, running_shop, wait_until)
 
 JSON = {"Content-Type": "application/json"}
 
@@ -65,7 +65,7 @@ class StorageTest(unittest.TestCase):
         self.assertEqual(answer.status, status, answer.body)
         self.assertEqual(answer.headers["retry-after"], "1")
         self.assertRegex(answer.json["detail"], f"^users.db: {why}")
-        self.users.log.flush()
+        flush(self.users.log)
         event = f" users [0-9a-f]{{16}} {self.users.database.path}: {why}"
         self.assertRegex(self.log.getvalue(), f"(?m)^.*{event}.*$")
         self.assertNotIn("Traceback", self.log.getvalue())

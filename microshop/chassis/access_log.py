@@ -12,20 +12,17 @@ once, and the lines that follow together, every GATHER seconds.
 Law: only that thread writes. It may block for hours, when nothing reads the log: then lines are
 lost, and counted, but no request and no accept loop waits for them.
 """
-import math
 import os
 import random
 import select
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
 from functools import lru_cache
 
 GATHER = 0.05          # seconds
-AT_ONCE = 10           # events of a kind that are written as they happen
-MINUTE = 60.0          # seconds after which the further events of a kind are summed up
-LOOK = 1.0             # seconds between two looks whether a minute has ended
+AT_ONCE = 10           # events of a kind that are written as they happen, in a minute
+MINUTE = 60.0          # seconds after which further events are summed up
 MAX_WAITING = 10_000   # lines; further ones are lost
 CLOSE_TIME = 1.0       # seconds that a process waits at its end for its last lines to be written
 
@@ -37,48 +34,33 @@ def make_request_id() -> str:
     return f"{random.getrandbits(64):016x}"
 
 
-@dataclass(slots=True)
-class _Minute:
-    """What was counted of a kind of events in a minute: AT_ONCE of them may be written."""
-
-    end: float
-    count: int = 0
-    last: str = ""
-
-
 class EventLimit:
     """Keeps the log short when something goes wrong again and again.
 
     The first AT_ONCE events of a kind are written. Further ones are counted, and summed up in one
-    line a minute. After a minute without further ones, the kind begins anew. Times are those of
-    one clock, in seconds.
+    line a minute. After a minute without further ones, the kind begins anew.
     """
 
     def __init__(self) -> None:
-        self._minutes: dict[str, _Minute] = {}  # of each kind, the present one
+        self._counts: dict[str, int] = {}  # of the events in this minute, by kind
+        self._last: dict[str, str] = {}    # the text of the last event, by kind
         self._lock = threading.Lock()
 
-    def admits(self, kind: str, text: str, now: float) -> bool:
+    def admits(self, kind: str, text: str) -> bool:
         """Count an event; return whether it may be written."""
         with self._lock:
-            minute = self._minutes.setdefault(kind, _Minute(now + MINUTE))
-            minute.count += 1
-            minute.last = text
-            return minute.count <= AT_ONCE
+            self._last[kind] = text
+            count = self._counts[kind] = self._counts.get(kind, 0) + 1
+        return count <= AT_ONCE
 
-    def summaries(self, now: float) -> list[str]:
-        """Return a text for each kind whose minute has ended, and of which not all were written."""
-        texts = []
+    def end_minute(self) -> list[str]:
+        """Begin another minute; return a text for each kind of which not all were written."""
         with self._lock:
-            for kind, minute in list(self._minutes.items()):
-                if now < minute.end:
-                    continue
-                del self._minutes[kind]
-                if minute.count > AT_ONCE:
-                    texts.append(f"- {kind}: {minute.count - AT_ONCE} more in the last minute; "
-                                 f"the last one: {minute.last}")
-                    self._minutes[kind] = _Minute(now + MINUTE, AT_ONCE)
-        return texts
+            further = {kind: count - AT_ONCE for kind, count in self._counts.items()
+                       if count > AT_ONCE}
+            self._counts = dict.fromkeys(further, AT_ONCE)
+            return [f"- {kind}: {count} more in the last minute; the last one: {self._last[kind]}"
+                    for kind, count in further.items()]
 
 
 class AccessLog:
@@ -94,10 +76,8 @@ class AccessLog:
         self._lost = 0
         self._losing = threading.Lock()  # held to change _lost
         self._limit = EventLimit()
-        self._wake = threading.Event()   # there is something to write
-        self._hurry = threading.Event()  # it must not wait for more to write
-        self._written = threading.Event()
-        self._is_closed = False
+        self._wake = threading.Event()     # there is something to write
+        self._closing = threading.Event()  # nothing more will come
         self._writer = threading.Thread(target=self._write_forever, daemon=True)
         self._writer.start()
 
@@ -113,22 +93,13 @@ class AccessLog:
         All lines but the first are indented, so that none can be mistaken for an entry. A `kind`
         names events that may happen often: EventLimit limits how many of them are written.
         """
-        if not kind or self._limit.admits(kind, text, time.monotonic()):
+        if not kind or self._limit.admits(kind, text):
             self._add("\n    ".join(text.splitlines()))
-
-    def flush(self) -> None:
-        """Wait until the lines so far are written, but no longer than CLOSE_TIME."""
-        self._written.clear()
-        self._wake.set()
-        self._hurry.set()
-        if self._writer.is_alive():
-            self._written.wait(CLOSE_TIME)
 
     def close(self) -> None:
         """Write what is left, if that takes no longer than CLOSE_TIME."""
-        self._is_closed = True
+        self._closing.set()
         self._wake.set()
-        self._hurry.set()
         self._writer.join(CLOSE_TIME)
 
     def _add(self, text: str) -> None:
@@ -149,31 +120,33 @@ class AccessLog:
             self._lost += count
 
     def _write_forever(self) -> None:
+        minute_ends = time.monotonic() + MINUTE
         is_last = False
         while not is_last:
-            self._wake.wait(LOOK)
+            self._wake.wait(minute_ends - time.monotonic())
             self._wake.clear()
-            is_last = self._is_closed
-            for text in self._limit.summaries(math.inf if is_last else time.monotonic()):
-                self.event(text)
+            is_last = self._closing.is_set()
+            if is_last or time.monotonic() >= minute_ends:
+                minute_ends = time.monotonic() + MINUTE
+                for text in self._limit.end_minute():
+                    self.event(text)
             self._write_waiting()
-            if not self._lines:
-                self._written.set()
-            self._hurry.wait(GATHER)
-            self._hurry.clear()
+            self._closing.wait(GATHER)
 
     def _write_waiting(self) -> None:
         """Write the lines that are waiting, and how many further ones were lost."""
-        lines = [self._lines.popleft() for _ in range(len(self._lines))]
-        text, lost = "".join(lines), self._lost
+        count, lost = len(self._lines), self._lost
+        text = "".join([self._lines[number] for number in range(count)])
         if lost:
             text += self._entry(f"- lines lost here because they could not be written: {lost}")
         try:
             write_whole(STDERR, text.encode(errors="backslashreplace"))
         except OSError:  # a service does not stop because its log cannot be written
-            self._note_lost(len(lines))
+            self._note_lost(count)
         else:
             self._note_lost(-lost)
+        for _ in range(count):
+            self._lines.popleft()
 
 
 def write_whole(descriptor: int, content: bytes) -> None:

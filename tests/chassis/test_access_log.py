@@ -1,12 +1,13 @@
 """The log: the form of its lines, and that nothing but its own thread waits for its reader."""
 import os
+import select
 import threading
 import unittest
 from unittest import mock
 
 from microshop.chassis import access_log
 from microshop.chassis.access_log import AT_ONCE, AccessLog, EventLimit
-from tests.helpers import PATIENCE, fill, wait_until
+from tests.helpers import PATIENCE, fill, flush, wait_until
 
 MOMENT = 1795379141.5  # 2026-11-22 20:25:41.5 UTC
 TIME = "2026-11-22T20:25:41.500Z"
@@ -73,36 +74,30 @@ class FormatTest(LogTest):
 
 
 class EventLimitTest(unittest.TestCase):
-    """What is written of an event that happens often; the clock is moved by hand."""
+    """What is written of an event that happens often."""
 
     def setUp(self):
-        self.now = 0.0
         self.limit = EventLimit()
 
     def admitted(self, count, kind="retry things"):
-        """Return how many of `count` events at this moment may be written."""
-        events = [self.limit.admits(kind, f"event {n}", self.now) for n in range(count)]
-        return events.count(True)
+        """Return how many of `count` events may be written."""
+        return [self.limit.admits(kind, f"event {n}") for n in range(count)].count(True)
 
     def test_a_long_outage_logs_ten_events_of_a_kind_and_then_a_line_a_minute(self):
         written, summaries = 0, []
-        for _ in range(600):  # 225 events a second, for ten minutes
-            written += self.admitted(225)
-            self.now += 1
-            summaries += self.limit.summaries(self.now)
-        self.assertEqual((written, len(summaries)), (10, 10), summaries[:3])
-        self.assertEqual(summaries[9], "- retry things: 13500 more in the last minute; "
-                                       "the last one: event 224")
+        for _ in range(3):
+            written += self.admitted(13500)
+            summaries += self.limit.end_minute()
+        text = "- retry things: {} more in the last minute; the last one: event 13499"
+        self.assertEqual(summaries, [text.format(13490), text.format(13500), text.format(13500)])
+        self.assertEqual(written, 10)
 
     def test_a_kind_begins_anew_after_a_minute_in_which_it_was_not_limited(self):
         self.admitted(12)
-        self.now += 60
-        self.assertEqual(len(self.limit.summaries(self.now)), 1, "two events were not written")
+        self.assertEqual(len(self.limit.end_minute()), 1, "two events were not written")
         self.assertEqual(self.admitted(1), 0, "the outage may go on: further events are counted")
-        self.now += 60
-        self.assertEqual(len(self.limit.summaries(self.now)), 1)
-        self.now += 60
-        self.assertEqual(self.limit.summaries(self.now), [], "there was nothing to sum up")
+        self.assertEqual(len(self.limit.end_minute()), 1)
+        self.assertEqual(self.limit.end_minute(), [], "there was nothing to sum up")
         self.assertEqual(self.admitted(12), 10, "events that are written after a quiet minute")
 
     def test_each_kind_has_a_limit_of_its_own(self):
@@ -115,6 +110,18 @@ class WritingTest(LogTest):
         log = self.open()
         log.event("- ready")
         self.assertIn(b"- ready", os.read(self.reader, 1000))
+        self.finish(log)
+
+    def test_the_further_events_of_a_minute_are_summed_up_although_nothing_else_is_logged(self):
+        self.enterContext(mock.patch.object(access_log, "MINUTE", 0.05))
+        log = self.open()
+        for number in range(1000):
+            log.event(f"- event {number}", "fault")
+        output = b""
+        while b" more in the last minute; " not in output:
+            has_more, _, _ = select.select([self.reader], [], [], PATIENCE)
+            self.assertTrue(has_more, "the log did not sum up the events of a minute")
+            output += os.read(self.reader, 1000)
         self.finish(log)
 
     def test_what_was_counted_of_a_kind_of_events_is_summed_up_when_the_log_is_closed(self):
@@ -130,11 +137,9 @@ class WritingTest(LogTest):
         self.enterContext(mock.patch.multiple(access_log, MAX_WAITING=3, CLOSE_TIME=0.01))
         log = self.open()
         fill(self.writer)
-        log.event("- line 0")
-        wait_until(lambda: not log._lines, "the log's thread to write, which blocks it")
 
         def use_log():
-            for number in range(1, 8):
+            for number in range(8):
                 log.event(f"- line {number}")
             log.close()
 
@@ -143,8 +148,8 @@ class WritingTest(LogTest):
         using.join(PATIENCE)
         self.assertFalse(using.is_alive(), "a thread that used the log waits for its reader")
         texts = [line.partition(" things - ")[2] for line in self.finish(log) if line]
-        self.assertEqual(texts, [*(f"line {number}" for number in range(4)),
-                                 "lines lost here because they could not be written: 4"])
+        self.assertEqual(texts, ["line 0", "line 1", "line 2",
+                                 "lines lost here because they could not be written: 5"])
 
     def test_a_pipe_in_non_blocking_mode_that_is_read_late_gets_every_line_whole(self):
         log = self.open()
@@ -161,7 +166,7 @@ class WritingTest(LogTest):
         os.close(reader)
         with mock.patch.object(access_log, "STDERR", gone):
             log.event("- lost")
-            log.flush()
+            flush(log)
         os.close(gone)
         log.event("- found")
         texts = [line.partition(" things - ")[2] for line in self.finish(log)]

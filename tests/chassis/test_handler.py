@@ -8,7 +8,7 @@ from unittest import mock
 from microshop.chassis import handler, wire
 from tests.chassis.things import (
     GET, POST, THINGS, ConnectionsTest, StoredThings, Things, ThingsTest, stopped_clock)
-from tests.helpers import PATIENCE, Wire, ask, exchange, running, wait_until
+from tests.helpers import PATIENCE, Wire, ask, exchange, flush, running, wait_until
 
 TRY = "try /things, /things/{id}, /deadline, /pages, /large, /fail, /split, /wait, /health"
 PROBLEM = "application/problem+json"
@@ -130,7 +130,7 @@ class RouteTest(ThingsTest):
     def test_an_unexpected_exception_is_500_and_its_traceback_is_only_in_the_log(self):
         with contextlib.redirect_stderr(io.StringIO()) as log:
             answer = self.ask("GET", "/fail")
-            self.service.log.flush()
+            flush(self.service.log)
         self.assertEqual(answer.status, 500)
         self.assertNotIn(b"secret", answer.body)
         self.assertIn("RuntimeError: secret", log.getvalue())
@@ -141,7 +141,7 @@ class RouteTest(ThingsTest):
     def test_a_line_break_in_a_header_value_cannot_split_an_answer(self):
         with contextlib.redirect_stderr(io.StringIO()):
             answers = exchange(self.port, b"GET /split HTTP/1.1\r\nHost: shop\r\n\r\n")
-            self.service.log.flush()
+            flush(self.service.log)
         self.assertEqual([answer.status for answer in answers], [500], "GET /split")
         self.assertNotIn("set-cookie", answers[0].headers)
 
@@ -531,7 +531,7 @@ class SlowClientTest(ConnectionsTest):
             connection.send(b"GET /large HTTP/1.1\r\nHost: shop\r\n\r\n")
             wait_until(lambda: service.handlers, "the connection to be accepted")
             wait_until(lambda: not service.connections, "the connection to be given up")
-            service.log.flush()
+            flush(service.log)
         self.assertIn(" GET /large 499 ", log.getvalue())
 
 
@@ -547,7 +547,7 @@ class LogTest(unittest.TestCase):
             with running(Things, quiet=quiet) as service:
                 for request in requests:
                     exchange(service.server_port, request)
-            service.log.flush()
+            flush(service.log)
         return log.getvalue().splitlines()
 
     def test_each_request_is_one_line_in_the_log(self):

@@ -18,7 +18,7 @@ from microshop.chassis.errors import ServiceUnavailable
 from microshop.chassis.listener import BodyMemory, Listener, OpenConnections, RejectedConnections
 from tests.chassis.things import (
     GET, POST, ConnectionsTest, StoppedClock, StoredThings, Things, ThingsTest, stopped_clock)
-from tests.helpers import PATIENCE, Wire, ask, process, running, wait_until
+from tests.helpers import PATIENCE, Wire, ask, flush, process, running, wait_until
 
 
 class PairTest(unittest.TestCase):
@@ -322,7 +322,7 @@ class FullServiceTest(ConnectionsTest):
                 self.assertEqual(answer.status, 503)
             self.assertEqual(len(service.connections), 0)
             self.keep(service, 1)
-            service.log.flush()
+            flush(service.log)
         line = "no room for another connection: can't start new thread"
         self.assertEqual(log.getvalue().count(line), 1, log.getvalue())
 
@@ -343,7 +343,7 @@ class AcceptedClientsTest(ThingsTest):
                 with (self.subTest(fault), mock.patch.object(wire, "Stream", side_effect=fault),
                       Wire(self.port) as connection):
                     self.assert_closed(connection, "a connection whose handler failed")
-                    self.service.log.flush()
+                    flush(self.service.log)
                     self.assertEqual("Traceback" in log.getvalue(), is_logged, log.getvalue())
 
     def test_a_client_that_resets_its_connection_leaves_no_traceback(self):
@@ -358,7 +358,7 @@ class AcceptedClientsTest(ThingsTest):
                         socket.SOL_SOCKET, socket.SO_LINGER, reset_on_close)
             answer = ask(service.server_port, "GET", "/things")
             wait_until(lambda: not service.connections, "all connections to end")
-            service.log.flush()
+            flush(service.log)
         self.assertEqual(answer.status, 200, "GET /things after the resets")
         self.assertNotIn("Traceback", log.getvalue())
 
@@ -432,7 +432,7 @@ class NoDescriptorsTest(ConnectionsTest):
         wait_until(lambda: len(kernel.events) >= 4 * AT_ONCE, "many attempts to accept")
         kernel.is_full = False
         self.get_things(waiting, "a client that waited for a descriptor")
-        service.log.flush()
+        flush(service.log)
         failures, pauses = kernel.events[0::2], kernel.events[1::2]
         self.assertEqual((set(failures), set(pauses)), ({"accept"}, {listener.NO_ROOM_PAUSE}),
                          "each accept that fails should be followed by a pause")

@@ -18,7 +18,7 @@ from microshop.chassis.server import HEARTBEAT, Heartbeat, Service
 from tests.chassis.things import (
     GET, GET_WAIT, ConnectionsTest, Things, ThingsHandler, stopped_clock)
 from tests.helpers import (
-    PATIENCE, TOP, Process, Wire, ask, fill, process, running, stop_accepting, wait_until)
+    PATIENCE, TOP, Process, Wire, ask, fill, flush, process, running, stop_accepting, wait_until)
 
 
 class StartTest(unittest.TestCase):
@@ -34,7 +34,7 @@ class StartTest(unittest.TestCase):
                   mock.patch.object(signal, "signal")):
                 things.token = token
                 things.run()
-                things.log.flush()
+                flush(things.log)
                 warning = f"warning: other machines can reach port {things.server_port}"
                 self.assertEqual(log.getvalue().count(warning), warnings, log.getvalue())
                 wait_until(lambda: write.called)
@@ -228,7 +228,7 @@ class SupervisedTest(ConnectionsTest):
         with contextlib.redirect_stderr(io.StringIO()) as log:
             with running(Things, supervised=self.handles(self.theirs), quiet=False) as service:
                 self.assertEqual(ask(self.port, "GET", "/health").status, 200)
-            service.log.flush()
+            flush(service.log)
         self.assertRegex(log.getvalue(), r"^\S+Z [0-9a-f]{16} GET /health 200 \d+\.\dms\n$")
 
     def test_a_process_whose_output_nothing_reads_starts_and_serves_and_ends(self):
