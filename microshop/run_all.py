@@ -122,13 +122,13 @@ def run_shop() -> int:
             folder = stack.enter_context(make_temporary_folder())
             settings.data = Path(folder)
         services, gateways = plan_children(settings)
+        names = [child.name for child in services + gateways]
+        wants_colours = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         try:
             claim(settings.data, shared=False)  # until the process ends
-        except FolderUnusable as error:
+            console = Console("run_all", names, wants_colours)
+        except (FolderUnusable, RuntimeError) as error:  # or the system has no room for a thread
             sys.exit(f"run_all: {error}")
-        wants_colours = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        names = [child.name for child in services + gateways]
-        console = Console("run_all", names, wants_colours)
         stack.callback(console.close)
         if settings.fresh:
             audit = f"python -m microshop.audit --data {shlex.quote(folder)}"

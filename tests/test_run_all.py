@@ -908,6 +908,16 @@ class RefusalTest(ShopTestCase):
         self.assertEqual(shop.lines, ["run_all: cannot make a temporary folder for --fresh: "
                                       "No such file or directory"])
 
+    def test_a_shop_without_room_for_a_thread_at_its_start_says_so_in_one_line(self):
+        with process("tests.after", """if True:
+                import threading
+                from microshop import run_all
+                def refuse(thread): raise RuntimeError("can't start new thread")
+                threading.Thread.start = refuse
+                run_all.main()""", "--fresh", "--port", "0") as shop:
+            self.assertEqual(shop.status(), 1)
+        self.assertEqual(shop.lines, ["run_all: can't start new thread"])
+
     def test_a_bad_setting_of_a_child_ends_the_shop(self):
         shop = self.begin("--fresh", MICROSHOP_ORDERS_URL="nowhere")
         self.assertEqual(shop.status(), 2)

@@ -6,6 +6,7 @@ Law: nothing here knows what a request is about.
 """
 import contextlib
 import ipaddress
+import os
 import select
 import signal
 import socket
@@ -19,7 +20,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from microshop.chassis import config, surroundings
-from microshop.chassis.access_log import AccessLog, write_whole
+from microshop.chassis.access_log import AccessLog
 from microshop.chassis.client import Client
 from microshop.chassis.data_folder import FolderUnusable, claim
 from microshop.chassis.database import Database, DatabaseUnusable
@@ -27,14 +28,16 @@ from microshop.chassis.listener import Listener
 
 LAST_LOOK = 0.25      # seconds at shutdown in which an idle connection may still bring a request
 HEARTBEAT = 0.25      # seconds between two heartbeats to the supervisor
+ROOM_TIME = 0.5       # seconds
 STDOUT = 1
 STACK_SIZE = 2**21    # bytes of a thread's stack; the deepest JSON needs more than half of it
 
 
 def announce(line: str) -> None:
-    """Print a line. That blocks if nothing reads a full pipe, so it needs a thread of its own."""
+    """Print a line, unless standard output is a full pipe that nothing reads for ROOM_TIME."""
     with contextlib.suppress(OSError):  # the output may be closed, or on a full disk
-        write_whole(STDOUT, line.encode())
+        if select.select([], [STDOUT], [], ROOM_TIME)[1]:
+            os.write(STDOUT, line.encode())
 
 
 class Heartbeat:
@@ -136,7 +139,7 @@ class Service(Listener):
             if cls.schema and not settings.supervised:
                 claim(settings.data, shared=True)  # until the process ends
             service = cls(settings)
-        except (FolderUnusable, DatabaseUnusable) as error:
+        except (FolderUnusable, DatabaseUnusable, RuntimeError) as error:  # or no room for a thread
             # Under run_all, a label names the process already.
             sys.exit(str(error) if settings.supervised else f"{cls.name}: {error}")
         except OSError as error:
@@ -180,8 +183,7 @@ class Service(Listener):
             self.log.event(
                 f"- warning: {self.database.path} has no write-ahead log: its folder is read-only "
                 "(when that changes, restart), or supports none (then reads wait for writes)")
-        line = f"{self.title} listening at {self.url}\n"
-        threading.Thread(target=announce, args=[line], daemon=True).start()
+        announce(f"{self.title} listening at {self.url}\n")
         self.serve_forever()
         self.drain()
         self.close()

@@ -7,7 +7,7 @@ from unittest import mock
 
 from microshop.chassis import access_log
 from microshop.chassis.access_log import AT_ONCE, AccessLog, EventLimit
-from tests.helpers import PATIENCE, fill, flush, wait_until
+from tests.helpers import PATIENCE, fill, flush
 
 MOMENT = 1795379141.5  # 2026-11-22 20:25:41.5 UTC
 TIME = "2026-11-22T20:25:41.500Z"

@@ -27,7 +27,7 @@ class StartTest(unittest.TestCase):
                                       ("0.0.0.0", "", 1), ("0.0.0.0", "t", 0)):
             with (self.subTest(host=host, token=token),
                   contextlib.redirect_stderr(io.StringIO()) as log,
-                  mock.patch.object(server, "write_whole") as write,
+                  mock.patch.object(server, "announce") as announce,
                   running(Things, host=host) as things,
                   mock.patch.object(things, "serve_forever"),
                   mock.patch.object(things, "drain"),
@@ -37,8 +37,7 @@ class StartTest(unittest.TestCase):
                 flush(things.log)
                 warning = f"warning: other machines can reach port {things.server_port}"
                 self.assertEqual(log.getvalue().count(warning), warnings, log.getvalue())
-                wait_until(lambda: write.called)
-                write.assert_called_once_with(1, f"Service listening at {things.url}\n".encode())
+                announce.assert_called_once_with(f"Service listening at {things.url}\n")
 
     def test_a_service_shows_an_address_that_a_browser_can_open(self):
         for name, url in (("127.0.0.1", "http://localhost:3001"),
@@ -49,6 +48,16 @@ class StartTest(unittest.TestCase):
             with self.subTest(name):
                 service = SimpleNamespace(server_name=name, server_port=3001)
                 self.assertEqual(Service.url.fget(service), url)
+
+    def test_a_service_without_room_for_a_thread_at_its_start_says_so_in_one_line(self):
+        code = ("import threading\n"
+                "from tests.chassis.things import Things\n"
+                "def refuse(thread): raise RuntimeError(\"can't start new thread\")\n"
+                "threading.Thread.start = refuse\n"
+                "Things.main()\n")
+        with process("tests.after", code, "--port", "0") as things:
+            self.assertEqual(things.status(), 1, things.lines)
+        self.assertEqual(things.lines, ["things: can't start new thread"])
 
     def test_no_name_server_is_asked_about_this_host_or_a_client(self):
         lookup = mock.Mock(side_effect=AssertionError("a name was looked up"))
@@ -232,8 +241,9 @@ class SupervisedTest(ConnectionsTest):
         self.assertRegex(log.getvalue(), r"^\S+Z [0-9a-f]{16} GET /health 200 \d+\.\dms\n$")
 
     def test_a_process_whose_output_nothing_reads_starts_and_serves_and_ends(self):
-        code = ("from microshop.chassis import access_log\n"
+        code = ("from microshop.chassis import access_log, server\n"
                 "access_log.MAX_WAITING, access_log.CLOSE_TIME = 5, 0.01\n"
+                "server.ROOM_TIME = 0.01\n"
                 "from tests.chassis.things import Things\n"
                 "Things.main()\n")
         reader, output = os.pipe()
