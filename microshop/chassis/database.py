@@ -153,7 +153,7 @@ class PooledConnection:
         try:
             if not self.connection:
                 self.connection = self.pool.open()
-        except sqlite3.Error:
+        except BaseException:
             self.pool.idle.append(self)
             raise
         return self.connection
@@ -300,8 +300,7 @@ class Database:
         writes = [write for write in queued if write[2].set_running_or_notify_cancel()]
         results: list[Written | Exception]
         try:
-            with (self._pool.lend() as connection,
-                  begin(connection, self._pool.check) as transaction):
+            with self.transaction() as transaction:
                 results = [attempt(transaction, statement, values)
                            for statement, values, _ in writes]
         except Exception as error:

@@ -57,7 +57,7 @@ class BodyMemory:
 class OpenConnections:
     """The open connections: each is busy with a request, or has been idle since some moment.
 
-    A lock keeps a connection from turning busy while it is being closed as idle.
+    A lock keeps a connection from turning busy, or from ending, while it is being closed as idle.
     """
 
     def __init__(self) -> None:
@@ -76,8 +76,9 @@ class OpenConnections:
         self._idle_since[connection] = time.monotonic()
 
     def forget(self, connection: socket.socket) -> None:
-        self._idle_since.pop(connection, None)
-        self._closed.discard(connection)
+        with self._lock:
+            self._idle_since.pop(connection, None)
+            self._closed.discard(connection)
 
     def has_closed(self, connection: socket.socket) -> bool:
         """Return whether we have ended a connection's input, so that its client is not to blame."""

@@ -197,8 +197,6 @@ class Service(Listener):
         if self.client:
             self.client.trim()
         if self.heartbeat and not self.heartbeat.beat():
-            self.heartbeat.close()
-            self.heartbeat = None
             self.shutdown()
 
     # --- end

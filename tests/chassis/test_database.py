@@ -188,6 +188,13 @@ class ConnectionPoolTest(CatsTest):
         with mock.patch.object(database, "time", clock):
             self.assertEqual(together(read, give_back), ["Mia", None])
 
+    def test_a_connection_that_cannot_be_opened_for_whatever_reason_uses_up_no_place(self):
+        reason = FileNotFoundError("the working directory was removed")
+        with mock.patch.object(ConnectionPool, "open", side_effect=reason):
+            with self.assertRaises(FileNotFoundError), self.pool.lend():
+                pass
+        self.lend_all()
+
     def test_a_borrower_who_waits_too_long_gets_a_503_and_may_come_back(self):
         stack = self.lend_all()
         with mock.patch.object(database, "QUEUE_TIMEOUT", 0):

@@ -143,6 +143,22 @@ class OpenConnectionsTest(PairTest):
         self.assertTrue(self.connections.close_oldest())
         self.assertEqual(len(self.connections), 0)
 
+    def test_a_client_may_leave_while_its_connection_is_closed_to_make_room(self):
+        served = self.served()
+        self.connections.note_idle(served)
+        leaving = threading.Thread(target=self.connections.forget, args=[served])
+
+        def look(find=self.connections._idle):
+            found = find()
+            leaving.start()
+            leaving.join(0.05)  # it does not wait, unless there is a lock
+            return found
+
+        with mock.patch.object(self.connections, "_idle", look):
+            self.assertTrue(self.connections.close_oldest())
+        leaving.join(PATIENCE)
+        self.assertEqual((len(self.connections), self.connections.has_closed(served)), (0, False))
+
     def test_only_connections_that_have_been_idle_for_long_enough_are_closed(self):
         idle_for_three, idle_for_two, idle_for_one = [self.served() for _ in range(3)]
         for connection in (idle_for_three, idle_for_two, idle_for_one):
