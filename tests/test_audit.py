@@ -54,7 +54,8 @@ VIOLATIONS = {  # each line, with the file and the SQL that cause it
 
 @contextlib.contextmanager
 def trading(folder):
-    """Run a shop on the databases in a folder."""
+    """Run a shop on the databases in a folder, which is made if it does not exist."""
+    folder.mkdir(exist_ok=True)
     with (patient_services(), running(Users, data=folder) as users,
           running(Products, data=folder) as products):
         make_databases(folder)

@@ -213,7 +213,7 @@ def begin(connection: sqlite3.Connection, check: Callable[[], None]) -> Iterator
 
 
 class Database:
-    """The database file at `path`, upgraded to the newest version of its schema.
+    """The database file at `path`, in a folder that exists, with the newest version of its schema.
 
     `versions` holds the statements of each version of the schema, oldest first; `user_version` in
     the file says how many versions have been executed. `has_wal` says whether the folder allows a
@@ -229,17 +229,13 @@ class Database:
             raise DatabaseUnusable(f"microshop needs SQLite {'.'.join(map(str, OLDEST))} or newer; "
                                    f"this Python has {sqlite3.sqlite_version}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             self._check()
             self._upgrade(versions)
             self.has_wal = self.rows("PRAGMA journal_mode") == [{"journal_mode": "wal"}]
         except (OSError, sqlite3.Error, DatabaseUnusable) as error:
             self.close()
-            reason: object = error
-            if isinstance(error, FileExistsError):  # a file is where the folder should be
-                reason = f"{path.parent} is not a folder"
             advice = "repair or move it, or choose another --data"
-            raise DatabaseUnusable(f"cannot use {path}: {reason}; {advice}") from error
+            raise DatabaseUnusable(f"cannot use {path}: {error}; {advice}") from error
 
     def rows(self, statement: str, values: Values = ()) -> list[dict]:
         """Return the rows that a query finds, each as a dict by column."""

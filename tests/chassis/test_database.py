@@ -26,7 +26,7 @@ class CatsTest(unittest.TestCase):
 
     def setUp(self):
         folder = self.enterContext(tempfile.TemporaryDirectory())
-        self.path = Path(folder) / "deep" / "cats.db"
+        self.path = Path(folder) / "cats.db"
 
     def open(self, *versions):
         opened = Database(self.path, versions or [VERSION_1])
@@ -401,7 +401,6 @@ class UnusableTest(CatsTest):
         return message
 
     def test_a_file_that_is_not_a_database_is_refused_and_left_alone(self):
-        self.path.parent.mkdir()
         self.path.write_text("Dear diary, " * 100)
         self.assertIn("not a database", self.refuse())
         self.assertEqual(self.path.read_text(), "Dear diary, " * 100)
@@ -411,12 +410,15 @@ class UnusableTest(CatsTest):
         self.assertIn("it was written by a newer microshop "
                       "(its schema version is 2, this one knows 1)", self.refuse())
 
-    def test_a_data_folder_that_is_a_file_is_refused(self):
-        self.path.parent.write_text("")
-        self.assertIn(f"{self.path.parent} is not a folder", self.refuse())
+    def test_no_empty_database_takes_the_place_of_one_whose_folder_was_removed(self):
+        self.open().close()
+        shutil.rmtree(self.path.parent)
+        self.assertIn("unable to open", self.refuse())
+        self.assertFalse(self.path.parent.exists())
+        self.path.parent.mkdir()  # for the end of the test
 
     def test_a_folder_in_place_of_the_file_is_refused(self):
-        self.path.mkdir(parents=True)
+        self.path.mkdir()
         self.assertIn("unable to open", self.refuse())
 
     def test_an_sqlite_that_is_too_old_is_refused_and_the_needed_version_is_named(self):
