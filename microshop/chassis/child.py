@@ -66,7 +66,7 @@ class RestartPolicy:
         self.state = "down"
         self.pause = 0.0          # seconds to stay down
         self.has_been_ready = False
-        self.failed_starts = 0    # in a row; of no account once it has been ready
+        self.failed_starts = 0    # in a row; ignored once it has been ready
         self.is_final = False     # another start would fail too
         self._since = clock()     # when the present state began
         self._heartbeat_at = 0.0  # when the last heartbeat came

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-RESOLUTION = 2.0  # seconds: the coarsest that file systems count time in
+RESOLUTION = 2.0  # seconds: the coarsest of the times that file systems keep
 
 
 class FolderUnusable(Exception):
@@ -89,6 +89,6 @@ def claim(folder: Path, shared: bool) -> int:
         os.close(descriptor)
         raise FolderUnusable(f"another shop, or a service that runs alone, uses the folder "
                              f"{folder}; stop it, or choose another --data") from None
-    except OSError:  # this file system has no such locks, which are a help and no condition
+    except OSError:  # this file system has no such locks: go on without
         pass
     return descriptor

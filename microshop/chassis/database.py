@@ -31,7 +31,7 @@ BUSY_TIMEOUT = 1.5   # seconds to wait after that for a lock that another proces
 MAX_CHECKED = 2**14  # pages of 4 KiB; to check more for damage would take over a second
 OLDEST = (3, 25, 0)  # version of SQLite: older ones cannot rename a column
 CONNECTIONS = 16     # in a pool: each holds two file descriptors and about 100 KiB of memory
-LOOK = 0.05          # seconds between two looks of readers whether the file is still at its path
+LOOK = 0.05          # seconds between two checks by readers that the files are still at their paths
 POLL = 0.001         # seconds between two attempts to get a connection when all are in use
 
 # SQLite's primary result codes that blame the file and not the statement.

@@ -67,7 +67,7 @@ class Heartbeat:
         return self._send()
 
     def is_replaced(self) -> bool:
-        """Return whether the supervisor has said that another process takes the place of this."""
+        """Return whether the supervisor has said that another process takes this one's place."""
         try:
             return bool(self._supervisor.recv(1))
         except OSError:

@@ -58,7 +58,7 @@ class RollingRestart:
         """Return the child that must get a new process now, or None.
 
         If the new process of a child has failed, end the rolling restart. A child that is down is
-        left out: its next process is a new one, and may be long in coming.
+        skipped: its next process will be new anyway, and may take long to start.
         """
         child = self._waiting[0] if self._waiting else None
         if not child or child.policy.state not in ("up", "down") or child.former:

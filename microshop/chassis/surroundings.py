@@ -3,7 +3,7 @@
 A process inherits them from its parent, which may be a cron job, an init system or a bare exec().
 Each main() calls prepare() first.
 
-Law: what merely helps is no condition: where the system refuses it, the process goes on without.
+Law: what only helps is not required: if the system refuses it, the process goes on without it.
 """
 import contextlib
 import os
