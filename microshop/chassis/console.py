@@ -81,7 +81,6 @@ class Console:
             write_whole(STDOUT, lines)
         except OSError as error:
             if error.errno in (errno.EPIPE, errno.EIO):  # other errors lose only this block
-                os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
                 self.is_broken = True
 
 

@@ -28,7 +28,7 @@ from microshop.chassis.listener import Listener
 
 LAST_LOOK = 0.25      # seconds at shutdown in which an idle connection may still bring a request
 HEARTBEAT = 0.25      # seconds between two heartbeats to the supervisor
-ROOM_TIME = 0.5       # seconds
+ROOM_TIME = 0.5       # seconds that the first line may wait for room in a full pipe
 STDOUT = 1
 STACK_SIZE = 2**21    # bytes of a thread's stack; the deepest JSON needs more than half of it
 
