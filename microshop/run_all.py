@@ -42,8 +42,8 @@ OPTIONS = [
 
 def open_listener(name: str, host: str, port: int) -> socket.socket:
     """Return a socket that listens for a child. Exits with status 1 if that is not possible."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(1024)
@@ -100,7 +100,9 @@ def plan_children(settings: Namespace) -> tuple[list[Child], list[Child]]:
 
 
 def check(settings: Namespace) -> None:
-    """Raise ValueError if there are not enough ports for the services."""
+    """Raise ValueError if settings contradict each other, or leave too few ports."""
+    if settings.fresh and "data" in settings.flags:
+        raise ValueError("--fresh and --data contradict each other; choose one")
     if settings.port + len(SERVICES) > 65535:
         raise ValueError(f"--port: {settings.port} leaves no room for the {len(SERVICES)} ports "
                          "of the services above it")

@@ -131,7 +131,7 @@ class StorageTest(unittest.TestCase):
         away = path.rename(path.with_suffix(".away"))
         wait_until(lambda: self.get().status == 503, "GET to notice that the file is gone")
         for answer in (self.get(), self.post(), self.put()):
-            self.assert_refused(answer, 503, "the file users.db was removed or replaced")
+            self.assert_refused(answer, 503, "users.db was removed or replaced")
         away.rename(path)
         self.assertEqual((self.post().status, len(self.get().json)), (201, 4))
 

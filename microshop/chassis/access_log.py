@@ -141,16 +141,22 @@ class AccessLog:
             text += self._entry(f"- lines lost here because they could not be written: {lost}")
         try:
             write_whole(STDERR, text.encode(errors="backslashreplace"))
-        except OSError:  # a service does not stop because its log cannot be written
-            self._note_lost(count)
-        else:
             self._note_lost(-lost)
+        except NotWritten as failure:  # a service does not stop because its log cannot be written
+            unwritten = failure.rest.count(b"\n")
+            self._note_lost(unwritten - bool(lost))  # the last one told only of those before
         for _ in range(count):
             self._lines.popleft()
 
 
+class NotWritten(OSError):
+    """A write failed, with the error of os.write(); `rest` is the part that was not written."""
+
+    rest = b""
+
+
 def write_whole(descriptor: int, content: bytes) -> None:
-    """Write all of the content, however long that takes. Raises OSError as os.write() does.
+    """Write all of the content, however long that takes. Raises NotWritten.
 
     A descriptor may be in non-blocking mode, which it shares with other processes: a parent that
     has set it for its own end of a terminal or socket has set it for us. Then we wait for room.
@@ -161,6 +167,10 @@ def write_whole(descriptor: int, content: bytes) -> None:
             rest = rest[os.write(descriptor, rest):]
         except BlockingIOError:
             select.select([], [descriptor], [])
+        except OSError as error:
+            failure = NotWritten(error.errno, error.strerror)
+            failure.rest = bytes(rest)
+            raise failure from error
 
 
 @lru_cache(maxsize=2)

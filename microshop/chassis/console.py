@@ -8,7 +8,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 
-from microshop.chassis.access_log import write_whole
+from microshop.chassis.access_log import NotWritten, write_whole
 
 STDIN, STDOUT = 0, 1
 MAX_WAITING = 1000  # items to print; further ones are lost
@@ -29,7 +29,8 @@ class Console:
     def __init__(self, title: str, names: Sequence[str], wants_colours: bool):
         self.title = title
         self.is_broken = False  # the reader of our output is gone
-        self._lost = 0          # lines
+        self._lost = 0          # lines that were not printed, and not told of yet
+        self._losing = threading.Lock()  # held to change _lost
         self._labels = make_labels(title, names, wants_colours and os.isatty(STDOUT))
         self._terminals = [stream for stream in (STDIN, STDOUT) if os.isatty(stream)]
         self._items: queue.Queue[Item | None] = queue.Queue()
@@ -49,14 +50,14 @@ class Console:
         then its lines are lost.
         """
         if self._items.qsize() >= MAX_WAITING:
-            self._lost += lines.count(b"\n") + 1
+            self._note_lost(lines.count(b"\n") + 1)
             if when_shown:
                 when_shown()
             return
-        if self._lost:
-            text = f"lines lost here because nothing read them: {self._lost}"
+        if lost := self._lost:
+            text = f"lines lost here because they could not be printed: {lost}"
             self._items.put((self.title, text.encode(), None))
-            self._lost = 0
+            self._note_lost(-lost)
         self._items.put((name, lines, when_shown))
 
     def has_lost_terminal(self) -> bool:
@@ -67,6 +68,10 @@ class Console:
         """Print what is left, if that takes no longer than CLOSE_TIME."""
         self._items.put(None)
         self._printer.join(CLOSE_TIME)
+
+    def _note_lost(self, count: int) -> None:
+        with self._losing:
+            self._lost += count
 
     def _print_items(self) -> None:
         while item := self._items.get():
@@ -79,8 +84,9 @@ class Console:
     def _write(self, lines: bytes) -> None:
         try:
             write_whole(STDOUT, lines)
-        except OSError as error:
-            if error.errno in (errno.EPIPE, errno.EIO):  # other errors lose only this block
+        except NotWritten as failure:
+            self._note_lost(failure.rest.count(b"\n"))
+            if failure.errno in (errno.EPIPE, errno.EIO):  # with others (a full disk), we go on
                 self.is_broken = True
 
 

@@ -24,24 +24,24 @@ Identity = tuple[int, int]  # of a file: its device and its inode number
 class OpenFiles:
     """Files of a folder that are open; notices when one is no longer at its path.
 
-    A folder is modified whenever a file in it is made, renamed or removed. As long as it is not,
-    its files are still those that were found last, and one system call tells.
+    A folder is changed whenever a file in it is made, renamed or removed. As long as it is not, its
+    files are still those that were found last, and one system call tells.
     """
 
     def __init__(self, folder: Path, names: Sequence[str]):
         self._folder = str(folder)
         self._opened = {name: identify(f"{folder}/{name}") for name in names}
-        self._modified: tuple[Identity, int] | None = None
+        self._changed: tuple[Identity, int] | None = None
 
     def find_replaced(self) -> str:
         """Return the name of a file that was removed or replaced, or "" if there is none."""
-        modified = last_modified(self._folder)
-        if modified and modified == self._modified:
+        changed = last_changed(self._folder)
+        if changed and changed == self._changed:
             return ""
         for name, opened in self._opened.items():
             if identify(f"{self._folder}/{name}") != opened:
                 return name
-        self._modified = modified
+        self._changed = changed
         return ""
 
 
@@ -57,18 +57,19 @@ def identify(path: str) -> Identity | None:
     return found.st_dev, found.st_ino
 
 
-def last_modified(folder: str) -> tuple[Identity, int] | None:
-    """Return which folder is at a path, and when it was modified, in nanoseconds.
+def last_changed(folder: str) -> tuple[Identity, int] | None:
+    """Return which folder is at a path, and when it was changed, in nanoseconds.
 
     None if there is none, or if that was so recently that a further change may get the same time.
+    It is the ctime, since tools that copy a folder back may set the time of its modification back.
     """
     try:
         found = os.stat(folder)
     except OSError:
         return None
-    if time.time() - found.st_mtime < RESOLUTION:
+    if time.time() - found.st_ctime < RESOLUTION:
         return None
-    return (found.st_dev, found.st_ino), found.st_mtime_ns
+    return (found.st_dev, found.st_ino), found.st_ctime_ns
 
 
 def claim(folder: Path, shared: bool) -> int:

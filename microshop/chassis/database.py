@@ -103,8 +103,8 @@ class ConnectionPool:
     def check(self) -> None:
         """Raise FileReplaced if a file is no longer the one that the connections have open."""
         if self._files and self._is_open() and (replaced := self._files.find_replaced()):
-            raise FileReplaced(f"the file {replaced} was removed or replaced while it was open; "
-                               "put it back, or restart the shop")
+            raise FileReplaced(f"{replaced} was removed or replaced while it was open; put it back "
+                               "or restart the shop")
 
     def open(self) -> sqlite3.Connection:
         """Return a new connection to the files that the others have open."""

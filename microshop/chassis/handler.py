@@ -298,7 +298,8 @@ class Handler(ConnectionHandler):
         allow = ("Allow", ", ".join(names))
         if self.command == "OPTIONS":
             return Answer(status=204, headers=[allow])
-        raise MethodNotAllowed(f"{excerpt(path)} does not support {self.command}", [allow])
+        raise MethodNotAllowed(
+            f"{excerpt(path)} does not support {self.command}; it supports {allow[1]}", [allow])
 
     def _check_target(self, get: Callable[..., Answer] | None, ids: list[int]) -> None:
         """Check the preconditions of a POST: they are about what `get` returns for its target.

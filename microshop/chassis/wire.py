@@ -420,8 +420,10 @@ def read_chunks(stream: Stream, limit: int) -> bytes:
         size_line = stream.read_through(b"\r\n", check_chunk_line_size)
         size = parse_chunk_size(size_line)
         framing += len(size_line) + len(b"\r\n")
-        if len(body) + size > limit or framing > limit:
+        if len(body) + size > limit:
             raise body_too_large(limit)
+        if framing > limit:
+            raise ContentTooLarge(f"the body has too many chunks: {limit} bytes are around them")
         if size == 0:
             break
         chunk = stream.read_exactly(size + len(b"\r\n"))

@@ -1,4 +1,5 @@
 """The log: the form of its lines, and that nothing but its own thread waits for its reader."""
+import errno
 import os
 import select
 import threading
@@ -171,6 +172,17 @@ class WritingTest(LogTest):
         log.event("- found")
         texts = [line.partition(" things - ")[2] for line in self.finish(log)]
         self.assertEqual(texts, ["found", "lines lost here because they could not be written: 1"])
+
+    def test_of_lines_that_were_written_in_part_only_the_others_count_as_lost(self):
+        log = self.open()
+        disk = mock.Mock(side_effect=[60, OSError(errno.ENOSPC, "No space left on device")])
+        with mock.patch.object(access_log.os, "write", disk):
+            log._lines.extend(["a" * 40 + "\n", "b" * 40 + "\n", "c" * 40 + "\n"])
+            log._wake.set()
+            flush(log)
+        log.event("- found")
+        texts = [line.partition(" things - ")[2] for line in self.finish(log)]
+        self.assertEqual(texts, ["found", "lines lost here because they could not be written: 2"])
 
 
 if __name__ == "__main__":

@@ -84,7 +84,17 @@ class UnreadTest(unittest.TestCase):
         self.console.say("four")
         self.assertEqual(self.finish(), [
             "run_all | one", "users   | two", "users   | three",
-            "run_all | lines lost here because nothing read them: 3", "run_all | four"])
+            "run_all | lines lost here because they could not be printed: 3", "run_all | four"])
+
+    def test_lines_that_a_full_disk_did_not_take_are_counted(self):
+        os.read(self.reader, self.size)
+        with open("/dev/full", "wb") as full:
+            with mock.patch.object(console, "STDOUT", full.fileno()):
+                self.console.show("users", b"lost\nlost")
+                wait_until(lambda: self.console._lost, "the printer to count what it lost")
+        self.console.say("found")
+        self.assertEqual(self.finish(), [
+            "run_all | lines lost here because they could not be printed: 2", "run_all | found"])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from pathlib import Path
 from unittest import mock
 
 from microshop.chassis import data_folder
-from microshop.chassis.data_folder import FolderUnusable, OpenFiles, claim
+from microshop.chassis.data_folder import FolderUnusable, OpenFiles, claim, last_changed
+from tests.helpers import wait_until
 
 
 class OpenFilesTest(unittest.TestCase):
@@ -21,20 +22,32 @@ class OpenFilesTest(unittest.TestCase):
         other.touch()
         other.rename(self.file)
 
+    def settle(self):
+        """Wait until a further change of the folder gets a later time than the last one."""
+        wait_until(lambda: last_changed(str(self.folder)), "the folder's last change to be past")
+
     def test_a_file_that_is_removed_or_replaced_later_is_named(self):
+        self.enterContext(mock.patch.object(data_folder, "RESOLUTION", 0.1))
         for change in (self.file.unlink, self.file.touch, self.replace_file):
             files = OpenFiles(self.folder, ["a.db"])
-            os.utime(self.folder, (0, 0))  # so that the folder need not be looked through
+            self.settle()
             self.assertEqual((files.find_replaced(), files.find_replaced()), ("", ""))
             change()
+            self.settle()
             self.assertEqual(files.find_replaced(), "a.db", change.__name__)
 
-    def test_a_change_in_the_same_moment_as_one_before_is_noticed(self):
-        files, now = OpenFiles(self.folder, ["a.db"]), self.folder.stat().st_mtime_ns
+    def test_a_copy_that_is_put_in_place_with_the_old_times_is_noticed(self):
+        self.enterContext(mock.patch.object(data_folder, "RESOLUTION", 0.1))
+        files, times = OpenFiles(self.folder, ["a.db"]), self.folder.stat()
+        self.settle()
         self.assertEqual(files.find_replaced(), "")
         self.replace_file()
-        os.utime(self.folder, ns=(now, now))
+        os.utime(self.folder, ns=(times.st_atime_ns, times.st_mtime_ns))
+        self.settle()
         self.assertEqual(files.find_replaced(), "a.db")
+
+    def test_a_folder_that_was_changed_just_now_is_looked_through_each_time(self):
+        self.assertIsNone(last_changed(str(self.folder)))
 
     def test_a_file_is_named_when_its_folder_is_moved_away_and_another_made(self):
         data = self.folder / "data"
@@ -48,7 +61,6 @@ class OpenFilesTest(unittest.TestCase):
     def make(self, folder):
         folder.mkdir()
         (folder / "a.db").touch()
-        os.utime(folder, (0, 0))
 
 
 class ClaimTest(unittest.TestCase):

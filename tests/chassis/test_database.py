@@ -466,7 +466,7 @@ class ReplacedTest(CatsTest):
             function(*arguments)
         failure = self.cats.to_service_error(caught.exception)
         self.assertIsInstance(failure, ServiceUnavailable, caught.exception)
-        self.assertRegex(failure.detail, "^cats.db: the file cats.db.* was removed or replaced")
+        self.assertRegex(failure.detail, "^cats.db: cats.db.* was removed or replaced")
 
     def test_writes_are_refused_while_a_file_is_gone_or_another_one_and_then_work_again(self):
         for suffix in ("", "-wal", "-shm"):
