@@ -908,6 +908,21 @@ class RefusalTest(ShopTestCase):
         self.assertEqual(shop.lines, ["run_all: cannot make a temporary folder for --fresh: "
                                       "No such file or directory"])
 
+    def test_fresh_data_and_a_data_folder_are_refused_together(self):
+        with process("microshop.run_all", "--fresh", "--data", "data", "--port", "0") as shop:
+            self.assertEqual(shop.status(), 2)
+        self.assertEqual(shop.lines, ["python -m microshop.run_all: --fresh and --data contradict "
+                                      "each other; choose one (see --help)"])
+
+    def test_a_shop_that_may_open_too_few_files_says_so_in_one_line(self):
+        few = ("import resource; from microshop import run_all;"
+               "resource.setrlimit(resource.RLIMIT_NOFILE, (4, 4)); run_all.main()")
+        folder = self.enterContext(tempfile.TemporaryDirectory())
+        with process("tests.after", few, "--data", folder, "--port", "0") as shop:
+            self.assertEqual(shop.status(), 1)
+        self.assertEqual(len(shop.lines), 1, shop.lines)
+        self.assertRegex(shop.lines[0], "^run_all: .*Too many open files$")
+
     def test_a_shop_without_room_for_a_thread_at_its_start_says_so_in_one_line(self):
         with process("tests.after", """if True:
                 import threading

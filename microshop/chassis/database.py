@@ -334,7 +334,9 @@ def is_read_only(path: Path) -> bool:
     SQLite makes a WAL even to read, unless it is told that the file is immutable.
     """
     has_files = [os.path.exists(file) for file in (path, f"{path}-wal")]
-    return has_files == [True, False] and not os.access(path.parent, os.W_OK, effective_ids=True)
+    by_effective_ids = os.access in os.supports_effective_ids
+    may_write = os.access(path.parent, os.W_OK, effective_ids=by_effective_ids)
+    return has_files == [True, False] and not may_write
 
 
 def find_version(database: Database | Transaction) -> int:

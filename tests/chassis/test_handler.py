@@ -51,6 +51,8 @@ class RouteTest(ThingsTest):
                 answer = self.ask(method, "/things")
                 self.assertEqual(answer.status, 405)
                 self.assertEqual(answer.headers.get("allow"), "OPTIONS, GET, HEAD, POST")
+                self.assertEqual(answer.json["detail"], f"/things does not support {method}; "
+                                                        "it supports OPTIONS, GET, HEAD, POST")
 
     def test_a_method_that_http_does_not_have_is_501_on_every_path(self):
         for method in ("BREW", "get"):

@@ -597,6 +597,10 @@ class StreamTest(WireTest):
         self.assert_refused(413, [
             b"65\r\n", b"f" * 16 + b"\r\n", chunks(b"a" * 60, b"a" * 41), chunks(*[b"a"] * 20),
             b"0;" + b"x" * LIMIT + b"\r\n\r\n"], read_chunks)
+        with incoming(chunks(*[b"a"] * 20)) as reader, self.assertRaises(ServiceError) as refusal:
+            read_chunks(reader)
+        self.assertEqual(refusal.exception.detail,
+                         f"the body has too many chunks: {LIMIT} bytes are around them")
 
     def test_a_closing_connection_is_read_until_linger_is_over(self):
         with (mock.patch.object(wire, "LINGER", SOON), connected() as (peer, reader),
