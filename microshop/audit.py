@@ -81,9 +81,10 @@ def find_violations(folder: Path) -> list[str]:
 def attach_files(connection: sqlite3.Connection, folder: Path) -> None:
     """Attach the file of each service, read-only, and check that it is not damaged."""
     if not folder.exists():
-        raise sqlite3.OperationalError("there is no such folder")
+        raise sqlite3.OperationalError("there is no such folder; choose another --data")
     if missing := missing_files(folder):
-        raise sqlite3.OperationalError(f"there is no {', no '.join(missing)}")
+        raise sqlite3.OperationalError(
+            f"there is no {', no '.join(missing)}; choose another --data")
     for name in SERVICES:
         path = (folder / f"{name}.db").absolute()
         uri = f"{path.as_uri()}?mode=ro"

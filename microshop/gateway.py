@@ -3,7 +3,8 @@
 The gateway is a reverse proxy: it forwards each request to the service that the first segment of
 the path names. It also does API composition: it answers with data from several services. An order
 contains only the ids of its user and its product; ?expand= adds the user and the product.
-What to do when a service fails is decided in chassis.client.
+What to do when a service fails is decided in chassis.client. To see what happens to a request,
+read GatewayHandler first.
 
 Law: the gateway knows path prefixes and the links between resources, but no business rules.
 """
@@ -36,8 +37,8 @@ HEALTH_PATHS = {"/health", "/health/live"}
 HOP_BY_HOP = {
     "connection", "keep-alive", "proxy-connection", "proxy-authenticate", "proxy-authorization",
     "te", "trailer", "transfer-encoding", "upgrade"}
-# Headers that the gateway sets itself, or removes, whatever the client sent. It has judged Origin
-# and Sec-Fetch-* already, by the Host that the client sent.
+# Headers of which the client's values are never forwarded. (Origin and Sec-Fetch-* have been
+# checked already, against the client's Host.)
 SET_BY_GATEWAY = {
     "host", "content-length", "expect", "origin", "forwarded", "x-real-ip", "x-request-id",
     "x-request-timeout", "traceparent", "tracestate"}
@@ -94,7 +95,8 @@ def finite(text: str) -> float:
     return number
 
 
-decode = json.JSONDecoder(parse_float=finite, parse_constant=finite).decode  # 3x parse_json's speed
+# Three times as fast as content.parse_json, which also looks for repeated names.
+decode = json.JSONDecoder(parse_float=finite, parse_constant=finite).decode
 
 
 def read_rows(service: str, body: bytes, *keys: str) -> list[dict]:
@@ -190,7 +192,7 @@ class GatewayHandler(Handler):
         return self.pass_back(self.forward(upstream, self.command))
 
     def known_paths(self) -> list[str]:
-        return [f"/{name}" for name in SERVICES]
+        return [*(f"/{name}" for name in SERVICES), "/health"]
 
     def check_client(self) -> None:
         """Raise TooManyRequests above the rate, Forbidden as in Handler, or Unauthorized.

@@ -96,7 +96,7 @@ def find_orders(database: Database, status: str | None, page: Page) -> list[dict
 
     Only orders with this status are returned; if it is None, all except the rejected ones.
     """
-    # The plus keeps SQLite from reading all orders of that status in an index to find the ids.
+    # The + keeps SQLite from using the index on status: it is faster to look up the ids.
     chosen = "id IN (SELECT value FROM json_each(:ids)) AND +" if page.ids else ""
     listed = "status = :status" if status else "status != 'rejected'"
     return database.rows(
@@ -177,10 +177,10 @@ def move_order(database: Database, order_id: int, status: str,
 
 
 def postpone_order(database: Database, order_id: int) -> None:
-    """Put off an unfinished order for as long as it has had its status, at most RETRY_LAST.
+    """Put off an unfinished order: if it has had its status for 3 s, for 3 s more.
 
-    So the waits double at first (exponential backoff). A random part is taken off (jitter), so that
-    orders that failed together are not all retried together.
+    So the waits double (exponential backoff), up to RETRY_LAST. A random part is taken off
+    (jitter), so that orders that failed together are not all retried together.
     """
     # If the clock was set back, `since` is in the future: hence abs().
     database.write(
@@ -199,7 +199,8 @@ def finish_rejected(database: Database, order_id: int) -> None:
 def find_due(database: Database) -> list[int]:
     """Return the ids of orders that should be resumed now, up to 100.
 
-    If an order is due later than any is meant to be, the clock was set back: it is due now.
+    A due time further ahead than the longest wait means that the clock was set back: it counts as
+    now.
     """
     now = time.time()
     rows = database.rows(
@@ -209,9 +210,9 @@ def find_due(database: Database) -> list[int]:
 
 
 def make_old_due(database: Database, started: float) -> None:
-    """Make every unfinished order due now that got its status before this process started.
+    """Make every unfinished order due now whose status is older than this process.
 
-    Its worker has ended, together with the process before this one.
+    Its worker ended together with an earlier process.
     """
     database.write("UPDATE orders SET due = 0 WHERE due IS NOT NULL AND since < ?", [started])
 
@@ -283,8 +284,8 @@ class Saga:
         """Take the units out of the stock. Raises Conflict, UnprocessableContent, BadGateway.
 
         The reservation has an id, by which products recognizes a repeated request. A refusal that
-        says how many units are available is about the stock, and decides. Any other is about the
-        id: it decides nothing, and the order is resumed with a new id.
+        says how many units are available is about the stock, and decides. Any other rejects only
+        the id: the order stays pending, and is tried again with a new one.
         """
         content = {"productId": self.order["productId"], "quantity": self.order["quantity"]}
         reply = self.ask(self.service.products, "PUT", f"/reservations/{self.reservation}",

@@ -74,6 +74,7 @@ class UsersHandler(Handler):
 
     def replace_user(self, user_id: int) -> Answer:
         fields = self.read_fields(FIELDS)
+        # changing() raises if there is no such user, or if If-Match does not fit (404, 412).
         with self.changing(find_user, user_id) as transaction:
             user = change_user(transaction, user_id, fields)
         return Answer(user)

@@ -283,7 +283,8 @@ class FolderTest(AuditTest):
         self.copy_to(self.working / "data")
         (self.working / "data" / "orders.db").unlink()
         self.assertEqual(self.run_audit(), (
-            1, ["audit: cannot read the databases in data: there is no orders.db"]))
+            1, ["audit: cannot read the databases in data: there is no orders.db; "
+                "choose another --data"]))
 
     def test_a_folder_that_the_environment_names_is_audited_alone(self):
         self.copy_to(self.working / "data")
