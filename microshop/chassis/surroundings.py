@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+MOST_FILES = 10_240
+
 
 def prepare() -> None:
     """Repair what this process has inherited."""
@@ -64,7 +66,12 @@ def hangup_blocked() -> Iterator[None]:
 
 
 def raise_file_limit() -> None:
-    """Allow as many open files as the system does: the usual 1,024 are too few, but will do."""
-    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
+    """Allow as many open files as the system does: the usual 1,024 are too few, but will do.
+
+    macOS says that there is no limit, and then refuses more than MOST_FILES.
+    """
+    soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for limit in (hard_limit, max(soft_limit, MOST_FILES)):
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard_limit))
+            return

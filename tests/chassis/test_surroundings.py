@@ -65,9 +65,20 @@ class SurroundingsTest(unittest.TestCase):
             def refuse(*_): raise errors.pop()
             surroundings.resource.setrlimit = refuse
             surroundings.prepare()
-            surroundings.prepare()
             print(errors)""")
         self.assertEqual(done, (0, "[]\n"), "setrlimit() should have failed twice")
+
+    def test_a_system_that_knows_no_limit_but_has_one_gets_fewer_files(self):
+        done = run("""
+            wanted, unlimited = [], surroundings.resource.RLIM_INFINITY
+            def set_limit(_, limits):
+                wanted.append(limits[0])
+                if limits[0] == unlimited: raise ValueError  # as on macOS
+            surroundings.resource.getrlimit = lambda _: (256, unlimited)
+            surroundings.resource.setrlimit = set_limit
+            surroundings.prepare()
+            print(wanted == [unlimited, surroundings.MOST_FILES])""")
+        self.assertEqual(done, (0, "True\n"))
 
 
 if __name__ == "__main__":
