@@ -9,13 +9,13 @@ endif
 
 help:
 	@echo 'make run        start the shop at http://localhost:3000 (Ctrl-C stops it)'
-	@echo 'make test       run all tests (less than a minute)'
+	@echo 'make test       run all tests (about a minute)'
 	@echo 'make test-all   run them with every Python from 3.11 on that is found here'
 	@echo 'make lint       check the style, and the types if mypy is installed'
 	@echo 'make bench      measure the speed beside a textbook version (five minutes)'
-	@echo 'make chaos      kill processes for a minute while clients place orders, and count losses'
+	@echo 'make chaos      inject faults for a minute while clients place orders, and count losses'
 	@echo 'make fuzz       send damaged requests for a minute'
-	@echo 'make soak       five minutes of slow clients, overload, restarts and kills'
+	@echo 'make soak       five minutes of slow clients, overload, restarts, kills, unread logs'
 	@echo 'make clean      delete caches; your data folder stays'
 	@echo '(Python here: $(PYTHON). Another one: make test PYTHON=python3.12)'
 
