@@ -114,7 +114,7 @@ class ConnectionPool:
                                      check_same_thread=False)
         try:
             connection.row_factory = sqlite3.Row
-            connection.execute("PRAGMA journal_mode = WAL")  # writes only if it had another mode
+            set_wal_mode(connection)
             connection.execute("PRAGMA synchronous = FULL")  # less may lose commits (power failure)
             connection.execute("PRAGMA foreign_keys = ON")
             connection.execute("PRAGMA schema_version")  # opens the WAL and its index
@@ -337,6 +337,23 @@ def is_read_only(path: Path) -> bool:
     by_effective_ids = os.access in os.supports_effective_ids
     may_write = os.access(path.parent, os.W_OK, effective_ids=by_effective_ids)
     return has_files == [True, False] and not may_write
+
+
+def set_wal_mode(connection: sqlite3.Connection) -> None:
+    """Choose WAL mode, which writes to the file only if it has another mode. Raises sqlite3.Error.
+
+    SQLite does not wait if another process is changing the mode, as at a first start: so we do.
+    """
+    deadline = time.monotonic() + BUSY_TIMEOUT
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            is_busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+            if not is_busy or time.monotonic() > deadline:
+                raise
+        time.sleep(POLL)
 
 
 def find_version(database: Database | Transaction) -> int:

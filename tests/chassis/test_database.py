@@ -65,6 +65,13 @@ class SchemaTest(CatsTest):
             self.assertEqual(together(*[start] * 8), [None] * 8, "a start failed")
         self.assertEqual(self.count_cats(self.open()), 1)
 
+    def test_a_first_start_waits_while_another_process_writes_to_the_new_file(self):
+        with contextlib.closing(sqlite3.connect(self.path, isolation_level=None)) as other:
+            other.execute("CREATE TABLE dogs (name)")  # the file is not in WAL mode yet
+            other.execute("BEGIN IMMEDIATE")
+            with mock.patch.object(database.time, "sleep", lambda seconds: other.rollback()):
+                self.assertEqual(self.names(self.open()), ["Mia"])
+
 
 class LockedTest(CatsTest):
     """Another process, like a backup, holds the write lock of the file."""
