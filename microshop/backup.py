@@ -48,7 +48,8 @@ def check(settings: Namespace) -> None:
 
 def open_files(folder: Path) -> sqlite3.Connection:
     """Return a connection to the files of all services. Raises sqlite3.Error."""
-    connection = sqlite3.connect(":memory:", LOCK_TIME, isolation_level=None, uri=True)
+    connection = sqlite3.connect(
+        ":memory:", timeout=LOCK_TIME, isolation_level=None, uri=True)
     for name in SERVICES:
         uri = (folder / f"{name}.db").absolute().as_uri()
         connection.execute(f"ATTACH ? AS {name}_file", [f"{uri}?mode=rw"])

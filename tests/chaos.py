@@ -280,7 +280,8 @@ class Shop(Process):
 
     def lock(self, name: str) -> None:
         """Lock a database against writes, as a backup might, and kill its service meanwhile."""
-        lock = sqlite3.connect(self.folder / f"{name}.db", SETTLE_TIME, isolation_level=None)
+        lock = sqlite3.connect(
+            self.folder / f"{name}.db", timeout=SETTLE_TIME, isolation_level=None)
         self.locks[name] = lock
         lock.execute("BEGIN IMMEDIATE")
         self.send(name, signal.SIGKILL)

@@ -157,7 +157,7 @@ class RefusalTest(BackupTest):
             with (mock.patch.object(backup, "LOCK_TIME", 0.01),
                   self.assertRaisesRegex(sqlite3.OperationalError, "is locked")):
                 backup.back_up(self.folder, self.target)
-        with contextlib.closing(sqlite3.connect(self.folder / "users.db", 0)) as service:
+        with contextlib.closing(sqlite3.connect(self.folder / "users.db", timeout=0)) as service:
             service.execute("BEGIN IMMEDIATE")  # this file is not locked any more
         self.assertFalse(self.target.exists())
 

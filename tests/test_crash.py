@@ -20,6 +20,7 @@ from unittest import mock
 from microshop import SERVICES, audit, orders
 from microshop.chassis import server
 from microshop.chassis.access_log import AccessLog
+from microshop.chassis.resilience import CircuitBreaker
 from microshop.chassis.server import Service
 from microshop.orders import Orders
 from microshop.products import Products
@@ -78,6 +79,9 @@ class CrashTests:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
         cls.names = map("key {}".format, itertools.count())
         cls.enterClassContext(mock.patch.multiple(orders, POLL=0.002, RETRY_FIRST=0.01))
+        # The background asks a service again and again while it is away: no breaker may open, or
+        # the client that comes back next would not be answered at once.
+        cls.enterClassContext(mock.patch.multiple(CircuitBreaker, IN_A_ROW=1000, RECENT=1000))
         cls.enterClassContext(mock.patch.object(AccessLog, "event"))
         cls.enterClassContext(mock.patch.object(Service, "allow_reuse_port", True))
         cls.enterClassContext(mock.patch.object(server, "LAST_LOOK", 0))
