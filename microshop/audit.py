@@ -11,7 +11,6 @@ violation or a file cannot be read, 2 if there is nothing to check.
 Law: it only reads; it changes and repairs nothing.
 """
 import contextlib
-import os
 import re
 import sqlite3
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from microshop import SERVICES
 from microshop.chassis import config, surroundings
+from microshop.chassis.data_folder import missing_files
 
 PATIENCE = 60  # seconds within which an order must be finished
 DEFAULT = Path("data")
@@ -82,7 +82,7 @@ def attach_files(connection: sqlite3.Connection, folder: Path) -> None:
     """Attach the file of each service, read-only, and check that it is not damaged."""
     if not folder.exists():
         raise sqlite3.OperationalError("there is no such folder; choose another --data")
-    if missing := missing_files(folder):
+    if missing := missing_files(folder, SERVICES):
         raise sqlite3.OperationalError(
             f"there is no {', no '.join(missing)}; choose another --data")
     for name in SERVICES:
@@ -121,16 +121,10 @@ def find_folders() -> list[Path]:
     Those are in the system's temporary folder; only the ones with all databases are returned.
     """
     temporary = sorted(Path(tempfile.gettempdir()).glob("microshop-*"))
-    folders = [folder for folder in temporary if not missing_files(folder)]
-    if len(missing_files(DEFAULT)) < len(SERVICES):
+    folders = [folder for folder in temporary if not missing_files(folder, SERVICES)]
+    if len(missing_files(DEFAULT, SERVICES)) < len(SERVICES):
         folders.insert(0, DEFAULT)
     return folders
-
-
-def missing_files(folder: Path) -> list[str]:
-    """Return the names of the databases that a folder lacks, or that we may not see."""
-    names = [f"{name}.db" for name in SERVICES]
-    return [name for name in names if not os.path.exists(folder / name)]
 
 
 def refuse_empty_flag(settings: Namespace) -> None:

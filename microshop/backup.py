@@ -14,7 +14,6 @@ Exit status: 0 if all was copied, 1 if a file cannot be read or written, 2 if a 
 
 Law: it changes no database of the shop.
 """
-import os
 import sqlite3
 import sys
 from argparse import Namespace
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from microshop import SERVICES
 from microshop.chassis import config, surroundings
+from microshop.chassis.data_folder import missing_files
 
 LOCK_TIME = 1.0  # seconds to wait for each write lock; the services wait for one up to 3 s
 
@@ -39,8 +39,7 @@ def check(settings: Namespace) -> None:
         raise ValueError("--to is missing: the new folder for the copies")
     if settings.to.exists() and any(settings.to.iterdir()):
         raise ValueError(f"--to: {settings.to} is not empty; choose a new folder")
-    names = [f"{name}.db" for name in SERVICES]
-    if missing := [name for name in names if not os.path.exists(settings.data / name)]:
+    if missing := missing_files(settings.data, SERVICES):
         raise ValueError(f"--data: there is no {', no '.join(missing)} in {settings.data}")
     if settings.to.resolve().is_relative_to(settings.data.resolve()):
         raise ValueError(f"--to: {settings.to} is inside {settings.data}, which a restore replaces")

@@ -8,7 +8,7 @@ Law: nothing here knows what is in the files.
 import fcntl
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 RESOLUTION = 2.0  # seconds: the coarsest of the times that file systems keep
@@ -70,6 +70,12 @@ def last_changed(folder: str) -> tuple[Identity, int] | None:
     if time.time() - found.st_ctime < RESOLUTION:
         return None
     return (found.st_dev, found.st_ino), found.st_ctime_ns
+
+
+def missing_files(folder: Path, services: Iterable[str]) -> list[str]:
+    """Return the names of the services' databases that a folder lacks, or that we may not see."""
+    names = [f"{service}.db" for service in services]
+    return [name for name in names if not os.path.exists(folder / name)]
 
 
 def claim(folder: Path, shared: bool) -> int:

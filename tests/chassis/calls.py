@@ -118,6 +118,17 @@ class ClientTest(unittest.TestCase):
                 for instance in instances]
         return Upstream("users", urls, clock=self.time.monotonic, **settings)
 
+    def make_hanging_stub(self) -> tuple[threading.Event, Callable[[socket.socket], None]]:
+        """Return an event, and a stub that answers ALICE once the event is set."""
+        go_on, stub = threading.Event(), Stub(ALICE)
+        self.addCleanup(go_on.set)
+
+        def hang(connection: socket.socket) -> None:
+            go_on.wait(PATIENCE)
+            stub(connection)
+
+        return go_on, hang
+
     def refusing_url(self) -> str:
         """Return a base URL whose port is taken, but refuses connections."""
         taken = self.enterContext(socket.socket())

@@ -201,14 +201,8 @@ class LoadBalancingTest(ClientTest):
         self.assertEqual(bodies, [b"Alice", b"Bob", b"Alice", b"Bob"])
 
     def test_the_instance_with_the_fewest_requests_in_flight_is_called(self):
-        go_on, busy, idle = threading.Event(), Stub(ALICE), Stub(BOB)
-        self.addCleanup(go_on.set)
-
-        def hang(connection: socket.socket) -> None:
-            go_on.wait(PATIENCE)
-            busy(connection)
-
-        users = self.serve(hang, idle)
+        go_on, hang = self.make_hanging_stub()
+        users = self.serve(hang, Stub(BOB))
         with ThreadPoolExecutor(1) as pool:
             first = pool.submit(self.call, users)
             wait_until(lambda: users.instances[0].in_flight)
@@ -382,13 +376,7 @@ class CircuitBreakerTest(ClientTest):
                                    msg=f"seconds to wait, with {left} s left")
 
     def test_a_burst_of_calls_after_the_pause_waits_for_the_first_to_succeed(self):
-        go_on, stub = threading.Event(), Stub(ALICE)
-        self.addCleanup(go_on.set)
-
-        def hang(connection: socket.socket) -> None:
-            go_on.wait(PATIENCE)
-            stub(connection)
-
+        go_on, hang = self.make_hanging_stub()
         users = self.serve(hang)
         open_breaker(users.instances[0].breaker)
         self.time.now += 30
@@ -439,13 +427,7 @@ class BulkheadTest(ClientTest):
         return details[0]
 
     def test_a_service_that_hangs_occupies_a_limited_number_of_calls(self):
-        go_on, stub = threading.Event(), Stub(ALICE)
-        self.addCleanup(go_on.set)
-
-        def hang(connection: socket.socket) -> None:
-            go_on.wait(PATIENCE)
-            stub(connection)
-
+        go_on, hang = self.make_hanging_stub()
         users = self.serve(hang, max_in_flight=2)
         with ThreadPoolExecutor(3) as pool:
             hung = [pool.submit(self.call, users) for _ in range(2)]
