@@ -20,8 +20,8 @@ Each module in this folder runs as a process of its own, except this one (an ove
 
 The life of GET /users/1, from the client and back:
 
-  1. gateway    chassis.listener accepts the connection and gives it a thread. chassis.wire reads
-                the request, strictly; chassis.handler gives it a request id
+  1. gateway    chassis.listener accepts the connection; when the request comes, it gets a turn
+                (chassis.turns). chassis.wire reads it, strictly; chassis.handler gives it an id
   2. gateway    GatewayHandler.dispatch looks at the first segment, `users`, and forwards
   3. gateway    chassis.client chooses an instance of the service, sends the request on a kept-alive
                 connection and reads the response; if there is none, it may retry
@@ -35,9 +35,9 @@ The life of an order is the saga in orders.py. A handler returns its answer or r
 chassis.errors.ServiceError; it never writes to a socket.
 
 To learn the pattern in thirty minutes, read users.py, gateway.py and orders.py. To read it all, go
-on with products.py, then chassis/: server, listener, handler, answer, wire, resilience, client,
-connections, child, supervisor. A "Law" in a module's docstring says what must not be in the module;
-tests/test_laws.py checks it.
+on with products.py, then chassis/: server, listener, turns, handler, answer, wire, resilience,
+client, connections, child, supervisor. A "Law" in a module's docstring says what must not be in the
+module; tests/test_laws.py checks it.
 """
 import os
 import sys

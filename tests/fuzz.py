@@ -40,7 +40,7 @@ from microshop.chassis.errors import ServiceError
 from microshop.chassis.handler import REQUEST_ID
 from microshop.gateway import Gateway
 from tests.chassis.test_wire import loose_end
-from tests.helpers import PATIENCE, Wire, ask, running, running_shop
+from tests.helpers import PATIENCE, Wire, ask, await_message, running, running_shop
 
 Dice = random.Random
 
@@ -298,7 +298,7 @@ def read(data: bytes, points: list[int]) -> list[Seen]:
     def position() -> int:
         return len(data) - sum(map(len, feed.pieces)) - len(stream._buffer) + stream._start
 
-    while (not seen or seen[-1].outcome == "accepted") and stream.await_message(PATIENCE):
+    while (not seen or seen[-1].outcome == "accepted") and await_message(stream):
         start, end, request, body = position(), 0, None, b""
         try:
             request = wire.parse_request(stream.read_head())

@@ -26,7 +26,7 @@ from unittest import mock
 from microshop import SERVICES
 from microshop import orders as orders_module
 from microshop.audit import find_violations
-from microshop.chassis import access_log, database
+from microshop.chassis import access_log, database, wire
 from microshop.chassis.server import Service
 from microshop.orders import Orders
 from microshop.products import Products
@@ -109,6 +109,17 @@ def wait_until(condition: Callable[[], Any], what: str = "a condition") -> None:
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {PATIENCE:g} s in vain for {what}")
         threading.Event().wait(0.005)
+
+
+def await_message(stream: wire.Stream) -> bool:
+    """Wait for a message to begin; return False if the stream ends instead."""
+    try:
+        while not stream.has_message():
+            stream.deadline = time.monotonic() + PATIENCE
+            stream.fill()
+    except (OSError, EOFError):
+        return False
+    return True
 
 
 def exchange(port: int, data: bytes) -> list[Answered]:

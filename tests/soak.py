@@ -36,6 +36,7 @@ from typing import NamedTuple
 
 from microshop import SERVICES
 from microshop.audit import find_violations
+from microshop.chassis.turns import MAX_SPARE
 from microshop.products import Products
 from tests import bench, chaos, load
 from tests.helpers import TOP, Answered, clean_environment, service_of
@@ -45,9 +46,9 @@ WATCH_TIME = 20.0                         # seconds to watch a connection that s
 AT_ONCE = 1.0                             # seconds
 SLOW_CLIENTS, SLOW_REQUESTS = 500, 10_000
 PIECE, PAUSE = (1, 9), (0.01, 0.09)       # bytes that a slow client sends, and seconds between
-# What a second crowd may leave in a process. Descriptors: the connections to a database are
-# opened when they are first needed, with two files each.
-MORE = {"{:+} threads": 0, "{:+} descriptors": 16, "{:+.1f} MiB": 16}
+# What a second crowd may leave in a process: spare threads; and descriptors, since the connections
+# to a database are opened when they are first needed, with two files each.
+MORE = {"{:+} threads": MAX_SPARE, "{:+} descriptors": 16, "{:+.1f} MiB": 16}
 IDLE, NEWCOMERS, MOST = 1000, 100, 1024   # connections; MOST is the default of --max-connections
 IDLE_MEMORY = 64                          # KiB for each
 DRIPS, SILENT = 20, 10                    # connections of each kind
@@ -110,7 +111,7 @@ class Report:
 # --- what processes hold
 
 class Holding(NamedTuple):
-    """Threads and descriptors of a process, without those of pooled connections, and its MiB."""
+    """Threads of a process, its descriptors without pooled connections, and its MiB."""
 
     threads: int
     files: int
@@ -121,29 +122,26 @@ HAS_PROC = Path("/proc/self/task").is_dir() and Path("/proc/net/tcp").exists()
 
 
 def hold_of(pid: int, ports: Sequence[int] = ()) -> Holding:
-    """Return what a process holds, without its pooled connections to these `ports`."""
+    """Return what a process holds; pooled connections to these `ports` do not count."""
     if not HAS_PROC:
         return Holding(math.nan, math.nan, math.nan)
     process, files = Path(f"/proc/{pid}"), []
     for link in (process / "fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
             files.append(os.readlink(link))
-    serving, asking = pooled_sockets(ports)
+    pooled = pooled_sockets(ports)
     threads = len(list((process / "task").iterdir()))
     pages = int((process / "statm").read_text().split()[1])
-    return Holding(threads - len(serving.intersection(files)),  # each is served by a thread
-                   len([file for file in files if file not in serving | asking]),
+    return Holding(threads, len([file for file in files if file not in pooled]),
                    pages * resource.getpagesize() / 2**20)
 
 
-def pooled_sockets(ports: Sequence[int]) -> tuple[set[str], set[str]]:
-    """Return the sockets of connections to these ports: those of their servers, and of clients."""
+def pooled_sockets(ports: Sequence[int]) -> set[str]:
+    """Return the sockets, at both ends, of connections to these ports."""
     ends = [f"0100007F:{port:04X}" for port in ports]  # as /proc/net/tcp writes 127.0.0.1
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
     connections = [row for row in rows if row[3] != "0A"]  # a row of that state is a listener
-    serving, asking = ({f"socket:[{row[9]}]" for row in connections if row[end] in ends}
-                       for end in (1, 2))
-    return serving, asking
+    return {f"socket:[{row[9]}]" for row in connections if row[1] in ends or row[2] in ends}
 
 
 def find_growth(before: dict[str, Holding], after: dict[str, Holding]) -> list[Figure]:
@@ -403,7 +401,7 @@ class Soak:
             before, began = self.holdings(), time.monotonic()
             answers = await crowd(self.port, SLOW_CLIENTS, requests, self.dice)
             took = time.monotonic() - began
-            await until(lambda: not any(now.threads > fresh[name].threads
+            await until(lambda: not any(now.threads > fresh[name].threads + MAX_SPARE
                                         for name, now in self.holdings().items()))
         return [Figure(f"{{}} of {requests} requests of {SLOW_CLIENTS} clients answered 200",
                        answers.pop(200, 0), least=requests),

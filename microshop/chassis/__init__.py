@@ -2,7 +2,8 @@
 
 A process
     server       Service: the life of a process: listen, drain, close
-    listener     how connections are admitted, each to a thread of its own
+    listener     how connections are admitted, served and closed
+    turns        which request is answered next, and by which thread
     handler      Handler: the requests of one connection: route, answer, errors
     answer       an answer as the bytes of a response
     admission    which requests are admitted: rate limit and bearer token

@@ -4,8 +4,9 @@ A subclass of Handler has methods and a table, `routes`, that says which path ea
 method returns an Answer or raises a ServiceError; answer.py turns either into bytes. Where
 http.server is too lenient or too slow, this module replaces it; the comments say why.
 
-For each request: handle_one_request -> respond -> read_request, then find_answer -> check_client,
-then dispatch -> the route's method. The gateway overrides check_client and dispatch.
+When something has arrived on a connection, its thread for this turn calls answer_arrived. For each
+request: handle_one_request -> respond -> read_request, then find_answer -> check_client, then
+dispatch -> the route's method. The gateway overrides check_client and dispatch.
 
 Law: routes write to no socket; they return or raise. Nothing here knows what a route is about.
 """
@@ -23,7 +24,7 @@ from microshop.chassis import config, wire
 from microshop.chassis.access_log import make_request_id
 from microshop.chassis.admission import SAFE_METHODS, is_cross_origin
 from microshop.chassis.answer import (
-    IDLE_TIME, NO_STORE, Answer, RequestContext, check_preconditions, entity_tag, format_answer,
+    NO_STORE, Answer, RequestContext, check_preconditions, entity_tag, format_answer,
     problem_answer, represent)
 from microshop.chassis.content import (
     MAX_INTEGER, FieldTable, Page, encode, next_query, parse_json, parse_page, validate)
@@ -147,16 +148,27 @@ class RequestReader(BaseHTTPRequestHandler):
 
 
 class ConnectionHandler(RequestReader):
-    """The life of a connection: read a request, answer it, log it, and wait for the next."""
+    """What is done with each request of a connection: read it, answer it, log it."""
 
     disable_nagle_algorithm = True  # Nagle's algorithm may delay an answer by 40 ms
 
+    def handle(self) -> None:
+        """Do nothing yet, when a handler is made: listener calls answer_arrived() later."""
+
+    def answer_arrived(self) -> bool:
+        """Answer the requests that have arrived; return whether the connection stays open."""
+        self.stream.deadline = time.monotonic() + HEAD_TIME
+        try:
+            self.stream.fill()
+        except (OSError, EOFError):  # the end has arrived
+            return False
+        self.close_connection = False
+        while self.stream.has_message() and not self.close_connection:
+            self.handle_one_request()
+        return not self.close_connection
+
     def handle_one_request(self) -> None:
-        """Read a request and answer it; handle() calls this until close_connection is true."""
-        self.server.connections.note_idle(self.connection)
-        self.close_connection = True
-        if not self.stream.await_message(IDLE_TIME):
-            return
+        """Read a request and answer it; then close_connection says whether it was the last."""
         self.server.connections.note_busy(self.connection)
         started = time.perf_counter()
         self.begin_request()
@@ -168,9 +180,9 @@ class ConnectionHandler(RequestReader):
             self.close_connection, status = True, CLIENT_GONE
         elapsed = time.perf_counter() - started
         self.server.log.request(self.request_id, self.command, self.path, status, elapsed)
+        self.server.connections.note_idle(self.connection)
         if self.close_connection and status != CLIENT_GONE:
-            self.server.connections.note_idle(self.connection)  # it may be closed to make room
-            self.stream.linger()
+            self.stream.linger()  # meanwhile, it may be closed to make room
 
     def respond(self) -> tuple[int, bytes]:
         """Return the status and the bytes of the answer to the request that has begun to arrive."""
@@ -266,6 +278,8 @@ class Handler(ConnectionHandler):
 
     def find_answer(self) -> Answer:
         self.check_client()
+        if self.command not in SAFE_METHODS:  # it will wait, and writes that wait share a commit
+            self.server.turns.give_up()
         given = self.headers.get("x-request-timeout")
         self.deadline = find_deadline(given, self.server.settings.timeout)
         return self.dispatch()

@@ -1,11 +1,12 @@
-"""Admitting connections: at most `max_connections` of them, each in a thread of its own.
+"""Admitting connections: at most `max_connections` of them.
 
 Where socketserver does not fit, this module replaces it; the comments say why. What happens on a
 connection is in handler.py.
 
 The accept loop is serve_forever. For each connection, socketserver calls get_request and then
-process_request, which starts a thread; there, a new handler runs setup, handle and finish; then
-shutdown_request.
+process_request. ThreadingHTTPServer would start a thread there; here, the connection waits in
+turns.py until a request arrives and a thread has a turn. That thread calls _serve, which answers
+the request and lets the connection wait again, or calls shutdown_request.
 
 Law: nothing here reads a request.
 """
@@ -20,14 +21,18 @@ import time
 import traceback
 from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
 from microshop.chassis import wire
 from microshop.chassis.access_log import AccessLog, make_request_id
-from microshop.chassis.answer import RequestContext, format_answer, problem_answer, represent
+from microshop.chassis.answer import (
+    IDLE_TIME, RequestContext, format_answer, problem_answer, represent)
 from microshop.chassis.errors import RETRY_SOON, ServiceUnavailable
+from microshop.chassis.turns import PATIENCE, Turns
 
+IDLE_LOOK = 1.0       # seconds between two looks for connections that have been idle too long
 POLL = 0.05           # seconds that the accept loop may need to notice that it should stop
 BODY_MEMORY = 64 * 1024 * 1024  # bytes of the request bodies that are held at a time
 MAX_REJECTED = 64     # connections that were answered 503 and are not closed yet
@@ -160,6 +165,7 @@ class Listener(ThreadingHTTPServer):
     timeout = 0                # handle_request() must not wait if another process took the client
     is_stopping = False        # the accept loop must end
     log: AccessLog
+    turns: Turns
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler],
                  max_connections: int):
@@ -167,12 +173,14 @@ class Listener(ThreadingHTTPServer):
         self.connections = OpenConnections()
         self.rejected = RejectedConnections()
         self.body_memory = BodyMemory(BODY_MEMORY)
+        self._close_idle_at = 0.0  # of time.monotonic
         super().__init__(address, handler)
 
     def serve_forever(self, poll_interval: float = POLL) -> None:
         """Accept connections until shutdown() is called."""
         while not self.is_stopping:
-            if select.select([self], [], [], poll_interval)[0]:
+            pause = PATIENCE if self.turns.is_busy() else poll_interval
+            if select.select([self], [], [], pause)[0]:
                 self.handle_request()
             self.service_actions()
 
@@ -198,18 +206,30 @@ class Listener(ThreadingHTTPServer):
         return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a connection in a thread of its own; answer 503 if there is no room for it."""
+        """Let a connection wait for its first request; answer 503 if there is no room for it."""
         is_full = len(self.connections) >= self.max_connections
         if is_full and not self.connections.close_oldest():
             self._reject(request)
             return
-        self.connections.note_idle(request)  # here, not in its thread, so that drain() misses none
+        self.connections.note_idle(request)
+        handler = self.RequestHandlerClass(request, client_address, self)  # type: ignore[arg-type]
+        self._await_request(handler)
+
+    def _await_request(self, handler: Any) -> None:
+        """Call _serve() in a turn, once something has arrived on a connection."""
+        self.turns.when_readable(handler.connection.fileno(), partial(self._serve, handler))
+
+    def _serve(self, handler: Any) -> None:
+        """Answer what has arrived on a connection; then let it wait for more, or close it."""
+        is_kept = False
         try:
-            super().process_request(request, client_address)
-        except RuntimeError as error:  # the system has no room for another thread
-            self.connections.forget(request)
-            self._log_no_room(str(error))
-            self._reject(request)
+            is_kept = handler.answer_arrived()
+        except Exception:
+            self.handle_error(handler.connection, handler.client_address)
+        if is_kept:
+            self._await_request(handler)
+        else:
+            self.shutdown_request(handler.connection)
 
     def _reject(self, connection: socket.socket) -> None:
         """Answer 503 at once, without a thread."""
@@ -223,8 +243,13 @@ class Listener(ThreadingHTTPServer):
         self.log.event(f"- no room for another connection: {why}", "no room")
 
     def service_actions(self) -> None:
-        """Close rejected connections that are due, on each turn of the accept loop."""
+        """Do what is due, in each round of the accept loop."""
+        self.turns.end_overdue()
         self.rejected.close_due()
+        now = time.monotonic()
+        if now >= self._close_idle_at:
+            self._close_idle_at = now + IDLE_LOOK
+            self.connections.close_idle(IDLE_TIME)
 
     def shutdown_request(self, request: Any) -> None:
         self.connections.forget(request)

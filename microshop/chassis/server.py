@@ -25,6 +25,7 @@ from microshop.chassis.client import Client
 from microshop.chassis.data_folder import FolderUnusable, claim
 from microshop.chassis.database import Database, DatabaseUnusable
 from microshop.chassis.listener import Listener
+from microshop.chassis.turns import Turns
 
 LAST_LOOK = 0.25      # seconds at shutdown in which an idle connection may still bring a request
 HEARTBEAT = 0.25      # seconds between two heartbeats to the supervisor
@@ -102,6 +103,7 @@ class Service(Listener):
     port = 0
     handler: type[BaseHTTPRequestHandler]
     schema: Sequence[Sequence[str]] = ()
+    turn_count = 1  # threads that work on requests at a time; more pay off if requests wait
     client: Client | None = None  # for calls to other services
     token = ""  # the bearer token that writes must carry; only the gateway has one
     options: Sequence[config.Setting] = (config.HOST, config.DATA, config.TIMEOUT, config.QUIET)
@@ -120,6 +122,7 @@ class Service(Listener):
         except DatabaseUnusable:
             self.server_close()
             raise
+        self.turns = Turns(self.turn_count)
         # Under run_all, the label in front of each line names the process already.
         self.log = AccessLog("" if settings.supervised else self.name, settings.quiet)
 
@@ -215,6 +218,7 @@ class Service(Listener):
         self.server_close()
         while self.connections and time.monotonic() < began + self.settings.grace:
             self.connections.close_idle(LAST_LOOK)
+            self.turns.end_overdue()
             if self.heartbeat:
                 self.heartbeat.beat()
             time.sleep(0.01)
@@ -228,6 +232,7 @@ class Service(Listener):
         if self.heartbeat:
             self.heartbeat.close()
         self.rejected.close()
+        self.turns.close()
         if self.client:
             self.client.close()
         if self.schema:

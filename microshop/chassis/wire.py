@@ -29,7 +29,6 @@ ADDED_BYTES = 1024           # bytes beyond MAX_HEAD for what our gateway adds, 
 ADDED_FIELDS = 10            # header fields beyond MAX_FIELDS for the same
 MAX_BODY = 1024 * 1024       # bytes of a request's body
 MAX_CHUNK_LINE = 1024        # bytes of a chunk's size and extensions
-MAX_EMPTY = 20               # reads that may bring only empty lines before a message
 RECEIVE_SIZE = 64 * 1024     # bytes to ask the kernel for at once
 LINGER = 1.0                 # seconds for which a closing connection is still read
 PRECISION = 0.01             # seconds by which a deadline may be missed, to save system calls
@@ -318,22 +317,14 @@ class Stream(TimedConnection):
         self._buffer = self._buffer[self._start:] + self.receive(RECEIVE_SIZE)
         self._start = 0
 
-    def await_message(self, timeout: float) -> bool:
-        """Wait at most `timeout` seconds for a message to begin; return whether one has.
+    def has_message(self) -> bool:
+        """Return whether a message has begun to arrive.
 
         Empty lines before a message are skipped (RFC 9112 section 2.2).
         """
-        self.deadline = time.monotonic() + timeout
-        try:
-            for _ in range(MAX_EMPTY):
-                while self._buffer.startswith(b"\r\n", self._start):
-                    self._start += 2
-                if self._buffer[self._start:] not in (b"", b"\r"):  # a CR may begin an empty line
-                    return True
-                self.fill()
-        except (OSError, EOFError):
-            pass
-        return False
+        while self._buffer.startswith(b"\r\n", self._start):
+            self._start += 2
+        return self._buffer[self._start:] not in (b"", b"\r")  # a CR may begin an empty line
 
     def read_head(self) -> str:
         """Return the next head, without the empty line that ends it.

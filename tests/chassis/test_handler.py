@@ -5,7 +5,7 @@ import socket
 import unittest
 from unittest import mock
 
-from microshop.chassis import handler, wire
+from microshop.chassis import handler, listener, wire
 from tests.chassis.things import (
     GET, POST, THINGS, ConnectionsTest, StoredThings, Things, ThingsTest, stopped_clock)
 from tests.helpers import PATIENCE, Wire, ask, exchange, flush, running, wait_until
@@ -427,8 +427,19 @@ class KeptConnectionTest(ThingsTest):
         self.assertNotIn("keep-alive", closed.headers)
 
     def test_a_connection_that_stays_idle_is_closed_without_an_answer(self):
-        with mock.patch.object(handler, "IDLE_TIME", 0.01), Wire(self.port) as connection:
+        with (mock.patch.multiple(listener, IDLE_TIME=0.01, IDLE_LOOK=0.01),
+              Wire(self.port) as connection):
             self.assert_closed(connection, "an idle connection")
+
+    def test_empty_lines_do_not_keep_an_idle_connection_open(self):
+        with (mock.patch.multiple(listener, IDLE_TIME=0.1, IDLE_LOOK=0.01),
+              running(Things) as service, Wire(service.server_port) as connection):
+            def is_closed() -> bool:
+                connection.send(b"\r\n")
+                return not service.connections
+
+            wait_until(lambda: service.connections, "the connection to be accepted")
+            wait_until(is_closed, "a connection with nothing but empty lines to be closed as idle")
 
     def test_an_answer_is_sent_with_one_call(self):
         sent = []

@@ -16,7 +16,7 @@ from unittest import mock
 from microshop.chassis import server
 from microshop.chassis.server import HEARTBEAT, Heartbeat, Service
 from tests.chassis.things import (
-    GET, GET_WAIT, ConnectionsTest, Things, ThingsHandler, stopped_clock)
+    GET, GET_WAIT, ConnectionsTest, Things, stopped_clock)
 from tests.helpers import (
     PATIENCE, TOP, Process, Wire, ask, fill, flush, process, running, stop_accepting, wait_until)
 
@@ -102,7 +102,7 @@ class SignalTest(unittest.TestCase):
                     threading.Thread.start = refuse
                     super().serve_forever()""")
         port = users.port("Users service")
-        self.assertEqual(ask(port, target="/users").status, 503, "GET /users without a thread")
+        self.assertEqual(ask(port, target="/users").status, 200, "GET /users needs no new thread")
         self.assertEqual(users.stop(), 0, "exit status after SIGTERM")
         self.assertNotIn("Traceback", "".join(users.lines))
 
@@ -337,23 +337,16 @@ class DrainTest(ConnectionsTest):
                 self.assertEqual(answer.status, 200)
         self.finish(draining)
 
-    def test_a_client_whose_thread_has_only_just_started_is_served_before_the_end(self):
-        class LateHandler(ThingsHandler):
-            def setup(self):
-                self.server.waiting.release()
-                self.server.go_on.wait(PATIENCE)
-                super().setup()
-
-        self.enterContext(mock.patch.object(Things, "handler", LateHandler))
+    def test_a_client_that_has_not_had_its_turn_yet_is_served_before_the_end(self):
         self.enterContext(mock.patch.object(server, "LAST_LOOK", PATIENCE))
         service = self.enterContext(running(Things, grace=PATIENCE))
-        self.addCleanup(service.go_on.set)
-        connection = self.connect(service)
-        connection.send(GET)
-        self.assertTrue(service.waiting.acquire(timeout=PATIENCE), "no thread was started")
-        draining = self.start_draining(service)
+        with mock.patch.object(service.turns, "when_readable") as wait:
+            connection = self.connect(service)
+            connection.send(GET)
+            wait_until(lambda: wait.called, "the client to be accepted")
+            draining = self.start_draining(service)
         self.assertTrue(draining.is_alive(), "it did not wait for a client that has sent a request")
-        service.go_on.set()
+        service.turns.when_readable(*wait.call_args.args)
         self.assertEqual(self.read(connection, "GET /things").status, 200)
         connection.__exit__()
         self.finish(draining)

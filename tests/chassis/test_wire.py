@@ -13,7 +13,7 @@ from unittest import mock
 
 from microshop.chassis import wire
 from microshop.chassis.errors import ServiceError
-from tests.helpers import PATIENCE
+from tests.helpers import PATIENCE, await_message
 
 LIMIT = 100          # bytes of a body, where a test needs a limit
 LARGE = 1_000_000    # bytes of a body that never arrives completely
@@ -29,16 +29,6 @@ class NarrowSocket(socket.socket):
 
     def send(self, data):
         return super().send(data[:1])
-
-
-class CountingSocket(socket.socket):
-    """A socket that counts how often it receives."""
-
-    receives = 0
-
-    def recv(self, size):
-        self.receives += 1
-        return super().recv(size)
 
 
 @contextlib.contextmanager
@@ -448,7 +438,7 @@ class DamagedRequestTest(WireTest):
                 data, rest = rest, b""
                 with incoming(data) as reader:
                     try:
-                        if reader.await_message(PATIENCE):
+                        if await_message(reader):
                             receive(reader)
                             rest = reader.read_to_end(len(data))
                             self.assertEqual(loose_end(data), len(data) - len(rest), data)
@@ -510,27 +500,13 @@ class StreamTest(WireTest):
         for kind in (socket.socket, NarrowSocket):
             with (self.subTest(kind=kind),
                   incoming(b"\r\n\r\n" + REQUESTS[0], kind) as reader):
-                self.assertTrue(reader.await_message(PATIENCE))
+                self.assertTrue(await_message(reader))
                 self.assertEqual("/products?limit=2", receive(reader)[0].target)
 
-    def test_empty_lines_do_not_extend_the_wait_for_a_message(self):
-        with (mock.patch.object(wire, "MAX_EMPTY", LARGE), connected() as (peer, reader),
-              trickling(peer, b"\r\n"), self.assert_takes(SOON)):
-            self.assertFalse(reader.await_message(SOON))
-
-    def test_a_connection_with_only_empty_lines_is_given_up_after_max_empty_reads(self):
-        with connected(CountingSocket) as (peer, reader), trickling(peer, b"\r\n" * 10):
-            self.assertFalse(reader.await_message(PATIENCE))
-            self.assertEqual(wire.MAX_EMPTY, reader.connection.receives)
-
-    def test_a_peer_that_stays_silent_or_closes_sends_no_message(self):
-        with connected() as (peer, reader):
-            for start in [b"", b"\r\n\r\n"]:
-                peer.sendall(start)
-                with self.subTest(start=start), self.assert_takes(0):
-                    self.assertFalse(reader.await_message(0.001))
-            peer.close()
-            self.assertFalse(reader.await_message(PATIENCE))
+    def test_empty_lines_alone_are_no_message(self):
+        for data in (b"", b"\r\n\r\n", b"\r\n\r"):
+            with self.subTest(data), incoming(data) as reader:
+                self.assertFalse(await_message(reader), "a message seems to have begun")
 
     def test_invalid_input_is_refused_before_its_end_has_come(self):
         for kind in (socket.socket, NarrowSocket):
