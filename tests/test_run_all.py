@@ -116,6 +116,11 @@ class Shop(Process):
         [pid] = self.children(name)
         return pid
 
+    def cores(self) -> dict[str, set[int]]:
+        """Return the cores that each process of a shop with two gateways may use, by its name."""
+        return {name: os.sched_getaffinity(self.child(name))
+                for name in ("gateway", "gateway2", *SERVICES)}
+
     def has_said(self, pattern: str) -> bool:
         return any(re.search(pattern, line) for line in self.lines)
 
@@ -811,6 +816,21 @@ class RollingRestartTest(ShopTestCase):
         self.assertFalse(before & set(shop.children()), "processes that were not replaced")
         self.assertEqual(shop.stop(), 0)
         self.assert_nothing_is_left(shop)
+
+    @unittest.skipUnless(hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1,
+                         "the system has a single core, or does not keep processes on a core")
+    def test_every_process_is_kept_on_one_core_and_the_one_that_replaces_it_on_the_same(self):
+        shop = self.open("--fresh", "--workers", "2")
+        before = shop.cores()
+        self.assertEqual([len(cores) for cores in before.values()], [1] * (PORTS + 1),
+                         f"how many cores each process may use; they are {before}")
+        in_use = set().union(*before.values())
+        self.assertEqual(len(in_use), min(PORTS + 1, len(os.sched_getaffinity(0))),
+                         f"how many cores the shop uses; its processes have {before}")
+        shop.popen.send_signal(signal.SIGHUP)
+        shop.wait_for("^run_all .* every process has been replaced")
+        self.assertTrue(comes_true(lambda: len(shop.children()) == PORTS + 1))
+        self.assertEqual(shop.cores(), before, "the cores of the processes after a rolling restart")
 
     def test_a_process_that_is_replaced_does_not_tell_a_health_check_that_the_shop_ends(self):
         shop = self.open("--fresh", kind=SmallShop)

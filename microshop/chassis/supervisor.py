@@ -274,18 +274,23 @@ class Supervisor:
 def assign_cores(tiers: Sequence[Sequence[Child]]) -> None:
     """Choose a CPU core for each child, where the system allows that; the last tier chooses first.
 
-    Because of the interpreter's lock (GIL), only one thread of a process runs at a time. If its
-    threads are on several cores, each handover of the lock costs an interrupt from one core to
-    another, and a busy child answers less than half as many requests.
+    Only one thread of a process runs Python code at a time: the one that holds the interpreter's
+    lock (GIL). If the threads are on several cores, each handover of the lock has to wake a thread
+    on another core, by an interrupt, and a busy process answers as little as a quarter of the
+    requests. On a single core, a handover is cheap.
+
+    Each child gets the core that has the least load so far. We count every tier as equally busy,
+    since a request passes through all of them, and its children as sharing its load. So on two
+    cores, a single gateway has one for itself, while two gateways share both with the services.
     """
     try:
-        cores = sorted(os.sched_getaffinity(0))
+        load = dict.fromkeys(sorted(os.sched_getaffinity(0)), 0.0)
     except (AttributeError, OSError):  # the system has no such call, or does not allow it
         return
     for tier in reversed(tiers):
-        for number, child in enumerate(tier):
-            child.core = cores[number % len(cores)] if cores else None
-        cores = cores[len(tier):]
+        for child in tier:
+            child.core = min(load, key=lambda core: load[core])  # of equal ones, the first
+            load[child.core] += 1 / len(tier)
 
 
 def reap_orphans(own_children: Sequence[int]) -> None:

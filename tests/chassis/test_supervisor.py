@@ -1,6 +1,8 @@
-"""The order in which children are replaced and ended. test_run_all has real processes."""
+"""How children are replaced and ended, and their cores. test_run_all has real processes."""
+import itertools
 import math
 import unittest
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -165,19 +167,40 @@ class CoreTest(unittest.TestCase):
             assign_cores([services, front])
         return [child.core for child in services + front]
 
-    def test_the_gateway_has_a_core_for_itself_and_the_services_share_the_others(self):
+    def test_a_single_gateway_has_a_core_for_itself_and_the_services_share_the_others(self):
         self.assertEqual(self.cores({0, 1}), [1, 1, 1, 0])
         self.assertEqual(self.cores({4, 5, 6}), [5, 6, 5, 4])
 
-    def test_on_a_single_core_only_the_gateway_is_kept_there(self):
-        self.assertEqual(self.cores({3}), [None, None, None, 3])
+    def test_several_gateways_are_spread_over_the_cores_and_then_the_services(self):
+        self.assertEqual(self.cores({0, 1}, gateways=2), [0, 1, 0, 0, 1])
+        self.assertEqual(self.cores({0, 1, 2}, gateways=2), [2, 2, 0, 0, 1])
+        self.assertEqual(self.cores({0, 1, 2, 3}, gateways=2), [2, 3, 2, 0, 1])
+        self.assertEqual(self.cores({0, 1}, gateways=3), [1, 0, 1, 0, 1, 0])
+
+    def test_where_there_are_more_cores_than_children_each_child_has_its_own(self):
+        self.assertEqual(self.cores(set(range(8))), [1, 2, 3, 0])
+        self.assertEqual(self.cores(set(range(8)), gateways=2), [2, 3, 4, 0, 1])
+
+    def test_on_a_single_core_every_child_is_kept_there(self):
+        self.assertEqual(self.cores({3}), [3] * 4)
+        self.assertEqual(self.cores({3}, gateways=2), [3] * 5)
+
+    def test_every_child_has_a_core_and_the_loads_of_two_cores_differ_by_one_child_at_most(self):
+        for size, gateways in itertools.product(range(1, 9), range(1, 9)):
+            chosen = self.cores(set(range(size)), gateways)
+            case = f"cores: {size}, gateways: {gateways}; the services and they got {chosen}"
+            self.assertLessEqual(set(chosen), set(range(size)), f"an invalid core: {case}")
+            shares = [Fraction(1, 3)] * 3 + [Fraction(1, gateways)] * gateways
+            loads = [[share for share, its_core in zip(shares, chosen, strict=True)
+                      if its_core == core] for core in range(size)]
+            least = min(map(sum, loads))
+            for core, load in enumerate(loads):
+                self.assertLessEqual(sum(load) - max(load, default=0), least, f"core {core} has "
+                                     f"more load than another, even without a child: {case}")
 
     def test_where_the_system_does_not_tell_its_cores_no_child_is_kept_on_one(self):
         for error in (PermissionError, AttributeError):
             self.assertEqual(self.cores(error), [None] * 4, error)
-
-    def test_gateways_have_different_cores(self):
-        self.assertEqual(self.cores({0, 1, 2}, gateways=2), [2, 2, 2, 0, 1])
 
 
 if __name__ == "__main__":
