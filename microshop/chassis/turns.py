@@ -126,13 +126,11 @@ class Turns:
 
     def _pass_on(self, thread: int) -> None:
         """Give a thread's turn to another. It keeps the turn if there is no room for another."""
-        if thread not in self._busy:
-            return
         with contextlib.suppress(RuntimeError):
             other = self._find_spare()
             if self._busy.pop(thread, None):
                 other.release()
-            else:  # the thread has just given up its turn, or ended what it did
+            else:  # it has no turn: it was faster, and has given it up or has ended its action
                 self._spare.append(other)
 
     def _find_spare(self) -> threading.Lock:

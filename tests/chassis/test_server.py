@@ -351,6 +351,22 @@ class DrainTest(ConnectionsTest):
         connection.__exit__()
         self.finish(draining)
 
+    def test_a_request_that_takes_long_does_not_hold_up_another_one_before_the_end(self):
+        service = self.enterContext(running(Things, grace=PATIENCE))
+        slow, quick = self.connect(service), self.connect(service)
+        with mock.patch.object(service.turns, "end_overdue"):  # so that /wait keeps the only turn
+            slow.send(GET_WAIT)
+            self.assertTrue(service.waiting.acquire(timeout=PATIENCE))
+            quick.send(GET)
+            wait_until(lambda: len(service.connections) == 2, "both clients to be accepted")
+            stop_accepting(service)
+        draining = self.start_draining(service)
+        answer = self.read(quick, "GET /things, while another request takes long,")
+        self.assertEqual(answer.status, 200)
+        service.go_on.set()
+        self.assertEqual(self.read(slow, "GET /wait").status, 200)
+        self.finish(draining)
+
     def test_a_request_that_never_ends_does_not_keep_a_service_from_ending(self):
         with contextlib.redirect_stderr(io.StringIO()) as log:
             with running(Things, grace=0.01) as service, Wire(service.server_port) as connection:

@@ -153,13 +153,15 @@ class TurnsTest(unittest.TestCase):
     def test_closing_ends_every_thread_and_leaves_no_descriptor(self):
         threads, descriptors = threading.active_count(), len(os.listdir("/dev/fd"))
         turns = self.make(3)
+        self.hang(turns, before=turns.give_up).set()
+        wait_until(lambda: turns._spare, "a thread to wait for a turn")
         go_on = self.hang(turns)
         lost = self.hang(turns, before=turns.give_up)
         for event in (lost, go_on):
             turns.close()  # the second time, it does nothing
             event.set()
         wait_until(lambda: threading.active_count() <= threads, "all threads to end")
-        pairs = 2 * 2  # of sockets, which are closed after the test
+        pairs = 3 * 2  # of sockets, which are closed after the test
         self.assertLessEqual(len(os.listdir("/dev/fd")), descriptors + pairs)
 
 
