@@ -110,6 +110,7 @@ class TurnsTest(unittest.TestCase):
         self.hang(turns)
         self.note(turns, "next")
         self.assertEqual(self.done, [], "there were two turns where there should be one")
+        self.assertEqual(len(turns._spare), 1, "the thread that was started in vain is lost")
 
     def test_a_thread_without_a_turn_takes_nothing_more_until_it_has_one_again(self):
         turns = self.make(1)
@@ -153,15 +154,16 @@ class TurnsTest(unittest.TestCase):
     def test_closing_ends_every_thread_and_leaves_no_descriptor(self):
         threads, descriptors = threading.active_count(), len(os.listdir("/dev/fd"))
         turns = self.make(3)
-        self.hang(turns, before=turns.give_up).set()
-        wait_until(lambda: turns._spare, "a thread to wait for a turn")
+        for event in [self.hang(turns, before=turns.give_up) for _ in range(2)]:
+            event.set()
+        wait_until(lambda: len(turns._spare) == 2, "two threads to wait for a turn")
         go_on = self.hang(turns)
         lost = self.hang(turns, before=turns.give_up)
         for event in (lost, go_on):
             turns.close()  # the second time, it does nothing
             event.set()
         wait_until(lambda: threading.active_count() <= threads, "all threads to end")
-        pairs = 3 * 2  # of sockets, which are closed after the test
+        pairs = 4 * 2  # of sockets, which are closed after the test
         self.assertLessEqual(len(os.listdir("/dev/fd")), descriptors + pairs)
 
 
