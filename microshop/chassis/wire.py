@@ -74,8 +74,9 @@ class Fields(dict):
     Content-Length has an invalid value, and is refused.
     """
 
+    __slots__ = ("pairs",)
+
     def __init__(self, pairs: list[tuple[str, str]]):
-        super().__init__()
         self.pairs = pairs
         for name, value in pairs:
             name, value = name.lower(), value.rstrip(" \t")
