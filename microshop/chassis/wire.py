@@ -265,12 +265,11 @@ class TimedConnection:
         return received
 
     def send(self, message: bytes) -> None:
-        """Send a whole message, with one system call if the kernel takes it at once."""
-        rest = memoryview(message)
-        while rest:
+        """Send a whole message: with one system call, unless the kernel's timeout ends it."""
+        while message:
             self._set_timeout(socket.SO_SNDTIMEO)
             try:
-                rest = rest[self.connection.send(rest):]
+                message = message[self.connection.send(message):]
             except BlockingIOError:
                 raise TimeoutError from None
 
