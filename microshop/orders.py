@@ -101,7 +101,7 @@ def find_orders(database: Database, status: str | None, page: Page) -> list[dict
     listed = "status = :status" if status else "status != 'rejected'"
     return database.rows(
         f"SELECT id, userId, productId FROM orders WHERE {chosen}{listed} AND id > :after "
-        "ORDER BY id LIMIT :limit + 1", {**page._asdict(), "status": status})
+        "ORDER BY id LIMIT :limit + 1", {**vars(page), "status": status})
 
 
 def find_order(database: Database, order_id: int) -> tuple[dict, int]:

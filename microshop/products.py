@@ -48,7 +48,7 @@ def find_products(database: Database, page: Page) -> list[dict]:
     chosen = "id IN (SELECT value FROM json_each(:ids)) AND" if page.ids else ""
     return database.rows(
         f"SELECT id, name FROM products WHERE {chosen} id > :after ORDER BY id LIMIT :limit + 1",
-        page._asdict())
+        vars(page))
 
 
 def find_product(database: Database | Transaction, product_id: int) -> dict:

@@ -32,7 +32,7 @@ def find_users(database: Database, page: Page) -> list[dict]:
     chosen = "id IN (SELECT value FROM json_each(:ids)) AND" if page.ids else ""
     return database.rows(
         f"SELECT id, name FROM users WHERE {chosen} id > :after ORDER BY id LIMIT :limit + 1",
-        page._asdict())
+        vars(page))
 
 
 def find_user(database: Database | Transaction, user_id: int) -> dict:

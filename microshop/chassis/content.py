@@ -5,6 +5,7 @@ Law: nothing here knows a socket, a header or a database.
 import json
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode
 
@@ -107,7 +108,8 @@ AFTER = Integer(least=0)
 ID = Integer()
 
 
-class Page(NamedTuple):
+@dataclass
+class Page:
     """The part of a collection to show: at most `limit` rows, whose ids are greater than `after`.
 
     `ids` is a JSON list of the ids to which the rows are restricted, or None for no restriction.
@@ -137,7 +139,7 @@ def parse_query(query: str, names: Collection[str]) -> dict[str, str]:
 
 def parse_page(query: str) -> Page:
     """Return the page that a query asks for. Raises BadRequest, which names the parameter."""
-    given = parse_query(query, Page._fields)
+    given = parse_query(query, ("limit", "after", "ids"))
     limit = _parse_integer("limit", given["limit"], LIMIT) if "limit" in given else PAGE
     after = _parse_integer("after", given["after"], AFTER) if "after" in given else 0
     ids = _parse_ids(given["ids"]) if "ids" in given else None
