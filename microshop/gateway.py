@@ -315,7 +315,7 @@ class GatewayHandler(Handler):
         body = {**answer.body, "services": states, "breakers": breakers}
         if answer.status == 200 and any(state != "ok" for state in states.values()):
             body["status"] = "degraded"
-        return answer._replace(body=body)
+        return Answer(body, answer.status, answer.headers)
 
     routes = {"/": {"GET": greet}}
 

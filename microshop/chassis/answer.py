@@ -6,9 +6,10 @@ on the current time, which goes into the Date header.
 import hashlib
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from email.utils import formatdate
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from microshop.chassis import wire
 from microshop.chassis.content import encode
@@ -23,7 +24,8 @@ NO_STORE = ("Cache-Control", "no-store")  # a header, for what may be false a mo
 TAGGED = {("GET", 200), ("HEAD", 200), ("PUT", 200), ("POST", 201)}
 
 
-class Answer(NamedTuple):
+@dataclass(slots=True)
+class Answer:
     """What a handler returns: a JSON value, or bytes whose Content-Type is among the headers."""
 
     body: Any = b""
@@ -31,7 +33,8 @@ class Answer(NamedTuple):
     headers: Sequence[tuple[str, str]] = ()
 
 
-class RequestContext(NamedTuple):
+@dataclass(slots=True)
+class RequestContext:
     """What format_answer() must know about the request and its connection."""
 
     request_id: str

@@ -1,5 +1,6 @@
 """Answers as bytes: what a client receives for a handler's answer, and for which request."""
 import unittest
+from dataclasses import replace
 from http import HTTPStatus
 from unittest import mock
 
@@ -62,7 +63,7 @@ class FormatTest(unittest.TestCase):
                 ("DELETE", 204, b"", None),     # RFC 9110 8.6
                 ("GET", 304, b"", None)):
             with self.subTest(f"{method}, {status}, {body!r}"):
-                message = format_answer(Answer(body, status), KEPT._replace(method=method))
+                message = format_answer(Answer(body, status), replace(KEPT, method=method))
                 _, headers, sent = parse(message)
                 self.assertEqual(headers.get("content-length"), length, "Content-Length")
                 self.assertEqual(sent, b"" if method == "HEAD" else body, "body")
@@ -70,7 +71,7 @@ class FormatTest(unittest.TestCase):
     def test_headers_that_the_answer_has_already_are_not_added_again(self):
         given = [("content-length", "7"), ("date", "Sun, 06 Nov 1994 08:49:37 GMT"),
                  ("cache-control", "no-store")]
-        context = KEPT._replace(method="HEAD")
+        context = replace(KEPT, method="HEAD")
         _, headers, _ = parse(format_answer(Answer(headers=given), context))
         for name, value in given:
             self.assertEqual(headers[name], [value])
@@ -79,7 +80,7 @@ class FormatTest(unittest.TestCase):
         for keeps_alive, connection, keep_alive in ((True, ["keep-alive"], ["timeout=60"]),
                                                     (False, ["close"], None)):
             with self.subTest(keeps_alive=keeps_alive):
-                context = KEPT._replace(keeps_alive=keeps_alive)
+                context = replace(KEPT, keeps_alive=keeps_alive)
                 _, headers, _ = parse(format_answer(Answer(b"x"), context))
                 self.assertEqual(headers.get("connection"), connection, "Connection")
                 self.assertEqual(headers.get("keep-alive"), keep_alive, "Keep-Alive")
@@ -109,7 +110,7 @@ class RepresentTest(unittest.TestCase):
         for value, body in (({"id": 1, "name": "Zoë"}, '{"id":1,"name":"Zoë"}'), ([], "[]"),
                             ("€", '"€"'), (None, "null"), (0.5, "0.5")):
             with self.subTest(value):
-                answer = represent(Answer(value, 202), KEPT._replace(method="POST"))
+                answer = represent(Answer(value, 202), replace(KEPT, method="POST"))
                 self.assertEqual(answer, Answer(body.encode(), 202, [("Content-Type", JSON)]))
 
     def test_bytes_and_their_headers_stay_as_they_are(self):
@@ -124,7 +125,7 @@ class RepresentTest(unittest.TestCase):
         item, collection = {"id": 7}, [{"id": 7}]
         for method, status in (("GET", 200), ("HEAD", 200), ("PUT", 200), ("POST", 201)):
             with self.subTest(f"{method}, {status}"):
-                context = KEPT._replace(method=method)
+                context = replace(KEPT, method=method)
                 strong = dict(represent(Answer(item, status), context).headers).get("ETag")
                 weak = dict(represent(Answer(collection, status), context).headers).get("ETag")
                 self.assertEqual(strong, entity_tag(b'{"id":7}'))
@@ -138,7 +139,7 @@ class RepresentTest(unittest.TestCase):
     def test_an_answer_that_is_not_what_a_get_would_return_has_no_etag(self):
         for method, status in (("POST", 200), ("POST", 202), ("PUT", 412), ("GET", 503)):
             with self.subTest(f"{method}, {status}"):
-                answer = represent(Answer({"id": 7}, status), KEPT._replace(method=method))
+                answer = represent(Answer({"id": 7}, status), replace(KEPT, method=method))
                 self.assertNotIn("ETag", dict(answer.headers))
 
     def test_a_client_that_has_the_body_already_gets_304_and_no_body(self):
@@ -148,7 +149,7 @@ class RepresentTest(unittest.TestCase):
             strong = tag.removeprefix("W/")
             for known in (tag, strong, f"W/{strong}", f'"other", {tag}', f"{tag},W/{strong}", "*"):
                 with self.subTest(value=value, if_none_match=known):
-                    context = KEPT._replace(if_none_match=known)
+                    context = replace(KEPT, if_none_match=known)
                     answer = represent(Answer(value, headers=[link]), context)
                     self.assertEqual(answer, Answer(b"", 304, [link, ("ETag", tag)]))
 
@@ -157,7 +158,7 @@ class RepresentTest(unittest.TestCase):
         for method, known in (("GET", ""), ("GET", '"other"'), ("GET", tag.strip('"')),
                               ("GET", f'"{tag[1:-2]}"'), ("PUT", tag), ("PUT", "*")):
             with self.subTest(method, if_none_match=known):
-                context = KEPT._replace(method=method, if_none_match=known)
+                context = replace(KEPT, method=method, if_none_match=known)
                 answer = represent(Answer({"id": 7}), context)
                 self.assertEqual((answer.status, answer.body), (200, b'{"id":7}'))
 
