@@ -117,8 +117,7 @@ class Response(NamedTuple):
 def parse_request(head: str) -> Request:
     """Parse a request's head (RFC 9112 section 3), as read_head() returns it.
 
-    The host of an absolute target, as in `GET http://shop/users`, replaces the Host field. A later
-    minor version is taken for the last one known, 1.1 (RFC 9110 section 2.5).
+    The host of an absolute target, as in `GET http://shop/users`, replaces the Host field.
     Raises the ServiceError to answer with; then the connection cannot be used any more, since it
     is not known where the next request begins.
     """
@@ -128,11 +127,8 @@ def parse_request(head: str) -> Request:
         raise BadRequest("the request line must be a method, a target and a version, "
                          "separated by single spaces")
     method, target, version = parts
-    if not VERSION.fullmatch(version):
-        raise BadRequest("the HTTP version is malformed")
-    if not version.startswith("HTTP/1."):
-        raise VersionNotSupported("only HTTP/1.0 and HTTP/1.1 are supported")
-    version = min(version, "HTTP/1.1")
+    if version not in ("HTTP/1.0", "HTTP/1.1"):
+        version = parse_version(version)
     fields = parse_fields(block)
     check_request_size(head, fields)
     if "host" not in fields:
@@ -147,6 +143,19 @@ def parse_request(head: str) -> Request:
     if not is_asterisk and not TARGET.fullmatch(target):
         raise BadRequest("the request target is malformed")
     return Request(method, target, version, fields, parse_length(version, fields))
+
+
+def parse_version(text: str) -> str:
+    """Return the version as which to read a request that states a rare one.
+
+    A later minor version is taken for the last one known, 1.1 (RFC 9110 section 2.5). Raises
+    BadRequest and VersionNotSupported.
+    """
+    if not VERSION.fullmatch(text):
+        raise BadRequest("the HTTP version is malformed")
+    if not text.startswith("HTTP/1."):
+        raise VersionNotSupported("only HTTP/1.0 and HTTP/1.1 are supported")
+    return "HTTP/1.1"
 
 
 def parse_response(head: str) -> Response:
