@@ -31,7 +31,7 @@ STDERR = 2
 
 def make_request_id() -> str:
     """Return a new id for a request that came without one."""
-    return f"{random.getrandbits(64):016x}"
+    return random.randbytes(8).hex()
 
 
 class EventLimit:

@@ -96,8 +96,9 @@ class RequestReader(BaseHTTPRequestHandler):
             raise
         self.command, self.path, self.request_version, self.headers, length = request
         self.length = length or 0
-        if REQUEST_ID.fullmatch(self.headers.get("x-request-id", "")):
-            self.request_id = self.headers["x-request-id"]
+        given = self.headers.get("x-request-id")
+        if given and REQUEST_ID.fullmatch(given):
+            self.request_id = given
         expects = "expect" in self.headers and self.request_version == "HTTP/1.1"
         if expects and self.headers["expect"].lower() != "100-continue":
             raise ExpectationFailed("the only expectation supported is 100-continue")
