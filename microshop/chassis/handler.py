@@ -328,8 +328,8 @@ class Handler(ConnectionHandler):
     def _find_route(self, path: str) -> tuple[Methods, list[int]]:
         for pattern, methods in self._table:
             if match := pattern.fullmatch(path):
-                ids = [int(text) for text in match.groups()]
-                if max(ids, default=0) <= MAX_INTEGER:
+                ids = list(map(int, match.groups()))
+                if not ids or max(ids) <= MAX_INTEGER:
                     return methods, ids
         raise NotFound(f"there is nothing at {excerpt(path)}; try {', '.join(self.known_paths())}")
 
