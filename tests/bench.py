@@ -2,41 +2,37 @@
 
     python -m tests.bench [--seconds S] [--seed FOLDER]
 
-The others are the textbook's version (tests/textbook.py) and the Express demo, if node is installed
-and FOLDER holds the demo with its node_modules. Each measurement is taken in ROUNDS turns, one
-system after another, and the median counts: so the ratios hold although the machine's speed drifts.
-It prints and does not judge.
+The others (tests/peers.py) are the textbook's version and, if their packages are available, a pair
+of aiohttp servers and the Express demo. What is compared is measured in ROUNDS turns, one after
+another, and the median counts: so the ratios hold although the machine's speed drifts. While one
+system is measured, the others are idle. It prints and does not judge.
 """
 import argparse
 import contextlib
 import json
-import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
-from microshop import GATEWAY_PORT, SERVICES
+from microshop import SERVICES
 from microshop.chassis.database import Database
 from microshop.chassis.server import Service
-from microshop.gateway import Gateway
 from microshop.orders import Orders
 from microshop.products import Products
 from microshop.users import Users
-from tests.helpers import TOP, ask, process
+from tests.helpers import TOP, ask
 from tests.load import offer, requests
+from tests.peers import Absent, Ports, aiohttp_pair, express, microshop, textbook
 
 ROUNDS = 3
 CONNECTIONS = (1, 16, 64)
 ORDER = '{"userId":1,"productId":101}'
 USER = '{"name":"Carol"}'
-EXPRESS = {"users": Users.port, "gateway": GATEWAY_PORT}
 PROCESSES = len(SERVICES) + 2  # with the gateway and the supervisor
-Ports = dict[str, int]
+LATENCIES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
 Figures = dict[str, float]
 
 
@@ -45,49 +41,22 @@ def load(port: int, connections: int, seconds: float, target: str = "/users",
     """Run the load generator in a process of its own; return what tests.load.measure() does."""
     command = [sys.executable, "-m", "tests.load", str(port), str(connections), str(seconds),
                target, *content]
-    done = subprocess.run(command, cwd=TOP, stdout=subprocess.PIPE, check=True)
+    done = subprocess.run(command, cwd=TOP, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          check=True, start_new_session=True)  # so that Ctrl-C reaches only us
     return json.loads(done.stdout)
 
 
-# --- the systems
+def in_turns(seconds: float, loads: dict[str, tuple]) -> dict[str, Figures]:
+    """Run each load in ROUNDS turns; return its medians.
 
-@contextlib.contextmanager
-def microshop(*flags: str) -> Iterator[tuple[Ports, int, float]]:
-    """Run the shop; yield its ports, the supervisor's pid, and the seconds until it was ready."""
-    began = time.perf_counter()
-    with process("microshop.run_all", "--port", "0", *flags) as shop:
-        shop.wait_for("ready in")
-        took = time.perf_counter() - began
-        ports = {"users": shop.port(Users.title), "gateway": shop.port(Gateway.title)}
-        yield ports, shop.popen.pid, took
-        shop.stop()
-
-
-@contextlib.contextmanager
-def textbook() -> Iterator[Ports]:
-    with process("tests.textbook", "users", "0") as users:
-        ports = {"users": users.port("textbook")}
-        upstream = f"http://localhost:{ports['users']}"
-        with process("tests.textbook", upstream, "0") as gateway:
-            yield {**ports, "gateway": gateway.port("textbook")}
-
-
-@contextlib.contextmanager
-def express(folder: Path) -> Iterator[Ports | None]:
-    if not shutil.which("node") or not (folder / "node_modules").is_dir():
-        print(f"without Express: it needs node, and {folder} with node_modules (npm install)\n")
-        yield None
-        return
-    nodes = [subprocess.Popen(["node", f"{name}.js"], cwd=folder, stdout=subprocess.PIPE)
-             for name in ("users", "products", "orders", "api-gateway")]  # the demo's own files
-    try:
-        for node in nodes:
-            node.stdout.readline()
-        yield EXPRESS
-    finally:
-        for node in nodes:
-            node.kill()
-            node.communicate()
+    A load is what load() takes, without the seconds.
+    """
+    results: dict[str, list[Figures]] = {name: [] for name in loads}
+    for _ in range(ROUNDS):
+        for name, (port, connections, *request) in loads.items():
+            results[name].append(load(port, connections, seconds, *request))
+    return {name: {key: statistics.median(figures[key] for figures in each) for key in each[0]}
+            for name, each in results.items()}
 
 
 def memory_of(supervisor: int) -> float:
@@ -97,64 +66,86 @@ def memory_of(supervisor: int) -> float:
     return sum(rss for pid, parent, rss in rows if supervisor in (pid, parent)) / 1024
 
 
+# --- how it is printed
+
+def show(label: str, *columns: str) -> None:
+    print(f"{label:24}" + "".join(f"{column:>9}" for column in columns))
+
+
+def show_pair(label: str, measured: dict[str, Figures]) -> None:
+    """Print the requests per second of two loads, and the second's divided by the first's."""
+    first, second = (figures["rps"] for figures in measured.values())
+    show(label, f"{first:.0f}", f"{second:.0f}", ratio(second, first))
+
+
+def ratio(one: float, other: float) -> str:
+    value = one / other
+    return f"{value:.2f}x" if value < 10 else f"{value:.0f}x"
+
+
 # --- comparisons
 
-def compare(systems: dict[str, Ports], connections: int, seconds: float) -> None:
+def compare_reads(systems: dict[str, Ports], seconds: float) -> None:
     """Print the speed of each system, direct and through the gateway, and the ratios."""
+    print("\nREADS: GET /users, from the users service itself (direct) or through the gateway.\n"
+          "textbook is http.server and urlopen as they are; aiohttp and Express are pairs of a\n"
+          "service and a gateway, written with these packages. Times in ms: 99 of 100 answers\n"
+          "take at most p99. Right: microshop's figure divided by that of the line; microshop is\n"
+          "better where the ratio of req/s is more than 1, and where that of a time is less.")
+    show("connections", "req/s", *LATENCIES, "| req/s", "p99", "p99.9")
     for way, place in (("direct", "users"), ("gateway", "gateway")):
-        results: dict[str, list[Figures]] = {name: [] for name in systems}
-        for _ in range(ROUNDS):
-            for name, ports in systems.items():
-                results[name].append(load(ports[place], connections, seconds))
-        medians = {name: median_of(each) for name, each in results.items()}
-        for name, figures in medians.items():
-            ratio = medians["microshop"]["rps"] / figures["rps"]
-            print(f"{way:8} {connections:3} connections  {name:10} {figures['rps']:7.0f}/s  "
-                  f"p50 {figures['p50']:6.2f} ms  p99 {figures['p99']:6.2f} ms"
-                  + (f"  microshop is {ratio:.2f}x" if name != "microshop" else ""))
+        for connections in CONNECTIONS:
+            measured = in_turns(seconds, {name: (ports[place], connections)
+                                          for name, ports in systems.items()})
+            label, ours = f"{way:8}{connections:3}", measured["microshop"]
+            for name, figures in measured.items():
+                ratios = [ratio(ours[key], figures[key]) for key in ("rps", "p99", "p99.9")
+                          if figures is not ours]
+                show(f"{label:12} {name}", f"{figures['rps']:.0f}",
+                     *(f"{figures[key]:.2f}" for key in LATENCIES), *ratios)
+                label = ""
 
 
-def median_of(results: list[Figures]) -> Figures:
-    return {key: statistics.median(result[key] for result in results) for key in results[0]}
+def compare_workers(seconds: float) -> None:
+    """Print the speed of a shop with two gateway processes, beside one.
 
-
-def compare_workers(systems: dict[str, Ports], seconds: float) -> None:
-    """Print the speed of two gateway processes, beside that of Express."""
-    with microshop("--fresh", "--workers", "2") as (ports, _, _):
-        two, other = [], []
-        for _ in range(ROUNDS):
-            two.append(load(ports["gateway"], 16, seconds)["rps"])
-            if "express" in systems:
-                other.append(load(systems["express"]["gateway"], 16, seconds)["rps"])
-    rate = statistics.median(two)
-    print(f"gateway   16 connections  --workers 2 {rate:6.0f}/s"
-          + (f"  {rate / statistics.median(other):.2f}x express" if other else ""))
+    Those that are idle must not slow down the services.
+    """
+    print("\nGATEWAY PROCESSES: GET /users of a shop with --workers 2 beside one without, in\n"
+          "req/s. Direct requests leave the gateways idle; the aim for their ratio is 0.80x.")
+    show("connections", "one", "two", "ratio")
+    with microshop("--fresh") as (one, _, _), microshop("--fresh", "--workers", "2") as (two, *_):
+        for way, place, connections in (
+                ("direct", "users", 16), ("direct", "users", 64), ("gateway", "gateway", 16)):
+            show_pair(f"{way:8}{connections:3}", in_turns(seconds, {
+                "one": (one[place], connections), "two": (two[place], connections)}))
 
 
 def compare_writes(seconds: float) -> None:
     """Print the speed of durable writes, beside that of a read, with 16 connections."""
+    print("\nWRITES, which are on disk before they are answered, beside a read: 16 connections,\n"
+          "times in ms. The ratio is of req/s.")
+    show("", "req/s", *LATENCIES, "ratio")
     with microshop("--fresh") as (ports, _, _):
         fill_stock(ports)
-        kinds = {  # limit=2, since the users that POST adds would make the page longer
-            "GET  /users  gateway": (ports["gateway"], "/users?limit=2"),
-            "POST /orders gateway": (ports["gateway"], "/orders", ORDER),
-            "POST /users  gateway": (ports["gateway"], "/users", USER),
-            "POST /users  direct": (ports["users"], "/users", USER)}
-        rates: dict[str, list[float]] = {kind: [] for kind in kinds}
-        for _ in range(ROUNDS):
-            for kind, (port, *request) in kinds.items():
-                rates[kind].append(load(port, 16, seconds, *request)["rps"])
-    medians = {kind: statistics.median(each) for kind, each in rates.items()}
-    read, *_ = medians.values()
-    for kind, rate in medians.items():
-        print(f"{kind:20}  {rate:7.0f}/s  {rate / read:.2f}x")
+        measured = in_turns(seconds, {  # limit=2, else users that POST adds would be read, too
+            "GET  /users  gateway": (ports["gateway"], 16, "/users?limit=2"),
+            "POST /orders gateway": (ports["gateway"], 16, "/orders", ORDER),
+            "POST /users  gateway": (ports["gateway"], 16, "/users", USER),
+            "POST /users  direct": (ports["users"], 16, "/users", USER)})
+    read, *_ = measured.values()
+    for kind, figures in measured.items():
+        show(kind, f"{figures['rps']:.0f}", *(f"{figures[key]:.2f}" for key in LATENCIES),
+             *([] if figures is read else [ratio(figures["rps"], read["rps"])]))
 
 
 def compare_composition(seconds: float) -> None:
-    """Print what a page of 100 orders costs with its users and products, beside without.
+    """Print the speed of a page of 100 orders with its users and products, beside without.
 
     Each order has another user and another product.
     """
+    print("\nCOMPOSITION: a page of 100 orders, plain and with ?expand=user,product, in req/s.")
+    show("connections", "plain", "expanded", "ratio")
     with tempfile.TemporaryDirectory() as folder:
         ids = range(1001, 1101)
         fill(Users, folder, "INSERT INTO users VALUES (?, 'Carol')", ids)
@@ -163,19 +154,11 @@ def compare_composition(seconds: float) -> None:
              "(id, userId, productId, quantity, status, placed, since) "
              "VALUES (?1, ?1, ?1, 1, 'confirmed', 0, 0)", ids)
         with microshop("--data", folder) as (ports, _, _):
+            port, page = ports["gateway"], "/orders?after=1000"
             for connections in (1, 16):
-                compare_pages(ports["gateway"], connections, seconds)
-
-
-def compare_pages(port: int, connections: int, seconds: float) -> None:
-    rates: dict[str, list[float]] = {"": [], "&expand=user,product": []}
-    for _ in range(ROUNDS):
-        for query, results in rates.items():
-            target = f"/orders?after=1000{query}"
-            results.append(load(port, connections, seconds, target)["rps"])
-    plain, composed = (statistics.median(each) for each in rates.values())
-    print(f"a page of 100 orders with users and products costs {plain / composed:.2f}x the plain "
-          f"page ({composed:.0f}/s of {plain:.0f}/s, {connections} connections)")
+                show_pair(f"gateway {connections:3}", in_turns(seconds, {
+                    "plain": (port, connections, page),
+                    "expanded": (port, connections, f"{page}&expand=user,product")}))
 
 
 def compare_overload(seconds: float) -> None:
@@ -183,38 +166,49 @@ def compare_overload(seconds: float) -> None:
 
     The load generator needs the cores too, and all the more for requests that cost little.
     """
-    for target, *content in (("/orders", ORDER), ("/users",)):
+    print("\nOVERLOAD: twice as many requests through the gateway as 64 connections reach (the\n"
+          "peak), sent when they are due. Times in ms, from then on. The ratio is that of what is\n"
+          "answered to the peak, both in req/s.")
+    show("", "peak", "answered", *LATENCIES, "ratio", "  failures per s")
+    for target, *content in (("/users",), ("/orders", ORDER)):
         with microshop("--fresh", "--quiet") as (ports, _, _):
             fill_stock(ports)
             port = ports["gateway"]
             peak = load(port, 64, seconds, target, *content)["rps"]
             length = 4 * seconds
             failures, times = offer(port, 2 * peak, length, requests(port, target, *content))
-        method, p99 = "POST" if content else "GET ", times[len(times) * 99 // 100]
-        print(f"overload  {method} {target}: of twice the peak ({peak:.0f}/s), "
-              f"{len(times) / length / peak:.2f}x the peak is answered, p99 {p99:.2f} s; "
-              + ", ".join(f"{what} {count / length:.0f}/s"
-                          for what, count in failures.items() if count))
+        answered = len(times) / length
+        late = [times[int(len(times) * share)] * 1000 for share in LATENCIES.values()]
+        failed = ", ".join(f"{what} {count / length:.0f}"
+                           for what, count in failures.items() if count)
+        show(f"{'POST' if content else 'GET '} {target}", f"{peak:.0f}", f"{answered:.0f}",
+             *(f"{each:.0f}" for each in late), ratio(answered, peak), f"  {failed}")
 
 
 def compare_tables(seconds: float) -> None:
-    """Print what a page, and an order, cost in a table of 100,000 rows beside one of 100."""
-    pages, orders = {}, {}
-    for count in (100, 100_000):
-        with tempfile.TemporaryDirectory() as folder:
-            fill(Users, folder, "INSERT INTO users VALUES (?, 'Carol')", range(3, count + 1))
-            fill(Orders, folder, "INSERT INTO orders "
-                 "(id, userId, productId, quantity, status, key, placed, since) "
-                 "VALUES (?1, 1, 101, 1, 'confirmed', hex(randomblob(8)), 0, 0)",
-                 range(203, count + 1))
-            with microshop("--data", folder) as (ports, _, _):
-                fill_stock(ports)
-                page = (ports["users"], 1, seconds, f"/users?after={count - 100}")
-                order = (ports["gateway"], 16, seconds, "/orders", ORDER)
-                pages[count] = statistics.median(load(*page)["rps"] for _ in range(ROUNDS))
-                orders[count] = statistics.median(load(*order)["rps"] for _ in range(ROUNDS))
-    for what, rates in (("a page of 100", pages), ("an order", orders)):
-        print(f"{what} costs {rates[100] / rates[100_000]:.2f}x with 100,000 rows as with 100")
+    """Print the speed of a page, and of an order, in a table of 100,000 rows beside one of 100."""
+    print("\nTABLES of 100 and of 100,000 rows, in req/s.")
+    show("connections", "100", "100,000", "ratio")
+    with contextlib.ExitStack() as stack:
+        shops = {count: shop_with(count, stack) for count in (100, 100_000)}
+        show_pair("direct    1  page of 100", in_turns(seconds, {
+            f"{count}": (ports["users"], 1, f"/users?after={count - 100}")
+            for count, ports in shops.items()}))
+        show_pair("gateway  16  order", in_turns(seconds, {
+            f"{count}": (ports["gateway"], 16, "/orders", ORDER)
+            for count, ports in shops.items()}))
+
+
+def shop_with(count: int, stack: contextlib.ExitStack) -> Ports:
+    """Run a shop with so many users and orders, until the stack ends it; return its ports."""
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    fill(Users, folder, "INSERT INTO users VALUES (?, 'Carol')", range(3, count + 1))
+    fill(Orders, folder, "INSERT INTO orders "
+         "(id, userId, productId, quantity, status, key, placed, since) "
+         "VALUES (?1, 1, 101, 1, 'confirmed', hex(randomblob(8)), 0, 0)", range(203, count + 1))
+    ports, _, _ = stack.enter_context(microshop("--data", folder))
+    fill_stock(ports)
+    return ports
 
 
 def fill_stock(ports: Ports) -> None:
@@ -232,31 +226,48 @@ def fill(service: type[Service], folder: str, insert: str, ids: range) -> None:
     database.close()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.bench",
-        description="Measure the shop beside a textbook version and, if it is there, Express.")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
-    parser.add_argument("--seed", type=Path, default=TOP.parent / "shared" / "seed",
-                        help="folder of the Express demo")
-    options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended
+# --- the run
+
+def measure_all(seconds: float, seed: Path) -> None:
+    print(f"Each figure is the median of {ROUNDS} turns of {seconds:g} s; what is compared takes "
+          "turns.")
     with contextlib.ExitStack() as stack:
         ports, supervisor, took = stack.enter_context(microshop("--fresh"))
         print(f"microshop is ready after {took:.2f} s; "
-              f"its {PROCESSES} processes hold {memory_of(supervisor):.0f} MiB\n")
-        systems = {"microshop": ports, "textbook": stack.enter_context(textbook())}
-        if other := stack.enter_context(express(options.seed)):
-            systems["express"] = other
-        for connections in CONNECTIONS:
-            compare(systems, connections, options.seconds)
-            print()
-        compare_workers(systems, options.seconds)
-        print(f"after all that the {PROCESSES} processes hold {memory_of(supervisor):.0f} MiB")
-    compare_writes(options.seconds)
-    compare_composition(options.seconds)
-    compare_overload(options.seconds)
-    compare_tables(options.seconds)
+              f"its {PROCESSES} processes hold {memory_of(supervisor):.0f} MiB.")
+        systems = {"microshop": ports}
+        for name, system in (("textbook", textbook()), ("aiohttp", aiohttp_pair()),
+                             ("Express", express(seed))):
+            try:
+                systems[name] = stack.enter_context(system)
+            except Absent as reason:
+                print(f"Without {name}: {reason}.")
+        compare_reads(systems, seconds)
+        print(f"After that the {PROCESSES} processes hold {memory_of(supervisor):.0f} MiB.")
+    for compare in (compare_workers, compare_writes, compare_composition, compare_overload,
+                    compare_tables):
+        compare(seconds)
+
+
+def end(number: int, _: object) -> None:
+    """Leave, so that all that was started is ended first. A second signal changes nothing."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench",
+        description="Measure the shop beside a textbook version, an aiohttp pair and Express.")
+    parser.add_argument("--seconds", type=float, default=1.2, help="of each measurement")
+    parser.add_argument("--seed", type=Path, default=TOP.parent / "shared" / "seed",
+                        help="folder of the Express demo; it is copied")
+    options = parser.parse_args()
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, end)
+    sys.stdout.reconfigure(line_buffering=True)
+    measure_all(options.seconds, options.seed)
 
 
 if __name__ == "__main__":
