@@ -243,8 +243,8 @@ class ConnectionHandler(RequestReader):
         keeps it for the next call. A long tracestate is dropped: it might make a head too large.
         """
         if not TRACEPARENT.fullmatch(self.headers.get("traceparent", "")):
-            trace_id, parent_id = random.getrandbits(128), random.getrandbits(64)
-            self.headers["traceparent"] = f"00-{trace_id:032x}-{parent_id:016x}-01"
+            trace_id, parent_id = random.randbytes(16).hex(), random.randbytes(8).hex()
+            self.headers["traceparent"] = f"00-{trace_id}-{parent_id}-01"
             self.headers.pop("tracestate", None)
         fields = {"traceparent": self.headers["traceparent"]}
         if 0 < len(self.headers.get("tracestate", "")) <= MAX_TRACESTATE:
