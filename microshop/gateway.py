@@ -337,7 +337,7 @@ def state_of(reply: Reply | UpstreamError, breakers: list[str]) -> str:
 class Gateway(Service):
     name, title, port = "gateway", "API Gateway", GATEWAY_PORT
     handler = GatewayHandler
-    turn_count = 4  # most requests wait for a service meanwhile, in less than PATIENCE
+    turn_count = 4  # most requests wait for a service meanwhile, in less than TURN_TIME
     client: Client
     options = [
         config.HOST, *config.FOR_GATEWAY, config.TOKEN, config.QUIET,

@@ -11,6 +11,7 @@ Where to look:
     journal.py                  remembers requests and log lines, and shows them with a failure
     lanes.py                    runs the whole suite in several processes at once
     chaos.py fuzz.py soak.py bench.py    longer runs; `make help` lists them
+    peers.py aiohttp_pair.py textbook.py    what bench.py compares the shop with
 
 One module alone: `python -m unittest tests.test_users`. The assignments below are the hooks of
 journal.py and lanes.py: unittest prints results with the class, and calls the package's

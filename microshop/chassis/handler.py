@@ -4,7 +4,7 @@ A subclass of Handler has methods and a table, `routes`, that says which path ea
 method returns an Answer or raises a ServiceError; answer.py turns either into bytes. Where
 http.server is too lenient or too slow, this module replaces it; the comments say why.
 
-When something has arrived on a connection, its thread for this turn calls answer_arrived. For each
+When something has arrived on a connection, a thread that has a turn calls answer_arrived. For each
 request: handle_one_request -> respond -> read_request, then find_answer -> check_client, then
 dispatch -> the route's method. The gateway overrides check_client and dispatch.
 
@@ -154,7 +154,7 @@ class ConnectionHandler(RequestReader):
     disable_nagle_algorithm = True  # Nagle's algorithm may delay an answer by 40 ms
 
     def handle(self) -> None:
-        """Do nothing yet, when a handler is made: listener calls answer_arrived() later."""
+        """Do nothing: socketserver calls this too early; listener calls answer_arrived()."""
 
     def answer_arrived(self) -> bool:
         """Answer the requests that have arrived; return whether the connection stays open."""
@@ -183,7 +183,7 @@ class ConnectionHandler(RequestReader):
         self.server.log.request(self.request_id, self.command, self.path, status, elapsed)
         self.server.connections.note_idle(self.connection)
         if self.close_connection and status != CLIENT_GONE:
-            self.stream.linger()  # meanwhile, it may be closed to make room
+            self.stream.linger()  # meanwhile, it counts as idle and may be closed to make room
 
     def respond(self) -> tuple[int, bytes]:
         """Return the status and the bytes of the answer to the request that has begun to arrive."""
@@ -279,7 +279,7 @@ class Handler(ConnectionHandler):
 
     def find_answer(self) -> Answer:
         self.check_client()
-        if self.command not in SAFE_METHODS:  # it will wait, and writes that wait share a commit
+        if self.command not in SAFE_METHODS:  # it waits for a commit, which several may share
             self.server.turns.give_up()
         given = self.headers.get("x-request-timeout")
         self.deadline = find_deadline(given, self.server.settings.timeout)

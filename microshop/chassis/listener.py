@@ -30,10 +30,10 @@ from microshop.chassis.access_log import AccessLog, make_request_id
 from microshop.chassis.answer import (
     IDLE_TIME, RequestContext, format_answer, problem_answer, represent)
 from microshop.chassis.errors import RETRY_SOON, ServiceUnavailable
-from microshop.chassis.turns import PATIENCE, Turns
+from microshop.chassis.turns import TURN_TIME, Turns
 
 IDLE_LOOK = 1.0       # seconds between two looks for connections that have been idle too long
-POLL = 0.05           # seconds that the accept loop may need to notice that it should stop
+POLL = 0.05           # seconds between two rounds of the accept loop, if no client comes
 BODY_MEMORY = 64 * 1024 * 1024  # bytes of the request bodies that are held at a time
 MAX_REJECTED = 64     # connections that were answered 503 and are not closed yet
 NO_ROOM_PAUSE = 0.1   # seconds without accepting when the system has no room for a connection
@@ -117,7 +117,7 @@ class OpenConnections:
                 if since is not None]
 
     def _close(self, connection: socket.socket) -> None:
-        """End the input. That wakes the thread that reads it, which closes the connection."""
+        """End the input. So there is an end to read, and who reads it closes the connection."""
         self._closed.add(connection)
         with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_RD)
@@ -179,7 +179,8 @@ class Listener(ThreadingHTTPServer):
     def serve_forever(self, poll_interval: float = POLL) -> None:
         """Accept connections until shutdown() is called."""
         while not self.is_stopping:
-            pause = PATIENCE if self.turns.is_busy() else poll_interval
+            # A shorter pause takes a turn in time from a request that waits, as it may do now.
+            pause = TURN_TIME if self.turns.is_busy() else poll_interval
             if select.select([self], [], [], pause)[0]:
                 self.handle_request()
             self.service_actions()
@@ -232,7 +233,7 @@ class Listener(ThreadingHTTPServer):
             self.shutdown_request(handler.connection)
 
     def _reject(self, connection: socket.socket) -> None:
-        """Answer 503 at once, without a thread."""
+        """Answer 503 at once, in the accept loop."""
         error = ServiceUnavailable("too many connections are open", [RETRY_SOON])
         context = RequestContext(make_request_id())
         answer = represent(problem_answer(error, context.request_id), context)

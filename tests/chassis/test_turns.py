@@ -73,7 +73,7 @@ class TurnsTest(unittest.TestCase):
         turns = self.make(2)
         first, second = self.hang(turns), self.hang(turns)
         self.note(turns, "third")
-        self.clock.now += module.PATIENCE  # no longer than that
+        self.clock.now += module.TURN_TIME  # no longer than that
         turns.end_overdue()
         self.assertEqual(self.done, [], "a third action began while both turns were in use")
         first.set()
@@ -84,7 +84,7 @@ class TurnsTest(unittest.TestCase):
         turns = self.make(1)
         go_on = self.hang(turns)
         self.note(turns, "next")
-        self.clock.now += module.PATIENCE * 1.1
+        self.clock.now += module.TURN_TIME * 1.1
         turns.end_overdue()
         self.assert_done("next")
         self.assertFalse(turns.is_busy(), "what hangs has no turn any more")
@@ -105,7 +105,7 @@ class TurnsTest(unittest.TestCase):
             turns.give_up()
 
         self.hang(turns, before=give_up_twice)
-        self.clock.now += module.PATIENCE * 1.1
+        self.clock.now += module.TURN_TIME * 1.1
         turns.end_overdue()
         self.hang(turns)
         self.note(turns, "next")
