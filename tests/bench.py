@@ -112,7 +112,7 @@ def compare_workers(seconds: float) -> None:
     Those that are idle must not slow down the services.
     """
     print("\nGATEWAY PROCESSES: GET /users of a shop with --workers 2 beside one without, in\n"
-          "req/s. Direct requests leave the gateways idle; the aim for their ratio is 0.80x.")
+          "req/s. Direct requests leave the gateways idle: 0.80x is the least to expect.")
     show("connections", "one", "two", "ratio")
     with microshop("--fresh") as (one, _, _), microshop("--fresh", "--workers", "2") as (two, *_):
         for way, place, connections in (

@@ -1,7 +1,7 @@
 """The systems that tests/bench.py compares: the shop, and others that answer GET /users the same.
 
 Each is a context manager that yields the ports of its users service and its gateway. The packages
-that one needs go into a temporary folder. If they are not available, it raises Absent.
+that one needs go into a temporary folder. If they cannot be had, it raises Absent.
 """
 import contextlib
 import os
