@@ -87,6 +87,8 @@ class RequestReader(BaseHTTPRequestHandler):
         ServiceError and ConnectionLost.
         """
         self.stream.deadline = time.monotonic() + HEAD_TIME
+        if not self.stream.has_head():  # the client sends slowly
+            self.server.turns.give_up()
         head = self.attempt(self.stream.read_head)
         try:
             request = wire.parse_request(head)
@@ -122,6 +124,7 @@ class RequestReader(BaseHTTPRequestHandler):
 
     def _read_body(self) -> None:
         if self.length:
+            self.server.turns.give_up()  # it may come slowly
             self.stream.deadline = time.monotonic() + BODY_TIME
             self.body = self.attempt(
                 self.stream.read_body, self.length, wire.MAX_BODY, self.note_arrival)
@@ -183,6 +186,7 @@ class ConnectionHandler(RequestReader):
         self.server.log.request(self.request_id, self.command, self.path, status, elapsed)
         self.server.connections.note_idle(self.connection)
         if self.close_connection and status != CLIENT_GONE:
+            self.server.turns.give_up()
             self.stream.linger()  # meanwhile, it counts as idle and may be closed to make room
 
     def respond(self) -> tuple[int, bytes]:

@@ -35,6 +35,7 @@ from microshop.chassis.turns import TURN_TIME, Turns
 IDLE_LOOK = 1.0       # seconds between two looks for connections that have been idle too long
 POLL = 0.05           # seconds between two rounds of the accept loop, if no client comes
 BODY_MEMORY = 64 * 1024 * 1024  # bytes of the request bodies that are held at a time
+MAX_CLOSING = 64      # connections whose input was ended to make room, and that are still open
 MAX_REJECTED = 64     # connections that were answered 503 and are not closed yet
 NO_ROOM_PAUSE = 0.1   # seconds without accepting when the system has no room for a connection
 NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
@@ -93,10 +94,13 @@ class OpenConnections:
         return list(self._idle_since.copy().values()).count(None)
 
     def close_oldest(self) -> bool:
-        """Close the longest-idle connection; return False if none is idle."""
+        """Close the longest-idle connection.
+
+        Return False if none is idle, or if MAX_CLOSING connections are still being closed.
+        """
         with self._lock:
             idle = self._idle()
-            if not idle:
+            if not idle or len(self._closed) >= MAX_CLOSING:
                 return False
             _, oldest = min(idle, key=itemgetter(0))
             del self._idle_since[oldest]
@@ -179,8 +183,8 @@ class Listener(ThreadingHTTPServer):
     def serve_forever(self, poll_interval: float = POLL) -> None:
         """Accept connections until shutdown() is called."""
         while not self.is_stopping:
-            # A shorter pause takes a turn in time from a request that waits, as it may do now.
-            pause = TURN_TIME if self.turns.is_busy() else poll_interval
+            # While turns are used, end_overdue() must be called in time.
+            pause = TURN_TIME if self.turns.was_used() else poll_interval
             if select.select([self], [], [], pause)[0]:
                 self.handle_request()
             self.service_actions()
@@ -222,15 +226,13 @@ class Listener(ThreadingHTTPServer):
 
     def _serve(self, handler: Any) -> None:
         """Answer what has arrived on a connection; then let it wait for more, or close it."""
-        is_kept = False
         try:
-            is_kept = handler.answer_arrived()
+            if handler.answer_arrived():
+                self._await_request(handler)
+                return
         except Exception:
             self.handle_error(handler.connection, handler.client_address)
-        if is_kept:
-            self._await_request(handler)
-        else:
-            self.shutdown_request(handler.connection)
+        self.shutdown_request(handler.connection)
 
     def _reject(self, connection: socket.socket) -> None:
         """Answer 503 at once, in the accept loop."""

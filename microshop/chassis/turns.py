@@ -9,11 +9,11 @@ that have something to read; and a few threads take turns at them, most often a 
 A turn is the permission to take the next connection. A thread whose action takes longer than
 TURN_TIME loses its turn to another thread; Python cannot stop it, so it goes on with that action
 and then waits for a turn. So if a request waits, be it for a slow client, for a service that hangs
-or for the disk, it does not hold up the others. Code that waits need not say so. A write does
-(give_up), which saves the time until that is noticed.
+or for the disk, it does not hold up the others. Code that waits need not say so; where it is known
+beforehand, handler.py does (give_up), which saves the time until that is noticed.
 
-The accept loop in listener.py calls end_overdue, every TURN_TIME if a turn was in use the last
-time, else every listener.POLL. How many turns a process has, is its Service.turn_count.
+The accept loop in listener.py calls end_overdue: every TURN_TIME while turns are used, else every
+listener.POLL. How many turns a process has, is its Service.turn_count.
 
 Measured with 64 connections on two cores, beside a thread for each connection, at about the same
 throughput: one request in a hundred takes longer than 5 ms instead of 13 ms (directly), and than
@@ -94,6 +94,7 @@ class Turns:
         # Each spare thread sleeps on a lock of its own; releasing that lock gives it a turn.
         self._spare: list[threading.Lock] = []
         self._alive = 0                         # how many threads there are
+        self._was_used = False                  # since the last call of was_used()
         self._is_closed = False
         self._lock = threading.Lock()           # held to count threads, and to become spare
         for _ in range(count):
@@ -104,9 +105,10 @@ class Turns:
         self._actions[descriptor] = action  # first, since take() may return at once
         self._arrivals.watch(descriptor)
 
-    def is_busy(self) -> bool:
-        """Return whether a turn is in use."""
-        return bool(self._busy)
+    def was_used(self) -> bool:
+        """Return whether a turn is in use, or has been in use since the last call of this."""
+        used, self._was_used = self._was_used, False
+        return used or bool(self._busy)
 
     def give_up(self) -> None:
         """Let another thread have the turn of the calling one, which is about to wait."""
@@ -174,6 +176,7 @@ class Turns:
         while has_turn and not self._is_closed:
             action = self._actions.pop(self._arrivals.take())
             self._busy[me] = time.monotonic()
+            self._was_used = True
             with contextlib.suppress(Exception):  # which the action has logged, if memory was left
                 action()
             has_turn = bool(self._busy.pop(me, None))

@@ -335,6 +335,10 @@ class Stream(TimedConnection):
             self._start += 2
         return self._buffer[self._start:] not in (b"", b"\r")  # a CR may begin an empty line
 
+    def has_head(self) -> bool:
+        """Return whether read_head() need not wait."""
+        return self._buffer.find(b"\r\n\r\n", self._start) >= 0
+
     def read_head(self) -> str:
         """Return the next head, without the empty line that ends it.
 

@@ -110,6 +110,15 @@ class OpenConnectionsTest(PairTest):
             self.assertEqual(len(self.connections), len(still_open))
         self.assertFalse(self.connections.close_oldest(), "there was none left to close")
 
+    def test_only_so_many_connections_are_being_closed_to_make_room(self):
+        served = [self.served() for _ in range(listener.MAX_CLOSING + 1)]
+        for connection in served:
+            self.connections.note_idle(connection)
+        closed = [self.connections.close_oldest() for _ in served]
+        self.assertEqual(closed, [True] * listener.MAX_CLOSING + [False])
+        self.connections.forget(served[0])
+        self.assertTrue(self.connections.close_oldest(), "there is room to close another")
+
     def test_a_busy_connection_is_never_closed_to_make_room(self):
         busy = self.served()
         self.connections.note_idle(busy)

@@ -11,7 +11,7 @@ from microshop.chassis.turns import MAX_SPARE, Turns
 from microshop.gateway import Gateway
 from microshop.products import Products
 from tests.chassis.things import (
-    GET, GET_WAIT, ConnectionsTest, StoredThings, Things, stopped_clock)
+    GET, GET_WAIT, POST, ConnectionsTest, StoredThings, Things, stopped_clock)
 from tests.helpers import PATIENCE, ask, running, upstream, wait_until
 
 
@@ -87,7 +87,7 @@ class TurnsTest(unittest.TestCase):
         self.clock.now += module.TURN_TIME * 1.1
         turns.end_overdue()
         self.assert_done("next")
-        self.assertFalse(turns.is_busy(), "what hangs has no turn any more")
+        wait_until(lambda: not turns.was_used(), "what hangs to have no turn any more")
         go_on.set()
         self.assert_done("next", "what hung")
 
@@ -196,6 +196,16 @@ class WaitingRequestTest(ConnectionsTest):
             self.connect(service).send(GET[:20])
         wait_until(lambda: service.connections.count_busy() == 3, "all three requests to begin")
         self.assert_served(service, "three have sent parts of a head")
+
+    def test_requests_that_are_known_to_wait_give_up_their_turns_at_once(self):
+        service = self.enterContext(running(Things))
+        with mock.patch.object(service.turns, "end_overdue"):  # so nothing takes their turns away
+            for data in (GET[:20], POST + b"Content-Length: 9\r\n\r\n", b"nonsense\r\n\r\n"):
+                slow = self.connect(service)
+                slow.send(data)
+                if data.startswith(b"nonsense"):
+                    self.assertEqual(self.read(slow, "nonsense").status, 400)  # and it lingers
+                self.assert_served(service, f"another has sent {data!r}")
 
     def test_clients_that_do_not_read_their_answers_hold_no_turn(self):
         service = self.enterContext(running(Things))
