@@ -7,6 +7,7 @@ from collections.abc import Callable
 from unittest import mock
 
 from microshop.chassis import turns as module
+from microshop.chassis import wire
 from microshop.chassis.turns import MAX_SPARE, Turns
 from microshop.gateway import Gateway
 from microshop.products import Products
@@ -90,6 +91,14 @@ class TurnsTest(unittest.TestCase):
         wait_until(lambda: not turns.was_used(), "what hangs to have no turn any more")
         go_on.set()
         self.assert_done("next", "what hung")
+
+    def test_a_turn_that_was_used_and_is_free_again_is_told_once(self):
+        turns = self.make(1)
+        self.note(turns, "quick")
+        self.assert_done("quick")
+        wait_until(lambda: not turns._busy, "the turn to be free again")
+        self.assertTrue(turns.was_used(), "else the accept loop looks for long actions too rarely")
+        self.assertFalse(turns.was_used(), "it was not used since the last call")
 
     def test_a_thread_that_is_about_to_wait_can_give_up_its_turn(self):
         turns = self.make(1)
@@ -199,7 +208,8 @@ class WaitingRequestTest(ConnectionsTest):
 
     def test_requests_that_are_known_to_wait_give_up_their_turns_at_once(self):
         service = self.enterContext(running(Things))
-        with mock.patch.object(service.turns, "end_overdue"):  # so nothing takes their turns away
+        with (mock.patch.object(service.turns, "end_overdue"),  # nothing takes their turns away
+              mock.patch.object(wire, "LINGER", 10 * PATIENCE)):
             for data in (GET[:20], POST + b"Content-Length: 9\r\n\r\n", b"nonsense\r\n\r\n"):
                 slow = self.connect(service)
                 slow.send(data)
