@@ -24,7 +24,7 @@ from microshop.orders import Orders
 from microshop.products import Products
 from microshop.users import Users
 from tests.helpers import TOP, ask
-from tests.load import offer, requests
+from tests.load import LATENCIES, latencies, offer, requests
 from tests.peers import Absent, Ports, aiohttp_pair, express, microshop, textbook
 
 ROUNDS = 3
@@ -32,7 +32,6 @@ CONNECTIONS = (1, 16, 64)
 ORDER = '{"userId":1,"productId":101}'
 USER = '{"name":"Carol"}'
 PROCESSES = len(SERVICES) + 2  # with the gateway and the supervisor
-LATENCIES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
 Figures = dict[str, float]
 
 
@@ -178,11 +177,11 @@ def compare_overload(seconds: float) -> None:
             length = 4 * seconds
             failures, times = offer(port, 2 * peak, length, requests(port, target, *content))
         answered = len(times) / length
-        late = [times[int(len(times) * share)] * 1000 for share in LATENCIES.values()]
         failed = ", ".join(f"{what} {count / length:.0f}"
                            for what, count in failures.items() if count)
         show(f"{'POST' if content else 'GET '} {target}", f"{peak:.0f}", f"{answered:.0f}",
-             *(f"{each:.0f}" for each in late), ratio(answered, peak), f"  {failed}")
+             *(f"{late:.0f}" for late in latencies(times).values()), ratio(answered, peak),
+             f"  {failed}")
 
 
 def compare_tables(seconds: float) -> None:

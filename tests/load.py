@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 
+LATENCIES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}  # which share of the answers took less
 WARM_UP = 0.5        # seconds that are not counted
 LAST_ANSWERS = 10.0  # seconds to wait for answers after the last request of an offer
 OFFERS = 1500        # connections that offer() opens at most: more than a process keeps open
@@ -93,10 +94,12 @@ def measure(port: int, connections: int, seconds: float,
                 connection.send(next(to_send))
         if not is_warm and now > warm_at:
             times, is_warm = [], True
-    times.sort()
-    at = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
-    return {"rps": len(times) / seconds,
-            **{name: times[int(len(times) * share)] * 1000 for name, share in at.items()}}
+    return {"rps": len(times) / seconds, **latencies(sorted(times))}
+
+
+def latencies(times: list[float]) -> dict[str, float]:
+    """Return the percentiles of sorted times in seconds, in milliseconds."""
+    return {name: times[int(len(times) * share)] * 1000 for name, share in LATENCIES.items()}
 
 
 class Offer:

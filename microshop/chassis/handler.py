@@ -98,6 +98,9 @@ class RequestReader(BaseHTTPRequestHandler):
             raise
         self.command, self.path, self.request_version, self.headers, length = request
         self.length = length or 0
+        # A body may come slowly, and a write waits for a commit, which several may share.
+        if self.length or self.command not in SAFE_METHODS:
+            self.server.turns.give_up()
         given = self.headers.get("x-request-id")
         if given and REQUEST_ID.fullmatch(given):
             self.request_id = given
@@ -124,7 +127,6 @@ class RequestReader(BaseHTTPRequestHandler):
 
     def _read_body(self) -> None:
         if self.length:
-            self.server.turns.give_up()  # it may come slowly
             self.stream.deadline = time.monotonic() + BODY_TIME
             self.body = self.attempt(
                 self.stream.read_body, self.length, wire.MAX_BODY, self.note_arrival)
@@ -283,8 +285,6 @@ class Handler(ConnectionHandler):
 
     def find_answer(self) -> Answer:
         self.check_client()
-        if self.command not in SAFE_METHODS:  # it waits for a commit, which several may share
-            self.server.turns.give_up()
         given = self.headers.get("x-request-timeout")
         self.deadline = find_deadline(given, self.server.settings.timeout)
         return self.dispatch()

@@ -119,6 +119,23 @@ class TurnsTest(unittest.TestCase):
         self.hang(turns)
         self.note(turns, "next")
         self.assertEqual(self.done, [], "there were two turns where there should be one")
+        self.assertEqual(len(turns._spare), 0, "a thread was started in vain")
+
+    def test_a_thread_that_was_found_for_a_turn_that_has_just_ended_waits_for_another(self):
+        turns = self.make(1)
+        go_on, find = self.hang(turns), turns._find_spare
+
+        def find_too_late() -> threading.Lock:
+            go_on.set()
+            wait_until(lambda: not turns._busy, "the action to end meanwhile")
+            return find()
+
+        self.clock.now += module.TURN_TIME * 1.1
+        with mock.patch.object(turns, "_find_spare", find_too_late):
+            turns.end_overdue()
+        self.hang(turns)
+        self.note(turns, "next")
+        self.assertEqual(self.done, ["what hung"], "there were two turns where there should be one")
         self.assertEqual(len(turns._spare), 1, "the thread that was started in vain is lost")
 
     def test_a_thread_without_a_turn_takes_nothing_more_until_it_has_one_again(self):
