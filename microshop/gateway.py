@@ -18,20 +18,22 @@ from threading import Thread
 from microshop import GATEWAY_PORT, SERVICES
 from microshop.chassis import config, wire
 from microshop.chassis.admission import (
-    SAFE_METHODS, RateLimit, bearer_token, client_of, is_same)
+    SAFE_METHODS, RateLimit, bearer_token, client_of, is_local, is_same)
 from microshop.chassis.answer import NO_STORE, Answer
 from microshop.chassis.client import Client, Reply, Upstream
 from microshop.chassis.content import PAGE, encode, parse_query
 from microshop.chassis.errors import (
-    BadGateway, BadRequest, TooManyRequests, Unauthorized, UpstreamError, excerpt)
+    BadGateway, BadRequest, Forbidden, TooManyRequests, Unauthorized, UpstreamError, excerpt)
 from microshop.chassis.handler import Handler
 from microshop.chassis.server import Service
+from microshop.chassis.tracing import Trace
 
 IDEMPOTENT_RECEIVERS = {"orders"}  # services that honor an Idempotency-Key
 # For each service: the names that ?expand= accepts, each with the service to fetch it from.
 EXPANSIONS = {"orders": {"user": "users", "product": "products"}}
 HEALTH_TIME = 0.2  # seconds for the services to answer: health checks often wait 1 s in all
-HEALTH_PATHS = {"/health", "/health/live"}
+# Paths that do not count for the rate: a monitor must not be refused.
+MONITORED_PATHS = {"/health", "/health/live", "/metrics", "/traces"}
 
 # Headers about one connection, not the message, are not forwarded (RFC 9110 7.6.1).
 HOP_BY_HOP = {
@@ -44,7 +46,8 @@ SET_BY_GATEWAY = {
     "x-request-timeout", "traceparent", "tracestate"}
 PREFIXES_SET_BY_GATEWAY = ("x-forwarded", "sec-fetch-")
 NOT_FORWARDED = HOP_BY_HOP | SET_BY_GATEWAY
-NOT_PASSED_BACK = HOP_BY_HOP | {"x-request-id", "content-length"}
+# Headers of a service's answer that the gateway writes itself.
+NOT_PASSED_BACK = HOP_BY_HOP | {"x-request-id", "content-length", "server-timing"}
 # Headers that apply to the composed response, not to its parts.
 ABOUT_THE_WHOLE = {
     "if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "if-range", "range",
@@ -56,7 +59,7 @@ def via(version: str) -> str:
     return f"{version.removeprefix('HTTP/')} {wire.PSEUDONYM}"
 
 
-def get_all(client: Client, requests: list[tuple[Upstream, str]], headers: dict[str, str],
+def get_all(client: Client, requests: list[tuple[Upstream, str]], trace: Trace,
             deadline: float) -> list[Reply | UpstreamError]:
     """Send a GET to each service and target; return the replies, or the errors.
 
@@ -68,7 +71,7 @@ def get_all(client: Client, requests: list[tuple[Upstream, str]], headers: dict[
 
     def get(future: Future, upstream: Upstream, target: str) -> None:
         try:
-            future.set_result(client.call(upstream, "GET", target, headers, None, deadline))
+            future.set_result(client.call(upstream, "GET", target, trace, deadline=deadline))
         except UpstreamError as error:
             future.set_result(error)
         except Exception as error:  # raised again below, in the thread that waits
@@ -176,40 +179,25 @@ def expand(row: dict, expansions: list[Expansion]) -> int:
 
 # --- requests
 
-class GatewayHandler(Handler):
+class GuardedHandler(Handler):
+    """Checks who sends a request before it is answered (see chassis/admission.py)."""
+
     server: "Gateway"
-
-    def dispatch(self) -> Answer:
-        """Compose or forward. A path that names no service is one of the gateway's own."""
-        path, _, query = self.path.partition("?")
-        upstream = self.server.upstreams.get(path.removeprefix("/").partition("/")[0])
-        if not upstream:
-            return super().dispatch()
-        if query and upstream.name in EXPANSIONS and self.command in ("GET", "HEAD"):
-            names = parse_query(query, ["expand"]).get("expand")
-            if names is not None:
-                return self.compose(upstream, list(dict.fromkeys(names.split(","))))
-        return self.pass_back(self.forward(upstream, self.command))
-
-    def known_paths(self) -> list[str]:
-        return [*(f"/{name}" for name in SERVICES), "/health"]
 
     def check_client(self) -> None:
         """Raise TooManyRequests above the rate, Forbidden as in Handler, or Unauthorized.
 
         Health checks do not count for the rate: to answer them with 429 would take the gateway out.
         """
-        if self.server.limit and self.path.partition("?")[0].rstrip("/") not in HEALTH_PATHS:
+        if self.server.limit and self.path.partition("?")[0].rstrip("/") not in MONITORED_PATHS:
             self.check_rate(self.server.limit)
         super().check_client()
-        token = self.server.token
-        if not token or self.command in SAFE_METHODS:
+        if not self.server.token or self.command in SAFE_METHODS or self.has_token():
             return
         given = bearer_token(self.headers.get("authorization", ""))
-        if not is_same(given, token):
-            code = ', error="invalid_token"' if given else ""  # RFC 6750 section 3
-            raise Unauthorized("a write needs Authorization: Bearer followed by the shop's token",
-                               [("WWW-Authenticate", f'Bearer realm="microshop"{code}')])
+        code = ', error="invalid_token"' if given else ""  # RFC 6750 section 3
+        raise Unauthorized("a write needs Authorization: Bearer followed by the shop's token",
+                           [("WWW-Authenticate", f'Bearer realm="microshop"{code}')])
 
     def check_rate(self, limit: RateLimit) -> None:
         wait = math.ceil(limit.take(client_of(self.client_address[0])))
@@ -220,6 +208,39 @@ class GatewayHandler(Handler):
             ("Retry-After", str(wait)),
             ("RateLimit", f'"client";r=0;t={wait}'),
             ("RateLimit-Policy", f'"client";q={requests};w={seconds}')])
+
+    def check_observer(self) -> None:
+        """Raise Forbidden unless the client is on this machine, not behind a proxy, or has a token.
+
+        Traces show what others have asked for.
+        """
+        if not (is_local(self.client_address[0], self.headers) or self.has_token()):
+            raise Forbidden("only clients on this machine that use no proxy, or that send the "
+                            "shop's token, may see metrics and traces")
+        super().check_observer()
+
+    def has_token(self) -> bool:
+        """Return whether the client has sent the shop's token. If there is none, it has not."""
+        given = bearer_token(self.headers.get("authorization", ""))
+        return bool(self.server.token) and is_same(given, self.server.token)
+
+
+class GatewayHandler(GuardedHandler):
+    def dispatch(self) -> Answer:
+        """Compose or forward. A path that names no service is one of the gateway's own."""
+        path, _, query = self.path.partition("?")
+        upstream = self.server.upstreams.get(path.removeprefix("/").partition("/")[0])
+        if not upstream:
+            return super().dispatch()
+        self.route = f"/{upstream.name}/*"
+        if query and upstream.name in EXPANSIONS and self.command in ("GET", "HEAD"):
+            names = parse_query(query, ["expand"]).get("expand")
+            if names is not None:
+                return self.compose(upstream, list(dict.fromkeys(names.split(","))))
+        return self.pass_back(self.forward(upstream, self.command))
+
+    def known_paths(self) -> list[str]:
+        return [*(f"/{name}" for name in SERVICES), "/health"]
 
     # --- forwarding
 
@@ -240,11 +261,10 @@ class GatewayHandler(Handler):
             headers["x-forwarded-host"] = self.headers["host"]
         if self.server.token:  # the token is not for the services
             headers.pop("authorization", None)
-        headers.update(self.trace_headers())
         has_body = "content-length" in self.headers or "transfer-encoding" in self.headers
         body = self.receive_body() if has_body else None
         return self.server.client.call(
-            upstream, method, self.path, headers, body, self.deadline)
+            upstream, method, self.path, self.trace(), headers, body, self.deadline)
 
     def pass_back(self, reply: Reply) -> Answer:
         """Return the service's reply as the answer to the client."""
@@ -291,8 +311,7 @@ class GatewayHandler(Handler):
         for expansion, ids in batches:
             target = f"/{expansion.service}?ids={','.join(map(str, ids))}"
             requests.append((self.server.upstreams[expansion.service], target))
-        headers = self.trace_headers()
-        replies = get_all(self.server.client, requests, headers, self.deadline)
+        replies = get_all(self.server.client, requests, self.trace(), self.deadline)
         for (expansion, ids), reply in zip(batches, replies, strict=True):
             expansion.add(ids, reply)
 
@@ -307,7 +326,7 @@ class GatewayHandler(Handler):
         upstreams = self.server.upstreams
         requests = [(upstream, "/health") for upstream in upstreams.values()]
         deadline = min(self.deadline, time.monotonic() + HEALTH_TIME)
-        replies = get_all(self.server.client, requests, self.trace_headers(), deadline)
+        replies = get_all(self.server.client, requests, self.trace(), deadline)
         breakers = {name: [instance.breaker.state for instance in upstream.instances]
                     for name, upstream in upstreams.items()}
         states = {name: state_of(reply, breakers[name])
@@ -347,7 +366,7 @@ class Gateway(Service):
         super().__init__(settings)
         self.token = settings.token_file or settings.token or ""
         self.limit = RateLimit(settings.rate) if settings.rate else None
-        self.client = Client(settings.timeout, self.log.event)
+        self.client = Client(settings.timeout, self.log.event, self.telemetry.record)
         self.upstreams = {}
         for name in SERVICES:
             self.upstreams[name] = Upstream(

@@ -36,7 +36,9 @@ from microshop.chassis.errors import (
     RETRY_SOON, BadGateway, BadRequest, Conflict, NotFound, ServiceError, UnprocessableContent,
     UpstreamError, UpstreamUnavailable, excerpt)
 from microshop.chassis.handler import Handler
+from microshop.chassis.metrics import Counter, Family
 from microshop.chassis.server import Service
+from microshop.chassis.tracing import TaskSpan, Trace
 
 CALL_TIME = 2.0    # seconds for another service to answer; fewer if the deadline comes first
 TAKE_OVER = 5.0    # seconds for a request to finish an order before the background tries
@@ -51,6 +53,7 @@ PREVIOUS = {  # the status that an order must have to get this one
     "confirmed": "pending", "rejected": "pending",
     "cancelling": "confirmed", "cancelled": "cancelling"}
 STATES = ("pending", *PREVIOUS)
+UNFINISHED = ("pending", "rejected", "cancelling")  # a rejected one may still hold units
 
 Response = tuple[int, Any]  # a status and a JSON value
 
@@ -209,6 +212,13 @@ def find_due(database: Database) -> list[int]:
     return [row["id"] for row in rows]
 
 
+def count_unfinished(database: Database) -> dict[str, int]:
+    """Return how many orders need further steps, by status. This reads no finished order."""
+    rows = database.rows(
+        "SELECT status, count(*) AS count FROM orders WHERE due IS NOT NULL GROUP BY +status")
+    return {row["status"]: row["count"] for row in rows}
+
+
 def make_old_due(database: Database, started: float) -> None:
     """Make every unfinished order due now whose status is older than this process.
 
@@ -234,10 +244,11 @@ class Saga:
     may be repeated, and only one worker can move the row on.
     """
 
-    def __init__(self, service: "Orders", order_id: int, trace: dict[str, str],
+    def __init__(self, service: "Orders", order_id: int, trace: Trace,
                  deadline: float = math.inf):
         self.service, self.trace, self.deadline = service, trace, deadline
         self.database, self.order_id = service.database, order_id
+        trace.tags["order"] = str(order_id)
         self.load()
 
     def load(self) -> None:
@@ -267,7 +278,7 @@ class Saga:
             self.reserve()
         except (Conflict, UnprocessableContent) as refusal:
             order = {**self.order, "status": "rejected", "reason": refusal.detail}
-            request_id = self.trace["x-request-id"]
+            request_id = self.trace.request_id
             problem = {**refusal.problem(), "requestId": request_id, "order": order}
             self.move("rejected", (refusal.status, problem), refusal.detail)
         else:
@@ -314,9 +325,10 @@ class Saga:
         is_background = self.deadline == math.inf  # then no client waits for the answer
         if is_background and self.service.ending.is_set():
             raise UpstreamUnavailable(self.service.name, "is shutting down")
-        headers = {**self.trace, "content-type": "application/json"}
+        headers = {"content-type": "application/json"}
         body = encode(content).encode() if content else None
-        reply = self.service.client.call(upstream, method, target, headers, body, self.deadline)
+        reply = self.service.client.call(
+            upstream, method, target, self.trace, headers, body, self.deadline)
         if reply.status not in definite:
             raise BadGateway(upstream.name, f"answered {reply.status}")
         return reply
@@ -326,12 +338,18 @@ class Saga:
         """Move the order to a status. If another worker has moved it already, read where to."""
         if move_order(self.database, self.order_id, status, response, reason):
             self.log(f"{self.order['status']} -> {status}")
+            self.note_move(self.order["status"], status)
             self.order = {**self.order, "status": status}
         else:
             self.load()
 
+    def note_move(self, status: str, new_status: str) -> None:
+        """Note in the trace, and count, that the order has a new status."""
+        self.trace.note(f"{status} -> {new_status}")
+        self.service.moves.add(status, new_status)
+
     def log(self, text: str, kind: str = "") -> None:
-        self.service.log.event(f"{self.trace['x-request-id']} order {self.order_id} {text}", kind)
+        self.service.log.event(f"{self.trace.request_id} order {self.order_id} {text}", kind)
 
 
 # --- the routes
@@ -363,6 +381,8 @@ class OrdersHandler(Handler):
         response = None if is_new else find_response(database, order_id)
         if not response:
             saga = self.load_saga(order_id)
+            if is_new:
+                saga.note_move("new", saga.order["status"])
             saga.advance()
             response = find_response(database, order_id) or (202, saga.order)
         status, body = response
@@ -391,7 +411,7 @@ class OrdersHandler(Handler):
                        [RETRY_SOON] if status == "pending" else [])
 
     def load_saga(self, order_id: int) -> Saga:
-        return Saga(self.server, order_id, self.trace_headers(), self.deadline)
+        return Saga(self.server, order_id, self.trace(), self.deadline)
 
     routes = {
         "/orders": {"GET": list_orders, "POST": create_order},
@@ -413,13 +433,22 @@ class Orders(Service):
 
     def __init__(self, settings: Namespace):
         super().__init__(settings)
-        self.client = Client(CALL_TIME, self.log.event)
+        self.client = Client(CALL_TIME, self.log.event, self.telemetry.record)
         self.users = Upstream("users", settings.users_url)
         self.products = Upstream("products", settings.products_url)
+        self.upstreams = {"users": self.users, "products": self.products}
+        self.moves = Counter("microshop_saga_moves_total", "Orders that changed their status.",
+                             ["from", "to"])
         self.ending = threading.Event()
         self._background = threading.Thread(
             target=self._resume_orders, args=[time.time()], daemon=True)
         self._background.start()
+
+    def families(self) -> list[Family]:
+        unfinished = {**dict.fromkeys(UNFINISHED, 0), **count_unfinished(self.database)}
+        return [*super().families(), self.moves.family(), Family(
+            "microshop_unfinished_orders", "gauge", "Orders that need further steps.",
+            [("", {"status": status}, count) for status, count in unfinished.items()])]
 
     def _resume_orders(self, started: float) -> None:
         """Resume every order that is due, until the process ends."""
@@ -441,11 +470,21 @@ class Orders(Service):
             if self.ending.is_set():
                 break
             try:
-                Saga(self, order_id, {"x-request-id": f"order-{order_id}"}).advance()
+                self._resume_order(order_id)
             except Exception as error:
                 postpone_order(self.database, order_id)  # raises if the file itself is the cause
                 self.log.event(
                     f"- cannot resume order {order_id}\n{self._explain(error)}", "order")
+
+    def _resume_order(self, order_id: int) -> None:
+        """Resume an order, and record that as a trace of its own."""
+        trace, began, error = Trace(f"order-{order_id}"), time.perf_counter(), "failed"
+        try:
+            Saga(self, order_id, trace).advance()
+            error = ""
+        finally:
+            self.telemetry.record(TaskSpan(
+                trace, "resume order", error, time.time(), time.perf_counter() - began))
 
     def _explain(self, error: Exception) -> str:
         """Describe an error that is being handled: in a line if its cause is the file."""

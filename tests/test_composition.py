@@ -1,5 +1,6 @@
 """API composition: orders that contain their user and product, or say why one is missing."""
 import json
+import re
 import socket
 import threading
 import unittest
@@ -221,9 +222,9 @@ class CallTest(CompositionTest):
         heads = self.orders.heads + self.users.heads + self.products.heads
         counts = [head.count(f"\r\nx-request-id: {request_id}\r\n") for head in heads]
         self.assertEqual(counts, [1, 1, 1])
-        traces = {line for head in heads for line in head.split("\r\n")
-                  if line.startswith("traceparent: ")}
-        self.assertEqual(len(traces), 1, traces)
+        parents = [re.search("traceparent: 00-(.{32})-(.{16})-01\r", head) for head in heads]
+        self.assertEqual(len({match[1] for match in parents}), 1, "traces")
+        self.assertEqual(len({match[2] for match in parents}), 3, "spans, one for each call")
 
     def test_headers_about_the_composed_response_are_not_forwarded(self):
         self.open([ORDER])

@@ -4,6 +4,7 @@ import unittest
 from unittest import mock
 
 from microshop import SERVICES
+from microshop.chassis.tracing import Trace
 from microshop.gateway import Gateway
 from microshop.orders import Orders, Saga, add_order, move_order
 from microshop.users import Users
@@ -128,7 +129,7 @@ class OrdersOnStubsTest(unittest.TestCase):
 
     def worker(self, order):
         """Return a worker that has read an order, and goes on with it at advance()."""
-        return Saga(self.orders, order, {"x-request-id": "a-worker"})
+        return Saga(self.orders, order, Trace("a-worker"))
 
     def assert_ends(self, order, *expected):
         found = ask(self.orders.server_port, "GET", f"/orders/{order}").json

@@ -16,6 +16,7 @@ from microshop import SERVICES
 from microshop.chassis import client
 from microshop.chassis.errors import UpstreamUnavailable
 from microshop.chassis.resilience import CircuitBreaker
+from microshop.chassis.tracing import Trace
 from microshop.gateway import Gateway
 from tests import load
 from tests.chassis.calls import reset_when_closed
@@ -147,13 +148,13 @@ class FailureTest(unittest.TestCase):
     def test_while_the_circuit_breaker_is_open_a_call_fails_faster_than_any_call_succeeds(self):
         def call(name: str) -> float:
             began = time.perf_counter()
-            gateway.client.call(gateway.upstreams[name], "GET", f"/{name}")
+            gateway.client.call(gateway.upstreams[name], "GET", f"/{name}", Trace("-"))
             return time.perf_counter() - began
 
         def call_in_vain(name: str) -> float:
             began = time.perf_counter()
             self.assertRaises(UpstreamUnavailable, gateway.client.call, gateway.upstreams[name],
-                              "GET", f"/{name}")
+                              "GET", f"/{name}", Trace("-"))
             return time.perf_counter() - began
 
         with self.faulty_shop("has failed too often") as (gateway, _):

@@ -232,9 +232,14 @@ class ForwardingTest(GatewayTest):
         sent = fields(self.stub.requests[-1])
         self.assertEqual(answer.get_all("X-Request-Id"), sent.get_all("X-Request-Id"))
 
-    def test_a_valid_traceparent_is_forwarded_unchanged(self):
-        arrived = self.arrive(f"traceparent: {TRACEPARENT}")
-        self.assertEqual(arrived.get_all("traceparent"), [TRACEPARENT])
+    def test_a_valid_traceparent_is_forwarded_with_the_id_of_the_gateways_span(self):
+        trace, parent = TRACEPARENT[3:35], TRACEPARENT[36:52]
+        later = f"cc-{trace}-{parent}-0d-later"  # a version that has one more field and flags
+        for given in (TRACEPARENT, later, f"00-{trace}-{parent}-00"):
+            with self.subTest(given):
+                [sent] = self.arrive(f"traceparent: {given}").get_all("traceparent")
+                self.assertRegex(sent, f"^00-{trace}-[0-9a-f]{{16}}-0{int(given[54], 16) & 3}$")
+                self.assertNotIn(parent, sent, "the id of another span")
 
     def test_an_invalid_traceparent_is_replaced(self):
         trace, parent = TRACEPARENT[3:35], TRACEPARENT[36:52]

@@ -22,6 +22,7 @@ from microshop import orders
 from microshop.chassis import client
 from microshop.chassis.database import Database
 from microshop.chassis.resilience import CircuitBreaker
+from microshop.chassis.tracing import Trace
 from microshop.orders import Orders, Saga
 from microshop.products import Products
 from microshop.users import Users
@@ -92,7 +93,7 @@ class SagaTest(unittest.TestCase):
 
     def advance(self, order, deadline=float("inf")):
         """Do what another worker does: take an order as far as it gets."""
-        trace = {"x-request-id": "another-worker"}
+        trace = Trace("another-worker")
         Saga(self.shop.orders, order, trace, deadline).advance()
 
     def assert_accepted(self, answer, status):

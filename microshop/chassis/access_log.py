@@ -18,6 +18,7 @@ import select
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from functools import lru_cache
 
 GATHER = 0.05          # seconds
@@ -66,11 +67,12 @@ class EventLimit:
 class AccessLog:
     """A log whose lines name the `service`, unless it is ""; if `quiet`, requests are left out.
 
-    It does not use sys.stderr, whose lock a thread that is blocked in a write would keep.
+    Its thread also calls `digest` (of telemetry.py) soon after a request. The log does not use
+    sys.stderr, whose lock a thread that is blocked in a write would keep.
     """
 
-    def __init__(self, service: str, quiet: bool):
-        self.quiet = quiet
+    def __init__(self, service: str, quiet: bool, digest: Callable[[], None]):
+        self.quiet, self._digest = quiet, digest
         self._name = f"{service} " if service else ""
         self._lines: deque[str] = deque()
         self._lost = 0
@@ -86,6 +88,8 @@ class AccessLog:
         """Log an answered request. Its words must be printable ASCII without spaces."""
         if not self.quiet:
             self._add(f"{request_id} {method} {target} {status} {seconds * 1000:.1f}ms")
+        elif not self._wake.is_set():
+            self._wake.set()
 
     def event(self, text: str, kind: str = "") -> None:
         """Log anything else. The text begins with a request id, or with "-" if there is none.
@@ -130,6 +134,7 @@ class AccessLog:
                 minute_ends = time.monotonic() + MINUTE
                 for text in self._limit.end_minute():
                     self.event(text)
+            self._digest()
             self._write_waiting()
             self._closing.wait(GATHER)
 

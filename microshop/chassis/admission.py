@@ -64,6 +64,13 @@ def client_of(address: str) -> str:
     return str(host.ipv4_mapped or ipaddress.IPv6Network((int(host) >> 64 << 64, 64)))
 
 
+def is_local(address: str, headers: Mapping[str, str]) -> bool:
+    """Return whether a client is on this machine, and no proxy has passed its request on."""
+    host = ipaddress.ip_address(address)
+    host = getattr(host, "ipv4_mapped", None) or host
+    return host.is_loopback and not {"forwarded", "x-forwarded-for"} & headers.keys()
+
+
 def bearer_token(authorization: str) -> str:
     """Return the token in an Authorization header, or "" (RFC 6750 section 2.1)."""
     scheme, _, token = authorization.partition(" ")

@@ -42,6 +42,7 @@ class RequestContext:
     if_match: str | None = None
     if_none_match: str = ""
     keeps_alive: bool = False  # whether the connection stays open after this answer
+    server_timing: str = ""    # who has worked on it for how long: the header's value
 
 
 def entity_tag(body: bytes) -> str:
@@ -105,6 +106,8 @@ def format_answer(answer: Answer, context: RequestContext) -> bytes:
     status, body = int(answer.status), answer.body
     names = [name.lower() for name, _ in answer.headers]
     lines = f"X-Request-Id: {context.request_id}\r\n{KEPT if context.keeps_alive else CLOSED}"
+    if context.server_timing:
+        lines += f"Server-Timing: {context.server_timing}\r\n"
     is_head = context.method == "HEAD"
     # A HEAD answer without a body states no length: that of the GET is not known here.
     states_length = status not in (204, 304) and (body or not is_head)

@@ -24,9 +24,10 @@ from dataclasses import dataclass, field
 
 from microshop.chassis.connections import KeepAliveHandler, Reply, Request
 from microshop.chassis.errors import (
-    RETRY_SOON, BadGateway, Broken, GatewayTimeout, ServiceError, Stale, Unreachable,
-    UpstreamError, UpstreamUnavailable)
+    RETRY_SOON, BadGateway, BreakerOpen, Broken, BulkheadFull, GatewayTimeout, ServiceError, Stale,
+    Unreachable, UpstreamError, UpstreamUnavailable)
 from microshop.chassis.resilience import Bulkhead, CircuitBreaker, Clock, Outcome, RetryBudget
+from microshop.chassis.tracing import MAX_TARGET, ClientSpan, Trace, make_span_id
 
 BULKHEAD_TIME = 0.5   # seconds to wait for a place in the bulkhead, and then for a probe to end
 MAX_RETRIES = 2
@@ -38,10 +39,15 @@ OWN_EFFECTS = {("DELETE", 404), ("DELETE", 412), ("POST", 412), ("PUT", 412)}
 OUT_OF_DESCRIPTORS = {errno.EMFILE, errno.ENFILE}
 
 Log = Callable[[str, str], None]  # logs an event: its text, and its kind (see AccessLog)
+Record = Callable[[ClientSpan], None]
 
 
 def log_nothing(text: str, kind: str) -> None:
     """Log nothing."""
+
+
+def record_nothing(span: ClientSpan) -> None:
+    """Record nothing."""
 
 
 class Instance:
@@ -65,10 +71,9 @@ class Upstream:
                  max_in_flight: int = 64, clock: Clock = time.monotonic):
         self.name = name
         self.idempotent_receiver = idempotent_receiver
-        self.max_in_flight = max_in_flight
         self.instances = [Instance(base_url, clock) for base_url in base_urls]
         self.choices = 0
-        self._bulkhead = Bulkhead(max_in_flight)
+        self.bulkhead = Bulkhead(max_in_flight)
         self._retries = RetryBudget(clock)
         self._lock = threading.Lock()  # held for changes; admits() and is_open() read without it
         self._probe_ended = threading.Condition(self._lock)
@@ -76,21 +81,22 @@ class Upstream:
     def enter(self, wait: float, log: Log = log_nothing) -> None:
         """Begin a call, after waiting up to `wait` seconds for its place in the bulkhead.
 
-        Raises UpstreamUnavailable if the bulkhead stays full, or if every circuit breaker is open.
+        Raises BulkheadFull if it stays full, and BreakerOpen if every circuit breaker is open.
         """
         if self.is_open():
             raise self._breaker_is_open()
-        if not self._bulkhead.acquire(timeout=min(wait, BULKHEAD_TIME)):
-            log(f"bulkhead for {self.name} is full: {self.max_in_flight} requests are in flight",
+        if not self.bulkhead.acquire(timeout=min(wait, BULKHEAD_TIME)):
+            limit = self.bulkhead.count
+            log(f"bulkhead for {self.name} is full: {limit} requests are in flight",
                 f"bulkhead {self.name}")
-            reason = f"is at its limit of {self.max_in_flight} concurrent requests"
-            raise UpstreamUnavailable(self.name, reason, [RETRY_SOON])
+            reason = f"is at its limit of {limit} concurrent requests"
+            raise BulkheadFull(self.name, reason, [RETRY_SOON])
         with self._lock:
             self._retries.note_call()
 
     def leave(self) -> None:
         """End a call."""
-        self._bulkhead.release()
+        self.bulkhead.release()
 
     def choose(self, tried: list[Instance], wait: float,
                log: Log = log_nothing) -> tuple[Instance, int]:
@@ -98,8 +104,8 @@ class Upstream:
 
         It is one that this call has not tried yet, if possible; of those, one with the fewest calls
         in flight; of those, the one not chosen for longest. If there is none because other calls
-        are probing, it waits up to `wait` seconds for a probe to end. Raises UpstreamUnavailable if
-        every circuit breaker is open.
+        are probing, it waits up to `wait` seconds for a probe to end. Raises BreakerOpen if every
+        circuit breaker is open.
         """
         with self._lock:
             self._probe_ended.wait_for(
@@ -142,15 +148,19 @@ class Upstream:
         with self._lock:
             return not self.is_open() and self._retries.take()
 
+    def retry_budget(self) -> tuple[int, int]:
+        """Return how many retries were made lately, and how many may be (see RetryBudget)."""
+        with self._lock:
+            return self._retries.usage()
+
     def _log_breaker(self, instance: Instance, change: str, log: Log) -> None:
         log(f"circuit breaker for {self.name} at {instance.base_url} {change}",
             f"breaker {self.name}")
 
-    def _breaker_is_open(self) -> UpstreamUnavailable:
+    def _breaker_is_open(self) -> BreakerOpen:
         wait = min(instance.breaker.remaining() for instance in self.instances)
         reason = "is temporarily unavailable: its circuit breaker is open"
-        return UpstreamUnavailable(
-            self.name, reason, [("Retry-After", str(max(math.ceil(wait), 1)))])
+        return BreakerOpen(self.name, reason, [("Retry-After", str(max(math.ceil(wait), 1)))])
 
 
 @dataclass(slots=True)
@@ -163,7 +173,9 @@ class Call:
     headers: dict[str, str]
     body: bytes | None
     deadline: float  # of time.monotonic
+    trace: Trace
     log: Log
+    began: float  # of time.monotonic: when the present try began
     tried: list[Instance] = field(default_factory=list)
     failures: list[UpstreamError] = field(default_factory=list)
     retries: int = 0
@@ -193,55 +205,69 @@ class Call:
         """Return the failures after which the request may have been carried out."""
         return [failure for failure in self.failures if isinstance(failure, Broken)]
 
+    def tried_at(self, instance: Instance, span_id: str, status: int, failure: str) -> ClientSpan:
+        """Return the span of the try that has just ended; add a repeated one to Server-Timing."""
+        attempt = len(self.tried)
+        span = self._span(span_id, instance.base_url, attempt, status, failure)
+        if attempt > 1:
+            self.trace.add_timing(f"{self.upstream.name}-try-{attempt};"
+                                  f'dur={span.seconds * 1000:.3f};desc="{failure or status}"')
+        return span
+
+    def rejected(self, rejection: UpstreamUnavailable) -> ClientSpan:
+        """Return the span of a try that a policy has rejected."""
+        return self._span(make_span_id(), "", len(self.tried) + 1, 0, rejection.kind)
+
+    def _span(self, span_id: str, server: str, attempt: int, status: int,
+              failure: str) -> ClientSpan:
+        return ClientSpan(
+            self.trace, span_id, self.upstream.name, server, self.method,
+            self.target[:MAX_TARGET], attempt, status, failure, time.time(),
+            time.monotonic() - self.began)
+
     def log_event(self, text: str, kind: str) -> None:
         """Log an event of this call, with its request id."""
-        self.log(f"{self.headers.get('x-request-id', '-')} {text}", kind)
+        self.log(f"{self.trace.request_id} {text}", kind)
 
 
 class Client:
-    """Calls services, and gives up after `timeout` seconds. `log` logs one event."""
+    """Calls services, and gives up after `timeout` seconds.
 
-    def __init__(self, timeout: float, log: Log = log_nothing):
+    `log` logs one event, and `record` records one try of a call.
+    """
+
+    def __init__(self, timeout: float, log: Log = log_nothing, record: Record = record_nothing):
         self.timeout = timeout
-        self._log = log
+        self._log, self._record = log, record
         self._connections = KeepAliveHandler()
         self._opener = urllib.request.OpenerDirector()
         self._opener.add_handler(self._connections)
 
-    def call(self, upstream: Upstream, method: str, target: str,
+    def call(self, upstream: Upstream, method: str, target: str, trace: Trace,
              headers: dict[str, str] | None = None, body: bytes | None = None,
              deadline: float = math.inf) -> Reply:
         """Send a request and return the response, whatever its status.
 
-        `target` is a path and query as in the request line; `headers` have lower-case names;
-        `deadline` (of time.monotonic) may shorten the timeout. Raises
+        `target` is a path and query as in the request line; `trace` is what the call is part of;
+        `headers` have lower-case names; `deadline` (of time.monotonic) may shorten the timeout.
+        Raises
         - UpstreamUnavailable if the service was not called,
         - BadGateway if no connection could be made, or if it broke, or the response was invalid,
         - GatewayTimeout if the response was not complete in time.
         After GatewayTimeout or BadGateway, the request may have been carried out all the same; not
         after Unreachable, the kind of BadGateway for which no connection was made.
         """
-        deadline = min(deadline, time.monotonic() + self.timeout)
-        call = Call(upstream, method, target, headers or {}, body, deadline, self._log)
-        upstream.enter(deadline - time.monotonic(), call.log_event)
+        began = time.monotonic()
+        deadline = min(deadline, began + self.timeout)
+        call = Call(upstream, method, target, headers or {}, body, deadline, trace, self._log,
+                    began)
         try:
-            while True:
-                try:
-                    reply = self._try(call)
-                except (Broken, Unreachable) as failure:
-                    call.failures.append(failure)
-                    pause = find_pause(call)
-                except UpstreamUnavailable as failure:  # an earlier failure may say more
-                    call.failures.append(failure)
-                    pause = None
-                else:
-                    if call.may_be_own_effect(reply.status):
-                        raise call.error()
-                    return reply
-                if pause is None:
-                    raise call.error() from None
-                if pause:
-                    time.sleep(pause)
+            upstream.enter(deadline - began, call.log_event)
+        except UpstreamUnavailable as rejection:
+            self._record(call.rejected(rejection))
+            raise
+        try:
+            return self._try_until_answered(call)
         finally:
             upstream.leave()
 
@@ -253,33 +279,61 @@ class Client:
         """Close the idle connections."""
         self._connections.close()
 
+    def _try_until_answered(self, call: Call) -> Reply:
+        """Try until there is a reply, or an error after which no retry is allowed."""
+        while True:
+            try:
+                reply = self._try(call)
+            except (Broken, Unreachable) as failure:
+                call.failures.append(failure)
+                pause = find_pause(call)
+            except UpstreamUnavailable as failure:  # an earlier failure may say more
+                call.failures.append(failure)
+                pause = None
+                if isinstance(failure, BreakerOpen):
+                    self._record(call.rejected(failure))
+            else:
+                if call.may_be_own_effect(reply.status):
+                    raise call.error()
+                return reply
+            if pause is None:
+                raise call.error() from None
+            if pause:
+                time.sleep(pause)
+
     def _try(self, call: Call) -> Reply:
         """Send the request to one instance, and tell its circuit breaker how that ended."""
-        wait = call.deadline - time.monotonic()
+        call.began = time.monotonic()
+        wait = call.deadline - call.began
         instance, ticket = call.upstream.choose(call.tried, wait, call.log_event)
         left = call.deadline - time.monotonic()
         had_fair_time = left > self.timeout / 2  # else the instance may not be to blame
         if call.failures:
             call.log_event(f"retrying {call.method} {call.target} at {instance.base_url}: "
                            f"{call.failures[-1].detail}", f"retry {call.upstream.name}")
+        span_id, status, kind = make_span_id(), 0, ""
         outcome = Outcome.UNKNOWN
         try:
-            request = make_request(call, instance, left)
+            request = make_request(call, instance, left, span_id)
             call.tried.append(instance)
             reply: Reply = self._opener.open(request)
-            if reply.status not in FAILING:
+            status = reply.status
+            call.trace.add_timing(reply.fields.get("server-timing", ""))
+            if status not in FAILING:
                 outcome = Outcome.SUCCEEDED
             elif had_fair_time:
                 outcome = Outcome.FAILED
             return reply
         except (OSError, EOFError, ServiceError) as error:
             failure = to_upstream_error(error, call.upstream.name, request)
+            kind = failure.kind
             is_about_instance = had_fair_time or not isinstance(error, TimeoutError)
             if is_about_instance and not isinstance(failure, Stale | UpstreamUnavailable):
                 outcome = Outcome.BROKE if isinstance(failure, Broken) else Outcome.FAILED
             raise failure from None
         finally:
             call.upstream.note_end(instance, ticket, outcome, call.log_event)
+            self._record(call.tried_at(instance, span_id, status, kind))
 
 
 def find_pause(call: Call) -> float | None:
@@ -306,9 +360,10 @@ def find_pause(call: Call) -> float | None:
     return pause
 
 
-def make_request(call: Call, instance: Instance, left: float) -> Request:
-    """Return the request of a call for urllib. X-Request-Timeout says how many seconds are left."""
-    request = Request(instance.base_url + call.target, call.body, call.headers, method=call.method,
+def make_request(call: Call, instance: Instance, left: float, span_id: str) -> Request:
+    """Return the request of a try for urllib. X-Request-Timeout says how many seconds are left."""
+    headers = {**call.headers, **call.trace.headers(span_id)}
+    request = Request(instance.base_url + call.target, call.body, headers, method=call.method,
                       origin_req_host="")  # needed for cookies only, and slow to find out
     request.add_header("X-Request-Timeout", f"{max(left, 0):.3f}")
     request.deadline = call.deadline

@@ -92,7 +92,10 @@ class UpstreamError(ServiceError):
     """A call to another service failed; the problem document names it as `service`.
 
     `predicate` is the rest of the sentence "the users service ...", like "did not respond in time".
+    `kind` says in one word, for metrics and traces, why there was no response.
     """
+
+    kind = ""
 
     def __init__(self, service: str, predicate: str, headers: Sequence[tuple[str, str]] = ()):
         super().__init__(f"the {service} service {predicate}", headers, service=service)
@@ -102,14 +105,19 @@ class BadGateway(UpstreamError):                                                
     """The service gave no valid answer."""
 
     status = HTTPStatus.BAD_GATEWAY
+    kind = "invalid"
 
 
 class Unreachable(BadGateway):
     """No connection could be made, so not a byte of the request was sent."""
 
+    kind = "refused"
+
 
 class Broken(BadGateway):
     """The connection broke, so it is unknown whether the request was carried out."""
+
+    kind = "broken"
 
 
 class Stale(Broken):
@@ -117,12 +125,26 @@ class Stale(Broken):
 
 
 class UpstreamUnavailable(UpstreamError):                                                # 503
-    """The service was not called: its circuit breaker is open, its bulkhead full, or the like."""
+    """The service was not called."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
+    kind = "not called"
+
+
+class BreakerOpen(UpstreamUnavailable):
+    """Every circuit breaker of the service is open."""
+
+    kind = "breaker"
+
+
+class BulkheadFull(UpstreamUnavailable):
+    """As many calls to the service are in flight as its bulkhead admits."""
+
+    kind = "bulkhead"
 
 
 class GatewayTimeout(UpstreamError):                                                     # 504
     """The service did not answer in time, so it is unknown whether the request was carried out."""
 
     status = HTTPStatus.GATEWAY_TIMEOUT
+    kind = "timeout"

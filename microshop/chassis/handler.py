@@ -11,7 +11,6 @@ dispatch -> the route's method. The gateway overrides check_client and dispatch.
 Law: routes write to no socket; they return or raise. Nothing here knows what a route is about.
 """
 import contextlib
-import random
 import re
 import time
 import traceback
@@ -33,23 +32,21 @@ from microshop.chassis.errors import (
     RETRY_SOON, BadRequest, ExpectationFailed, Forbidden, LengthRequired, MethodNotAllowed,
     MethodNotImplemented, NotFound, RequestTimeout, ServiceError, ServiceUnavailable,
     UnsupportedMediaType, excerpt)
+from microshop.chassis.metrics import CONTENT_TYPE, format_metrics
 from microshop.chassis.server import Service
+from microshop.chassis.tracing import CLIENT_GONE, MAX_TARGET, ServerSpan, Trace
 
 HEAD_TIME = 10.0     # seconds for a whole head, from its first byte
 BODY_TIME = 10.0     # seconds for which a body may arrive more slowly than at BODY_RATE
 BODY_RATE = 1024     # bytes per second
 SEND_TIME = 10.0     # seconds for a client to take a whole answer
 ANSWER_SHARE = 0.1   # of the caller's timeout: reserved for sending the answer back
-CLIENT_GONE = 499    # in the log only, as in nginx: the client did not wait for its answer
 
 ID_PATTERN = "([1-9][0-9]{0,15})"
 REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,64}")
-TRACEPARENT = re.compile(
-    "(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 # RFC 9110 section 5.6.6: a parameter may be missing after its semicolon
 JSON_TYPE = re.compile(r'application/json(?>[ \t]*;[ \t]*(?:charset="?utf-8"?)?)*', re.I)
 KNOWN_METHODS = frozenset(HTTPMethod)  # with an unknown one, the answer is 501, not 405
-MAX_TRACESTATE = 512  # characters; longer ones need not be passed on (W3C)
 NO_FIELDS = wire.Fields([])
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -79,6 +76,10 @@ class RequestReader(BaseHTTPRequestHandler):
         self.command, self.path, self.request_id = "-", "-", make_request_id()
         self.request_version, self.headers = "HTTP/1.1", NO_FIELDS
         self.is_read = False
+        self.started = time.perf_counter()
+        self.route = ""              # the template of its path, once that is known
+        self.is_unrecorded = False   # whether it is left out of log, metrics and traces
+        self._trace: Trace | None = None
 
     def read_request(self) -> None:
         """Read a head, and the body as well, unless the client waits to be asked for it.
@@ -176,7 +177,6 @@ class ConnectionHandler(RequestReader):
     def handle_one_request(self) -> None:
         """Read a request and answer it; then close_connection says whether it was the last."""
         self.server.connections.note_busy(self.connection)
-        started = time.perf_counter()
         self.begin_request()
         try:
             status, message = self.respond()
@@ -184,8 +184,7 @@ class ConnectionHandler(RequestReader):
             self.stream.send(message)  # head and body in one piece: one system call
         except OSError:
             self.close_connection, status = True, CLIENT_GONE
-        elapsed = time.perf_counter() - started
-        self.server.log.request(self.request_id, self.command, self.path, status, elapsed)
+        self.note_end(status)
         self.server.connections.note_idle(self.connection)
         if self.close_connection and status != CLIENT_GONE:
             self.server.turns.give_up()
@@ -225,7 +224,8 @@ class ConnectionHandler(RequestReader):
     def context(self) -> RequestContext:
         return RequestContext(
             self.request_id, self.command, self.headers.get("if-match"),
-            self.headers.get("if-none-match", ""), not self.close_connection)
+            self.headers.get("if-none-match", ""), not self.close_connection,
+            self.server_timing())
 
     def to_service_error(self, error: Exception) -> ServiceError:
         """Return the error to send to the client; log the details that it must not see."""
@@ -241,121 +241,33 @@ class ConnectionHandler(RequestReader):
 
     # --- following a request through the services
 
-    def trace_headers(self) -> dict[str, str]:
-        """Return the headers by which a request can be followed through every service it reaches.
+    def trace(self) -> Trace:
+        """Return the place of this request in its trace, which calls to other services need."""
+        if not self._trace:
+            self._trace = Trace(self.request_id, self.headers.get("traceparent", ""),
+                                self.headers.get("tracestate", ""))
+        return self._trace
 
-        The request id is the correlation id of the logs. A trace that the client began is continued
-        (https://www.w3.org/TR/trace-context/); otherwise a new one begins here, and self.headers
-        keeps it for the next call. A long tracestate is dropped: it might make a head too large.
-        """
-        if not TRACEPARENT.fullmatch(self.headers.get("traceparent", "")):
-            trace_id, parent_id = random.randbytes(16).hex(), random.randbytes(8).hex()
-            self.headers["traceparent"] = f"00-{trace_id}-{parent_id}-01"
-            self.headers.pop("tracestate", None)
-        fields = {"traceparent": self.headers["traceparent"]}
-        if 0 < len(self.headers.get("tracestate", "")) <= MAX_TRACESTATE:
-            fields["tracestate"] = self.headers["tracestate"]
-        fields["x-request-id"] = self.request_id
-        return fields
+    def server_timing(self) -> str:
+        """Return the value of Server-Timing: the milliseconds that each process has taken."""
+        own = f"{self.server.name};dur={(time.perf_counter() - self.started) * 1000:.3f}"
+        return ", ".join([*self._trace.timings, own]) if self._trace else own
+
+    def note_end(self, status: int) -> None:
+        """Log the request, and record it as a span: unless it asked for metrics or traces."""
+        if self.is_unrecorded:
+            return
+        seconds = time.perf_counter() - self.started
+        self.server.log.request(self.request_id, self.command, self.path, status, seconds)
+        self.server.telemetry.record(ServerSpan(
+            self.trace(), self.command, self.path[:MAX_TARGET], self.route, status, time.time(),
+            seconds))
 
 
-class Handler(ConnectionHandler):
-    """Finds the route of each request, and has helpers for the methods that routes call.
+class RouteHelpers(ConnectionHandler):
+    """Helpers for the methods that routes call."""
 
-    `routes` maps each path, in which `{id}` stands for an id, to its methods: {"GET": function}.
-    The function is called with the handler and the ids. HEAD, OPTIONS, 404 and 405 follow from the
-    table.
-    """
-
-    routes: dict[str, Methods] = {}
-    _table: list[tuple[re.Pattern, Methods]]
-
-    def __init_subclass__(cls) -> None:
-        """Compile the routes when a subclass is defined.
-
-        A trailing slash names the same resource, as in the Express demo.
-        """
-        cls._table = []
-        own = {"/health": {"GET": cls.health}, "/health/live": {"GET": cls.live}}
-        for path, methods in {**cls.routes, **own}.items():
-            pattern = re.sub("{[a-z_]+}", ID_PATTERN, path.rstrip("/")) + "/?"
-            cls._table.append((re.compile(pattern), methods))
-
-    # --- from a request to a route
-
-    def find_answer(self) -> Answer:
-        self.check_client()
-        given = self.headers.get("x-request-timeout")
-        self.deadline = find_deadline(given, self.server.settings.timeout)
-        return self.dispatch()
-
-    def check_client(self) -> None:
-        """Raise Forbidden for a write that a web page of another origin made a browser send.
-
-        The gateway checks more.
-        """
-        if self.command not in SAFE_METHODS and is_cross_origin(self.headers):
-            raise Forbidden("a web page of another origin must not write here")
-
-    def dispatch(self) -> Answer:
-        """Call the route's function.
-
-        Raises NotFound, MethodNotAllowed with Allow, or MethodNotImplemented.
-        """
-        if self.command not in KNOWN_METHODS:
-            raise MethodNotImplemented(f"the method {excerpt(self.command)} is not supported")
-        path, _, self.query_string = self.path.partition("?")
-        if path == "*":  # OPTIONS asks about the server in general (RFC 9110 section 9.3.7)
-            return Answer(status=204, headers=[("Allow", "OPTIONS, GET, HEAD, POST, PUT, DELETE")])
-        methods, ids = self._find_route(path)
-        function = methods.get("GET" if self.command == "HEAD" else self.command)
-        if function:
-            if self.command == "POST":
-                self._check_target(methods.get("GET"), ids)
-            return function(self, *ids)
-        names = ["OPTIONS", *["GET, HEAD" if name == "GET" else name for name in methods]]
-        allow = ("Allow", ", ".join(names))
-        if self.command == "OPTIONS":
-            return Answer(status=204, headers=[allow])
-        raise MethodNotAllowed(
-            f"{excerpt(path)} does not support {self.command}; it supports {allow[1]}", [allow])
-
-    def _check_target(self, get: Callable[..., Answer] | None, ids: list[int]) -> None:
-        """Check the preconditions of a POST: they are about what `get` returns for its target.
-
-        changing() checks those of PUT and DELETE.
-        """
-        if "if-match" in self.headers or "if-none-match" in self.headers:
-            seen = represent(get(self, *ids) if get else Answer(), RequestContext("", "GET"))
-            check_preconditions(self.context(), dict(seen.headers).get("ETag", ""))
-
-    def _find_route(self, path: str) -> tuple[Methods, list[int]]:
-        for pattern, methods in self._table:
-            if match := pattern.fullmatch(path):
-                ids = list(map(int, match.groups()))
-                if not ids or max(ids) <= MAX_INTEGER:
-                    return methods, ids
-        raise NotFound(f"there is nothing at {excerpt(path)}; try {', '.join(self.known_paths())}")
-
-    def known_paths(self) -> list[str]:
-        """Return the paths to suggest to a client that asked for one that does not exist."""
-        return [*self.routes, "/health"]
-
-    def health(self) -> Answer:
-        """Answer a health check: 503 while the process drains, so that it gets no new work.
-
-        A process that is replaced answers 200 all the same: its successor accepts on its port.
-        """
-        if self.server.draining and not self.server.is_replaced:
-            body = {"status": "draining", "service": self.server.name}
-            return Answer(body, 503, [RETRY_SOON, NO_STORE])
-        return self.live()
-
-    def live(self) -> Answer:
-        """Answer that the process is alive, whatever the state of anything else."""
-        return Answer({"status": "ok", "service": self.server.name}, headers=[NO_STORE])
-
-    # --- helpers for routes
+    query_string = ""
 
     def read_json(self) -> Any:
         """Return the JSON value in the body.
@@ -406,6 +318,123 @@ class Handler(ConnectionHandler):
         path = self.path.partition("?")[0]
         target = f"{path}?{next_query(self.query_string, rows[-1]['id'])}"
         return Answer(rows, headers=[("Link", f'<{target}>; rel="next"')])
+
+
+class Handler(RouteHelpers):
+    """Finds the route of each request. It also has the routes of every process, such as /health.
+
+    `routes` maps each path, in which `{id}` stands for an id, to its methods: {"GET": function}.
+    The function is called with the handler and the ids. HEAD, OPTIONS, 404 and 405 follow from the
+    table.
+    """
+
+    routes: dict[str, Methods] = {}
+    _table: list[tuple[re.Pattern, str, Methods]]
+
+    def __init_subclass__(cls) -> None:
+        """Compile the routes when a subclass is defined.
+
+        A trailing slash names the same resource, as in the Express demo.
+        """
+        cls._table = []
+        own = {"/health": {"GET": cls.health}, "/health/live": {"GET": cls.live},
+               "/metrics": {"GET": cls.metrics}, "/traces": {"GET": cls.traces}}
+        for path, methods in {**cls.routes, **own}.items():
+            pattern = re.sub("{[a-z_]+}", ID_PATTERN, path.rstrip("/")) + "/?"
+            cls._table.append((re.compile(pattern), path, methods))
+
+    def find_answer(self) -> Answer:
+        self.check_client()
+        given = self.headers.get("x-request-timeout")
+        self.deadline = find_deadline(given, self.server.settings.timeout)
+        return self.dispatch()
+
+    def check_client(self) -> None:
+        """Raise Forbidden for a write that a web page of another origin made a browser send.
+
+        The gateway checks more.
+        """
+        if self.command not in SAFE_METHODS and is_cross_origin(self.headers):
+            raise Forbidden("a web page of another origin must not write here")
+
+    def dispatch(self) -> Answer:
+        """Call the route's function.
+
+        Raises NotFound, MethodNotAllowed with Allow, or MethodNotImplemented.
+        """
+        if self.command not in KNOWN_METHODS:
+            raise MethodNotImplemented(f"the method {excerpt(self.command)} is not supported")
+        path, _, self.query_string = self.path.partition("?")
+        if path == "*":  # OPTIONS asks about the server in general (RFC 9110 section 9.3.7)
+            return Answer(status=204, headers=[("Allow", "OPTIONS, GET, HEAD, POST, PUT, DELETE")])
+        methods, ids = self._find_route(path)
+        function = methods.get("GET" if self.command == "HEAD" else self.command)
+        if function:
+            if self.command == "POST":
+                self._check_target(methods.get("GET"), ids)
+            return function(self, *ids)
+        names = ["OPTIONS", *["GET, HEAD" if name == "GET" else name for name in methods]]
+        allow = ("Allow", ", ".join(names))
+        if self.command == "OPTIONS":
+            return Answer(status=204, headers=[allow])
+        raise MethodNotAllowed(
+            f"{excerpt(path)} does not support {self.command}; it supports {allow[1]}", [allow])
+
+    def _check_target(self, get: Callable[..., Answer] | None, ids: list[int]) -> None:
+        """Check the preconditions of a POST: they are about what `get` returns for its target.
+
+        changing() checks those of PUT and DELETE.
+        """
+        if "if-match" in self.headers or "if-none-match" in self.headers:
+            seen = represent(get(self, *ids) if get else Answer(), RequestContext("", "GET"))
+            check_preconditions(self.context(), dict(seen.headers).get("ETag", ""))
+
+    def _find_route(self, path: str) -> tuple[Methods, list[int]]:
+        for pattern, route, methods in self._table:
+            if match := pattern.fullmatch(path):
+                ids = list(map(int, match.groups()))
+                if not ids or max(ids) <= MAX_INTEGER:
+                    self.route = route
+                    return methods, ids
+        raise NotFound(f"there is nothing at {excerpt(path)}; try {', '.join(self.known_paths())}")
+
+    def known_paths(self) -> list[str]:
+        """Return the paths to suggest to a client that asked for one that does not exist."""
+        return [*self.routes, "/health"]
+
+    # --- the routes of every process
+
+    def health(self) -> Answer:
+        """Answer a health check: 503 while the process drains, so that it gets no new work.
+
+        A process that is replaced answers 200 all the same: its successor accepts on its port.
+        """
+        if self.server.draining and not self.server.is_replaced:
+            body = {"status": "draining", "service": self.server.name}
+            return Answer(body, 503, [RETRY_SOON, NO_STORE])
+        return self.live()
+
+    def live(self) -> Answer:
+        """Answer that the process is alive, whatever the state of anything else."""
+        return Answer({"status": "ok", "service": self.server.name}, headers=[NO_STORE])
+
+    def metrics(self) -> Answer:
+        """Answer with the metrics of this process, for Prometheus."""
+        self.check_observer()
+        text = format_metrics(self.server.families())
+        return Answer(text.encode(), headers=[("Content-Type", CONTENT_TYPE), NO_STORE])
+
+    def traces(self) -> Answer:
+        """Answer with the spans of this process that are kept, for Zipkin or Jaeger."""
+        self.check_observer()
+        return Answer(self.server.telemetry.format_spans(self.server.name), headers=[NO_STORE])
+
+    def check_observer(self) -> None:
+        """Raise Forbidden if the client must not see metrics and traces; the gateway does.
+
+        Those who observe must not see themselves, so their requests are not recorded.
+        """
+        self.is_unrecorded = True
 
 
 def find_deadline(given: str | None, timeout: float) -> float:

@@ -168,6 +168,7 @@ class Listener(ThreadingHTTPServer):
     request_queue_size = 1024  # with socketserver's 5, clients that connect at once get no answer
     timeout = 0                # handle_request() must not wait if another process took the client
     is_stopping = False        # the accept loop must end
+    name: str
     log: AccessLog
     turns: Turns
 
@@ -237,7 +238,7 @@ class Listener(ThreadingHTTPServer):
     def _reject(self, connection: socket.socket) -> None:
         """Answer 503 at once, in the accept loop."""
         error = ServiceUnavailable("too many connections are open", [RETRY_SOON])
-        context = RequestContext(make_request_id())
+        context = RequestContext(make_request_id(), server_timing=f"{self.name};dur=0")
         answer = represent(problem_answer(error, context.request_id), context)
         self.rejected.reject(connection, format_answer(answer, context))
         self.log.request(context.request_id, "-", "-", answer.status, 0)

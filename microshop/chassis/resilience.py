@@ -41,6 +41,7 @@ class CircuitBreaker:
     - a process that dies breaks all its connections: of the calls in flight then, one counts.
     """
 
+    STATES = ("closed", "open", "half-open")
     IN_A_ROW = 5
     RECENT = 20
     FIRST_PAUSE, LAST_PAUSE = 0.5, 10.0  # seconds
@@ -52,6 +53,7 @@ class CircuitBreaker:
         self._until = 0.0    # when the pause ends
         self._is_probing = False
         self.probes = 0      # since the breaker opened
+        self.changes = dict.fromkeys(self.STATES, 0)  # how often each state has begun
         self._calls = 0      # that have begun
         self._last_change = self._last_break = 0  # how many calls had begun then
 
@@ -77,6 +79,7 @@ class CircuitBreaker:
         if self._pause:
             self._is_probing = True
             self.probes += 1
+            self.changes["half-open"] += 1
         self._calls += 1
         return self._calls
 
@@ -120,6 +123,7 @@ class CircuitBreaker:
         """Open for `pause` seconds, or close if that is zero."""
         self._pause, self._until = pause, self._clock() + pause
         self._last_change = self._calls
+        self.changes["open" if pause else "closed"] += 1
         self.probes = 0
         self._outcomes.clear()
 
@@ -132,9 +136,13 @@ class Bulkhead:
     """
 
     def __init__(self, count: int):
-        self._free = count
+        self.count = self._free = count
         self._waiters: deque[threading.Lock] = deque()  # releasing a lock serves its waiter
         self._lock = threading.Lock()
+
+    @property
+    def in_use(self) -> int:
+        return self.count - self._free
 
     def acquire(self, timeout: float) -> bool:
         """Take a slot, waiting up to `timeout` seconds for one; return whether there was one."""
@@ -190,13 +198,18 @@ class RetryBudget:
 
     def take(self) -> bool:
         """Count one more retry if the budget allows it; return whether it does."""
-        this_second = self._this_second()
+        used, limit = self.usage()
+        if used >= limit:
+            return False
+        self._this_second().retries += 1
+        return True
+
+    def usage(self) -> tuple[int, int]:
+        """Return how many retries the last WINDOW seconds had, and how many they may have."""
+        self._this_second()  # forgets what is older
         calls = sum(second.calls for second in self._seconds)
         retries = sum(second.retries for second in self._seconds)
-        if retries + 1 > max(self.AT_LEAST, calls * self.SHARE):
-            return False
-        this_second.retries += 1
-        return True
+        return retries, max(self.AT_LEAST, int(calls * self.SHARE))
 
     def _this_second(self) -> _Second:
         now = int(self._clock())

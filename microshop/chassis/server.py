@@ -15,16 +15,18 @@ import sys
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from microshop.chassis import config, surroundings
 from microshop.chassis.access_log import AccessLog
-from microshop.chassis.client import Client
+from microshop.chassis.client import Client, Upstream
 from microshop.chassis.data_folder import FolderUnusable, claim
 from microshop.chassis.database import Database, DatabaseUnusable
 from microshop.chassis.listener import Listener
+from microshop.chassis.metrics import Family
+from microshop.chassis.telemetry import Telemetry, service_families
 from microshop.chassis.turns import Turns
 
 LAST_LOOK = 0.25      # seconds at shutdown in which an idle connection may still bring a request
@@ -105,6 +107,8 @@ class Service(Listener):
     schema: Sequence[Sequence[str]] = ()
     turn_count = 1  # threads that work on requests at a time; more pay off if requests wait
     client: Client | None = None  # for calls to other services
+    upstreams: dict[str, Upstream] = {}  # those services, by name
+    restarts = 0  # how often the supervisor has started this process anew
     token = ""  # the bearer token that writes must carry; only the gateway has one
     options: Sequence[config.Setting] = (config.HOST, config.DATA, config.TIMEOUT, config.QUIET)
 
@@ -124,7 +128,13 @@ class Service(Listener):
             raise
         self.turns = Turns(self.turn_count)
         # Under run_all, the label in front of each line names the process already.
-        self.log = AccessLog("" if settings.supervised else self.name, settings.quiet)
+        self.telemetry = Telemetry()
+        self.log = AccessLog(
+            "" if settings.supervised else self.name, settings.quiet, self.telemetry.digest)
+
+    def families(self) -> list[Family]:
+        """Return the metrics of this process. A subclass may add more."""
+        return service_families(self)
 
     # --- start
 
@@ -178,14 +188,8 @@ class Service(Listener):
         signal.signal(signal.SIGTERM, self._stop_on_signal)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else nohup or run_all started us
             signal.signal(signal.SIGHUP, self._stop_on_signal)
-        if not self.token and not ipaddress.ip_address(self.server_name).is_loopback:
-            self.log.event(
-                f"- warning: other machines can reach port {self.server_port}, and any client may "
-                "write; set MICROSHOP_TOKEN or --token-file on the gateway to require a token")
-        if self.schema and not self.database.has_wal:
-            self.log.event(
-                f"- warning: {self.database.path} has no write-ahead log: its folder is read-only "
-                "(when that changes, restart), or supports none (then reads wait for writes)")
+        for warning in find_warnings(self):
+            self.log.event(f"- warning: {warning}")
         announce(f"{self.title} listening at {self.url}\n")
         self.serve_forever()
         self.drain()
@@ -238,3 +242,13 @@ class Service(Listener):
         if self.schema:
             self.database.close()
         self.log.close()
+
+
+def find_warnings(service: Service) -> Iterator[str]:
+    """Yield what a person should know about the settings and the file of a service."""
+    if not service.token and not ipaddress.ip_address(service.server_name).is_loopback:
+        yield (f"other machines can reach port {service.server_port}, and any client may write; "
+               "set MICROSHOP_TOKEN or --token-file on the gateway to require a token")
+    if service.schema and not service.database.has_wal:
+        yield (f"{service.database.path} has no write-ahead log: its folder is read-only (when "
+               "that changes, restart), or supports none (then reads wait for writes)")

@@ -11,6 +11,7 @@ from microshop.chassis import client
 from microshop.chassis.client import Client, Reply, Upstream
 from microshop.chassis.errors import BadGateway, UpstreamError
 from microshop.chassis.resilience import CircuitBreaker, Outcome
+from microshop.chassis.tracing import ClientSpan, Trace
 from tests.helpers import PATIENCE, read_request, upstream
 
 TIMEOUT = PATIENCE / 2  # of a client: it gives up before the stub does, which fails more clearly
@@ -87,6 +88,9 @@ class FakeTime:
     def monotonic(self) -> float:
         return self.now
 
+    def time(self) -> float:
+        return self.now
+
     def sleep(self, seconds: float) -> None:
         self.pauses.append(seconds)
         self.now += seconds
@@ -105,7 +109,8 @@ class ClientTest(unittest.TestCase):
         self.time = self.enterContext(mock.patch.object(client, "time", FakeTime()))
         self.log: list[str] = []
         self.kinds: set[str] = set()
-        self.client = Client(TIMEOUT, self.note_event)
+        self.spans: list[ClientSpan] = []
+        self.client = Client(TIMEOUT, self.note_event, self.spans.append)
         self.addCleanup(self.client.close)
 
     def note_event(self, text: str, kind: str) -> None:
@@ -136,7 +141,7 @@ class ClientTest(unittest.TestCase):
         return f"http://127.0.0.1:{taken.getsockname()[1]}"
 
     def call(self, users: Upstream, method: str = "GET", **more: object) -> Reply:
-        return self.client.call(users, method, "/users", **more)
+        return self.client.call(users, method, "/users", **{"trace": Trace("-"), **more})
 
     def call_in_turn(self, responses: list[bytes], *methods: str) -> tuple[list, list[int]]:
         """Call a service that sends these responses, once with each method.

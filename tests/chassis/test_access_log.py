@@ -17,10 +17,16 @@ TIME = "2026-11-22T20:25:41.500Z"
 class LogTest(unittest.TestCase):
     """A log that writes to a pipe, which is read only when a test has finished with the log."""
 
+    def setUp(self):
+        self.digested = threading.Event()
+
+    def digest(self):
+        self.digested.set()
+
     def open(self, service="things", quiet=False):
         self.reader, self.writer = os.pipe()
         self.enterContext(mock.patch.object(access_log, "STDERR", self.writer))
-        return AccessLog(service, quiet)
+        return AccessLog(service, quiet, self.digest)
 
     def finish(self, log):
         """Close a log, and return the lines that it has written."""

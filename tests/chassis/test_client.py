@@ -11,30 +11,34 @@ from unittest import mock
 from microshop.chassis import client, connections
 from microshop.chassis.client import Client, Upstream
 from microshop.chassis.errors import (
-    BadGateway, Broken, GatewayTimeout, Unreachable, UpstreamUnavailable)
+    BadGateway, BreakerOpen, Broken, GatewayTimeout, Unreachable, UpstreamUnavailable)
 from microshop.chassis.resilience import Bulkhead, CircuitBreaker, Outcome, RetryBudget
+from microshop.chassis.tracing import Trace
 from tests.chassis.calls import (
     ALICE, BOB, BROKEN, CLOSING, OK, TIMEOUT, ClientTest, Stub, open_breaker, status)
 from tests.helpers import PATIENCE, read_request, upstream, wait_until
 
 
 class RequestTest(ClientTest):
-    def test_a_request_is_sent_unchanged_but_for_host_length_and_the_time_left(self):
+    def test_a_request_is_sent_unchanged_but_for_host_length_time_left_and_trace(self):
         stub, target = Stub(CLOSING), "//users/../%2F?a=%20&b"
         users = self.serve(stub)
         host = f"Host: {users.instances[0].base_url.removeprefix('http://')}"
-        left = f"X-request-timeout: {TIMEOUT:.3f}"
+        added = [host, f"X-request-timeout: {TIMEOUT:.3f}", "X-request-id: order-206"]
         for method, headers, body, fields in [
-            ("GET", {"Accept": "*/*"}, None, ["Accept: */*", host, left]),
-            ("PUT", {"Etag": "x"}, b"\0\xff", ["Content-Length: 2", "Etag: x", host, left]),
-            ("POST", {}, b"", ["Content-Length: 0", host, left]),
-            ("POST", {}, None, [host, left]),
+            ("GET", {"Accept": "*/*"}, None, ["Accept: */*"]),
+            ("PUT", {"Etag": "x"}, b"\0\xff", ["Content-Length: 2", "Etag: x"]),
+            ("POST", {}, b"", ["Content-Length: 0"]),
+            ("POST", {}, None, []),
         ]:
-            self.client.call(users, method, target, headers, body)
+            trace = Trace("order-206")
+            self.client.call(users, method, target, trace, headers, body)
             head, _, content = stub.connections[-1][0].partition(b"\r\n\r\n")
             line, *lines = head.decode().split("\r\n")
             self.assertEqual((line, sorted(lines), content),
-                             (f"{method} {target} HTTP/1.1", sorted(fields), body or b""))
+                             (f"{method} {target} HTTP/1.1", sorted(fields + added + [
+                                 f"Traceparent: 00-{trace.trace_id}-{self.spans[-1].span_id}-01"]),
+                              body or b""))
 
     def test_a_line_break_in_a_header_is_refused_before_anything_is_sent(self):
         stub = Stub(ALICE)
@@ -55,7 +59,8 @@ class RequestTest(ClientTest):
 
         users, targets = self.serve(echo), [f"/users/{number}" for number in range(200)]
         with ThreadPoolExecutor(8) as pool:
-            replies = list(pool.map(lambda path: self.client.call(users, "GET", path), targets))
+            replies = list(pool.map(
+                lambda path: self.client.call(users, "GET", path, Trace("-")), targets))
         self.assertEqual([reply.body.decode() for reply in replies], targets)
 
 
@@ -102,7 +107,7 @@ class RetryTest(ClientTest):
                 stub = Stub(BROKEN[0])
                 orders = self.serve(stub, idempotent_receiver=is_receiver)
                 with self.assertRaises(Broken):
-                    self.client.call(orders, method, "/orders", headers, b"{}")
+                    self.client.call(orders, method, "/orders", Trace("-"), headers, b"{}")
                 self.assertEqual(len(stub.connections), times, "times that the request was sent")
 
     def test_any_complete_response_is_final_and_so_is_an_invalid_one(self):
@@ -184,7 +189,7 @@ class RetryTest(ClientTest):
     def test_there_is_no_retry_once_the_circuit_breaker_is_open(self):
         with mock.patch.object(RetryBudget, "AT_LEAST", 100):
             outcomes, counts = self.call_in_turn([BROKEN[0]], "GET", "GET", "GET")
-        self.assertEqual(outcomes, [BadGateway, BadGateway, UpstreamUnavailable])
+        self.assertEqual(outcomes, [BadGateway, BadGateway, BreakerOpen])
         self.assertEqual(len(counts), 5, "tries, of which the fifth opened the circuit breaker")
 
     def test_a_circuit_breaker_that_opens_before_the_retry_does_not_hide_that_a_try_was_sent(self):
@@ -465,7 +470,7 @@ class BulkheadTest(ClientTest):
         users = self.serve(Stub(status(500)), max_in_flight=1)
         for _ in range(5):
             self.call(users)
-        users._bulkhead.acquire(0)
+        users.bulkhead.acquire(0)
         self.assertRegex(self.detail_of_call(users), "its circuit breaker is open")
 
 
@@ -510,19 +515,19 @@ class DeadlineTest(ClientTest):
 
 
 class LogTest(ClientTest):
-    ID = {"x-request-id": "order-206"}
+    TRACE = Trace("order-206")
 
     def test_a_circuit_breaker_logs_each_change_of_its_state_in_one_line(self):
         users = self.serve(Stub(*[status(500)] * 6, ALICE))
         breaker = f"order-206 circuit breaker for users at {users.instances[0].base_url}"
         for _ in range(5):
-            self.call(users, headers=self.ID)
+            self.call(users, trace=self.TRACE)
         for _ in range(3):
-            self.assertRaises(UpstreamUnavailable, self.call, users, headers=self.ID)
+            self.assertRaises(UpstreamUnavailable, self.call, users, trace=self.TRACE)
         for pause in (0.501, 1.001):
             self.time.now += pause
-            self.call(users, headers=self.ID)
-        self.call(users, headers=self.ID)
+            self.call(users, trace=self.TRACE)
+        self.call(users, trace=self.TRACE)
         self.assertEqual(self.log, [
             f"{breaker} opened for 0.5 s after 5 failures in a row",
             f"{breaker} is half-open: this request probes the instance",
@@ -533,7 +538,7 @@ class LogTest(ClientTest):
 
     def test_a_retry_is_logged_with_its_reason(self):
         users = self.serve(Stub(BROKEN[0], ALICE))
-        self.call(users, headers=self.ID)
+        self.call(users, trace=self.TRACE)
         self.assertEqual(self.log, [
             f"order-206 retrying GET /users at {users.instances[0].base_url}: "
             "the users service closed the connection before its response was complete"])
@@ -543,7 +548,7 @@ class LogTest(ClientTest):
         users = self.serve(Stub(BROKEN[0]))
         breaker = users.instances[0].breaker
         with mock.patch.object(self.time, "sleep", lambda _: open_breaker(breaker)):
-            self.assertRaises(Broken, self.call, users, headers=self.ID)
+            self.assertRaises(Broken, self.call, users, trace=self.TRACE)
         self.assertEqual(self.log, [])
 
     def test_a_retry_at_another_instance_is_logged_with_its_reason(self):
@@ -557,7 +562,7 @@ class LogTest(ClientTest):
         users = self.serve(Stub(ALICE), max_in_flight=1)
         users.enter(0)
         with mock.patch.object(client, "BULKHEAD_TIME", 0):
-            self.assertRaises(UpstreamUnavailable, self.call, users, headers=self.ID)
+            self.assertRaises(UpstreamUnavailable, self.call, users, trace=self.TRACE)
         self.assertEqual(self.log, [
             "order-206 bulkhead for users is full: 1 requests are in flight"])
         self.assertEqual(self.kinds, {"bulkhead users"})
@@ -567,5 +572,5 @@ class LogTest(ClientTest):
         self.addCleanup(silent.close)
         users = self.serve(Stub(*[BROKEN[0]] * 4, ALICE))
         for _ in range(2):
-            self.assertRaises(BadGateway, silent.call, users, "POST", "/users")
-        self.assertEqual(silent.call(users, "GET", "/users").body, b"Alice")
+            self.assertRaises(BadGateway, silent.call, users, "POST", "/users", Trace("-"))
+        self.assertEqual(silent.call(users, "GET", "/users", Trace("-")).body, b"Alice")

@@ -11,6 +11,7 @@ from microshop.chassis import connections
 from microshop.chassis.client import Client, Upstream
 from microshop.chassis.errors import BadGateway, GatewayTimeout, Unreachable
 from microshop.chassis.resilience import RetryBudget
+from microshop.chassis.tracing import Trace
 from microshop.users import Users
 from tests.chassis.calls import (
     ALICE, BOB, CHUNKED, CLOSING, MALLORY, OK, TIMEOUT, ClientTest, Last, Reset, Stub)
@@ -69,7 +70,8 @@ class KeepAliveTest(ClientTest):
         with running(Users) as users:
             address = Upstream("users", [f"http://127.0.0.1:{users.server_port}"])
             requests = [("GET", "/users/1"), ("HEAD", "/users/1"), ("GET", "/users/999")]
-            replies = [self.client.call(address, method, target) for method, target in requests]
+            replies = [self.client.call(address, method, target, Trace("-"))
+                       for method, target in requests]
             self.assertEqual([reply.status for reply in replies], [200, 200, 404])
             self.assertEqual([reply.body for reply in replies[:2]],
                              [b'{"id":1,"name":"Alice"}', b""])
