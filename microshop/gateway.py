@@ -59,6 +59,13 @@ def via(version: str) -> str:
     return f"{version.removeprefix('HTTP/')} {wire.PSEUDONYM}"
 
 
+def with_named(left_out: set[str], fields: wire.Fields) -> set[str]:
+    """Add to `left_out` the headers that Connection names: they are about one connection, too."""
+    if fields.get("connection", "keep-alive") == "keep-alive":  # it is in every such set already
+        return left_out
+    return left_out | fields.tokens("connection")
+
+
 def get_all(client: Client, requests: list[tuple[Upstream, str]], trace: Trace,
             deadline: float) -> list[Reply | UpstreamError]:
     """Send a GET to each service and target; return the replies, or the errors.
@@ -250,7 +257,7 @@ class GatewayHandler(GuardedHandler):
 
         The request's correlation id is sent along as X-Request-Id, so that all logs have the same.
         """
-        left_out = left_out.union(self.headers.tokens("connection"))  # those are for this hop only
+        left_out = with_named(left_out, self.headers)
         headers = {name: value for name, value in self.headers.items()
                    if name not in left_out and not name.startswith(PREFIXES_SET_BY_GATEWAY)}
         own_via = via(self.request_version)
@@ -268,7 +275,7 @@ class GatewayHandler(GuardedHandler):
 
     def pass_back(self, reply: Reply) -> Answer:
         """Return the service's reply as the answer to the client."""
-        left_out = NOT_PASSED_BACK.union(reply.fields.tokens("connection"))
+        left_out = with_named(NOT_PASSED_BACK, reply.fields)
         headers = [(name, value) for name, value in reply.fields.pairs
                    if name.lower() not in left_out]
         if self.command == "HEAD" and "content-length" in reply.fields and reply.status != 204:

@@ -36,7 +36,7 @@ from microshop.chassis.errors import (
     RETRY_SOON, BadGateway, BadRequest, Conflict, NotFound, ServiceError, UnprocessableContent,
     UpstreamError, UpstreamUnavailable, excerpt)
 from microshop.chassis.handler import Handler
-from microshop.chassis.metrics import Counter, Family
+from microshop.chassis.metrics import Family, counters
 from microshop.chassis.server import Service
 from microshop.chassis.tracing import TaskSpan, Trace
 
@@ -248,7 +248,7 @@ class Saga:
                  deadline: float = math.inf):
         self.service, self.trace, self.deadline = service, trace, deadline
         self.database, self.order_id = service.database, order_id
-        trace.tags["order"] = str(order_id)
+        trace.tag("order", str(order_id))
         self.load()
 
     def load(self) -> None:
@@ -346,7 +346,8 @@ class Saga:
     def note_move(self, status: str, new_status: str) -> None:
         """Note in the trace, and count, that the order has a new status."""
         self.trace.note(f"{status} -> {new_status}")
-        self.service.moves.add(status, new_status)
+        with self.service.counting:
+            self.service.moves[status, new_status] += 1
 
     def log(self, text: str, kind: str = "") -> None:
         self.service.log.event(f"{self.trace.request_id} order {self.order_id} {text}", kind)
@@ -437,8 +438,10 @@ class Orders(Service):
         self.users = Upstream("users", settings.users_url)
         self.products = Upstream("products", settings.products_url)
         self.upstreams = {"users": self.users, "products": self.products}
-        self.moves = Counter("microshop_saga_moves_total", "Orders that changed their status.",
-                             ["from", "to"])
+        # How often orders have moved from one status to another, for the metrics.
+        self.moves = dict.fromkeys([("new", "pending"), *(
+            (previous, status) for status, previous in PREVIOUS.items())], 0)
+        self.counting = threading.Lock()  # held to change them
         self.ending = threading.Event()
         self._background = threading.Thread(
             target=self._resume_orders, args=[time.time()], daemon=True)
@@ -446,9 +449,12 @@ class Orders(Service):
 
     def families(self) -> list[Family]:
         unfinished = {**dict.fromkeys(UNFINISHED, 0), **count_unfinished(self.database)}
-        return [*super().families(), self.moves.family(), Family(
-            "microshop_unfinished_orders", "gauge", "Orders that need further steps.",
-            [("", {"status": status}, count) for status, count in unfinished.items()])]
+        return [
+            *super().families(),
+            counters("microshop_saga_moves_total", "Orders that changed their status.",
+                     ["from", "to"], self.moves),
+            Family("microshop_unfinished_orders", "gauge", "Orders that need further steps.", [
+                ("", {"status": status}, count) for status, count in unfinished.items()])]
 
     def _resume_orders(self, started: float) -> None:
         """Resume every order that is due, until the process ends."""

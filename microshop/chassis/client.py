@@ -205,25 +205,19 @@ class Call:
         """Return the failures after which the request may have been carried out."""
         return [failure for failure in self.failures if isinstance(failure, Broken)]
 
-    def tried_at(self, instance: Instance, span_id: str, status: int, failure: str) -> ClientSpan:
-        """Return the span of the try that has just ended; add a repeated one to Server-Timing."""
-        attempt = len(self.tried)
-        span = self._span(span_id, instance.base_url, attempt, status, failure)
+    def end_try(self, server: str, span_id: str, status: int, failure: str) -> ClientSpan:
+        """Return the span of the present try; add it to Server-Timing unless it is the first.
+
+        Without a `server`, a policy has rejected it.
+        """
+        attempt = len(self.tried) + (not server)
+        seconds = time.monotonic() - self.began
         if attempt > 1:
             self.trace.add_timing(f"{self.upstream.name}-try-{attempt};"
-                                  f'dur={span.seconds * 1000:.3f};desc="{failure or status}"')
-        return span
-
-    def rejected(self, rejection: UpstreamUnavailable) -> ClientSpan:
-        """Return the span of a try that a policy has rejected."""
-        return self._span(make_span_id(), "", len(self.tried) + 1, 0, rejection.kind)
-
-    def _span(self, span_id: str, server: str, attempt: int, status: int,
-              failure: str) -> ClientSpan:
+                                  f'dur={seconds * 1000:.3f};desc="{failure or status}"')
         return ClientSpan(
             self.trace, span_id, self.upstream.name, server, self.method,
-            self.target[:MAX_TARGET], attempt, status, failure, time.time(),
-            time.monotonic() - self.began)
+            self.target[:MAX_TARGET], attempt, status, failure, time.time(), seconds)
 
     def log_event(self, text: str, kind: str) -> None:
         """Log an event of this call, with its request id."""
@@ -264,7 +258,7 @@ class Client:
         try:
             upstream.enter(deadline - began, call.log_event)
         except UpstreamUnavailable as rejection:
-            self._record(call.rejected(rejection))
+            self._record(call.end_try("", make_span_id(), 0, rejection.kind))
             raise
         try:
             return self._try_until_answered(call)
@@ -291,7 +285,7 @@ class Client:
                 call.failures.append(failure)
                 pause = None
                 if isinstance(failure, BreakerOpen):
-                    self._record(call.rejected(failure))
+                    self._record(call.end_try("", make_span_id(), 0, failure.kind))
             else:
                 if call.may_be_own_effect(reply.status):
                     raise call.error()
@@ -333,7 +327,7 @@ class Client:
             raise failure from None
         finally:
             call.upstream.note_end(instance, ticket, outcome, call.log_event)
-            self._record(call.tried_at(instance, span_id, status, kind))
+            self._record(call.end_try(instance.base_url, span_id, status, kind))
 
 
 def find_pause(call: Call) -> float | None:
@@ -362,10 +356,11 @@ def find_pause(call: Call) -> float | None:
 
 def make_request(call: Call, instance: Instance, left: float, span_id: str) -> Request:
     """Return the request of a try for urllib. X-Request-Timeout says how many seconds are left."""
-    headers = {**call.headers, **call.trace.headers(span_id)}
-    request = Request(instance.base_url + call.target, call.body, headers, method=call.method,
+    request = Request(instance.base_url + call.target, call.body, method=call.method,
                       origin_req_host="")  # needed for cookies only, and slow to find out
-    request.add_header("X-Request-Timeout", f"{max(left, 0):.3f}")
+    # Set at once: add_header() would change the names to "X-request-id" and the like, one by one.
+    request.headers = {**call.headers, **call.trace.headers(span_id),
+                       "x-request-timeout": f"{max(left, 0):.3f}"}
     request.deadline = call.deadline
     request.is_retry = bool(call.tried)
     return request

@@ -5,10 +5,10 @@ follow the semantic conventions of OpenTelemetry where these have any.
 
 Law: nothing here knows what is counted.
 """
-import threading
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Upper bounds in seconds: those of OpenTelemetry, after three for services on the same machine.
@@ -56,48 +56,37 @@ def format_metrics(families: Iterable[Family]) -> str:
     return "".join(f"{line}\n" for family in families for line in family.lines())
 
 
-class Counter:
-    """Counts events by the values of its labels. Threads may share it."""
-
-    def __init__(self, name: str, help: str, label_names: Sequence[str]):
-        self.name, self.help, self.label_names = name, help, label_names
-        self._counts: dict[tuple[str, ...], int] = {}
-        self._lock = threading.Lock()
-
-    def add(self, *values: str, count: int = 1) -> None:
-        """Count an event. With a count of zero, only show that there may be such events."""
-        with self._lock:
-            self._counts[values] = self._counts.get(values, 0) + count
-
-    def family(self) -> Family:
-        return Family(self.name, "counter", self.help, [
-            ("", dict(zip(self.label_names, values, strict=True)), count)
-            for values, count in self._counts.copy().items()])
+def counters(name: str, help: str, label_names: Sequence[str],
+             counts: Mapping[Any, float]) -> Family:
+    """Return a metric that only goes up, with a count for each tuple of values of its labels."""
+    return Family(name, "counter", help, [
+        ("", dict(zip(label_names, values, strict=True)), count)
+        for values, count in counts.items()])
 
 
 class Histogram:
-    """Counts durations in buckets, by the values of its labels. One thread at a time may use it."""
+    """Counts durations in buckets, one row of buckets for each `key`.
 
-    def __init__(self, name: str, help: str, label_names: Sequence[str]):
-        self.name, self.help, self.label_names = name, help, label_names
-        self._counts: dict[tuple[str, ...], list[int]] = {}  # the last one is beyond all bounds
-        self._sums: dict[tuple[str, ...], float] = {}
+    `labels_of` returns the labels that a key stands for. One thread at a time may use it.
+    """
 
-    def observe(self, values: tuple[str, ...], seconds: float) -> None:
-        if values not in self._counts:
-            self._counts[values] = [0] * (len(BUCKETS) + 1)
-            self._sums[values] = 0.0
-        self._counts[values][bisect_left(BUCKETS, seconds)] += 1
-        self._sums[values] += seconds
+    def __init__(self, name: str, help: str, labels_of: Callable[..., Labels]):
+        self.name, self.help, self.labels_of = name, help, labels_of
+        # The counts of each key: one for each bucket and one beyond them, and then the sum.
+        self._rows: dict[tuple, list] = defaultdict(lambda: [0] * (len(BUCKETS) + 1) + [0.0])
+
+    def observe(self, key: tuple, seconds: float) -> None:
+        row = self._rows[key]
+        row[bisect_left(BUCKETS, seconds)] += 1
+        row[-1] += seconds
 
     def family(self) -> Family:
         samples: list[tuple[str, Labels, float]] = []
-        for values, counts in self._counts.items():
-            labels = dict(zip(self.label_names, values, strict=True))
-            total = 0
+        for key, (*counts, total_seconds) in self._rows.items():
+            labels, total = self.labels_of(*key), 0
             for bound, count in zip([*BUCKETS, "+Inf"], counts, strict=True):
                 total += count  # a bucket counts what is in those before it, too
                 samples.append(("_bucket", {**labels, "le": format(bound)}, total))
-            samples.append(("_sum", labels, self._sums[values]))
+            samples.append(("_sum", labels, total_seconds))
             samples.append(("_count", labels, total))
         return Family(self.name, "histogram", self.help, samples)

@@ -5,6 +5,7 @@ How connections are admitted is in listener.py, and what happens on one in handl
 Law: nothing here knows what a request is about.
 """
 import contextlib
+import gc
 import ipaddress
 import os
 import select
@@ -191,6 +192,7 @@ class Service(Listener):
         for warning in find_warnings(self):
             self.log.event(f"- warning: {warning}")
         announce(f"{self.title} listening at {self.url}\n")
+        gc.freeze()  # what exists by now stays: the garbage collector need not look at it again
         self.serve_forever()
         self.drain()
         self.close()
@@ -201,6 +203,7 @@ class Service(Listener):
         This is called in each round of the accept loop, so a beat shows that it runs.
         """
         super().service_actions()
+        self.telemetry.digest_overdue()
         if self.client:
             self.client.trim()
         if self.heartbeat and not self.heartbeat.beat():

@@ -14,18 +14,17 @@ import resource
 import threading
 import time
 from bisect import insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from http import HTTPMethod
 from operator import attrgetter
 from typing import Any
 from urllib.parse import urlsplit
 
 from microshop.chassis.client import Upstream
-from microshop.chassis.metrics import Counter, Family, Histogram, counter, gauge
+from microshop.chassis.metrics import Family, Histogram, counter, counters, gauge
 from microshop.chassis.resilience import CircuitBreaker
-from microshop.chassis.tracing import ClientSpan, ServerSpan, Span, format_span
+from microshop.chassis.tracing import SAMPLED, ClientSpan, ServerSpan, Span, format_span
 
 MAX_WAITING = 5_000    # spans that wait to be counted
 LAST = 500             # spans that are kept because they are the last ones
@@ -43,6 +42,7 @@ class Telemetry:
     def __init__(self) -> None:
         self.started = time.time()
         self._waiting: deque[Span] = deque()
+        self.record = self._waiting.append  # takes a span; any thread may call it at any time
         self._lock = threading.Lock()  # held while spans are counted, or read
         self._last: deque[Span] = deque(maxlen=LAST)
         self._failed: deque[Span] = deque(maxlen=LAST_FAILED)
@@ -50,22 +50,17 @@ class Telemetry:
         self._slowest: list[Span] = []  # the fastest of them first
         self._requests = Histogram(
             "http_server_request_duration_seconds", "Duration of the requests answered.",
-            ["http_request_method", "http_route", "http_response_status_code", "error_type"])
+            labels_of_request)
         self._tries = Histogram(
             "http_client_request_duration_seconds", "Duration of each try of a call.",
-            ["http_request_method", "server_address", "server_port", "peer_service",
-             "http_response_status_code", "error_type"])
-        self._calls = Counter("microshop_calls_total", "Calls to a service.", ["upstream"])
-        self._retries = Counter(
-            "microshop_retries_total", "Tries of calls beyond the first.", ["upstream"])
-        self._rejections = Counter(
-            "microshop_rejected_calls_total", "Calls that a policy rejected.",
-            ["upstream", "reason"])
+            labels_of_try)
+        self._calls: Counter[str] = Counter()  # by name of the upstream, as are the retries
+        self._retries: Counter[str] = Counter()
+        self._rejections: Counter[tuple[str, str]] = Counter()  # by upstream and reason
 
-    def record(self, span: Span) -> None:
-        """Record a span; any thread may do so at any time."""
-        self._waiting.append(span)
-        if len(self._waiting) > MAX_WAITING:  # the log's thread is stuck, as nothing reads the log
+    def digest_overdue(self) -> None:
+        """Do what the log's thread does not do while it is stuck, because nothing reads the log."""
+        if len(self._waiting) > MAX_WAITING:
             self.digest()
 
     def digest(self) -> None:
@@ -75,28 +70,26 @@ class Telemetry:
             self._slowest = [span for span in self._slowest if span.ended > horizon]
             for _ in range(len(self._waiting)):
                 span = self._waiting.popleft()
-                self._count(span)
+                if isinstance(span, ServerSpan):
+                    key = bounded(span.method), span.route, span.status
+                    self._requests.observe(key, span.seconds)
+                elif isinstance(span, ClientSpan):
+                    self._count_try(span)
                 self._keep(span)
 
-    def _count(self, span: Span) -> None:
-        if isinstance(span, ServerSpan):
-            method = span.method if span.method in KNOWN_METHODS else "_OTHER"
-            self._requests.observe(
-                (method, span.route, str(span.status), span.error), span.seconds)
-        elif isinstance(span, ClientSpan):
-            if span.attempt == 1:
-                self._calls.add(span.upstream)
-            if span.failure in REJECTIONS:
-                self._rejections.add(span.upstream, span.failure)
-                return
-            if span.attempt > 1:
-                self._retries.add(span.upstream)
-            self._tries.observe(
-                (span.method, *split_server(span.server), span.upstream,
-                 str(span.status or ""), span.error), span.seconds)
+    def _count_try(self, span: ClientSpan) -> None:
+        if span.attempt == 1:
+            self._calls[span.upstream] += 1
+        elif span.server:
+            self._retries[span.upstream] += 1
+        if span.failure in REJECTIONS:
+            self._rejections[span.upstream, span.failure] += 1
+        else:
+            key = bounded(span.method), span.server, span.upstream, span.status, span.failure
+            self._tries.observe(key, span.seconds)
 
     def _keep(self, span: Span) -> None:
-        if span.trace.is_sampled:
+        if span.trace.flags & SAMPLED:
             self._last.append(span)
         # An outside client must not be able to hide these by the flag.
         if span.error:
@@ -126,24 +119,40 @@ class Telemetry:
         much a counter has grown before it first appears.
         """
         self.digest()
-        for upstream in upstreams:
-            self._calls.add(upstream.name, count=0)
-            self._retries.add(upstream.name, count=0)
-            for reason in REJECTIONS:
-                self._rejections.add(upstream.name, reason, count=0)
+        names = [upstream.name for upstream in upstreams]
         with self._lock:
-            families = [self._requests.family()]
-            if upstreams:
-                families += [self._tries.family(), self._calls.family(), self._retries.family(),
-                             self._rejections.family()]
-            return families
+            if not names:
+                return [self._requests.family()]
+            return [
+                self._requests.family(), self._tries.family(),
+                counters("microshop_calls_total", "Calls to a service.", ["upstream"],
+                         {(name,): self._calls[name] for name in names}),
+                counters("microshop_retries_total", "Tries of calls beyond the first.",
+                         ["upstream"], {(name,): self._retries[name] for name in names}),
+                counters("microshop_rejected_calls_total", "Calls that a policy has rejected.",
+                         ["upstream", "reason"],
+                         {(name, reason): self._rejections[name, reason]
+                          for name in names for reason in REJECTIONS})]
 
 
-@lru_cache
-def split_server(url: str) -> tuple[str, str]:
-    """Return the host and the port of a base URL."""
-    parts = urlsplit(url)
-    return parts.hostname or "", str(parts.port or 80)
+def bounded(method: str) -> str:
+    """Return the label for a method: clients may invent as many as they like."""
+    return method if method in KNOWN_METHODS else "_OTHER"
+
+
+def labels_of_request(method: str, route: str, status: int) -> dict[str, str]:
+    return {"http_request_method": method, "http_route": route,
+            "http_response_status_code": str(status),
+            "error_type": str(status) if status >= 500 else ""}
+
+
+def labels_of_try(method: str, server: str, upstream: str, status: int,
+                  failure: str) -> dict[str, str]:
+    address = urlsplit(server)
+    return {"http_request_method": method, "server_address": address.hostname or "",
+            "server_port": str(address.port or 80), "peer_service": upstream,
+            "http_response_status_code": str(status or ""),
+            "error_type": failure or (str(status) if status >= 500 else "")}
 
 
 # --- metrics that are looked up when somebody asks for them

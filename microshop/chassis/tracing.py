@@ -14,6 +14,7 @@ Law: ids, and spans as values. Nothing here sends, counts or keeps anything.
 import random
 import re
 import time
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -23,7 +24,8 @@ MAX_TIMINGS = 30       # entries of other processes in a Server-Timing header
 MAX_TIMING = 200       # characters of one of them
 MAX_STATE = 512        # characters of a tracestate; longer ones need not be passed on
 KNOWN_FLAGS = 0b11     # sampled, and random (level 2); others must not be passed on
-SAMPLED = 0b01
+SAMPLED = 0b01         # the caller wants the trace to be kept
+NO_TAGS: Mapping[str, str] = {}
 # A version later than 00 may have more fields after these four; ff is no version.
 TRACEPARENT = re.compile(
     "(?!ff|00.{54})[0-9a-f]{2}-"
@@ -54,14 +56,9 @@ class Trace:
         else:
             self.trace_id, self.parent_id = random.randbytes(16).hex(), ""
             self.flags, self.state = SAMPLED, ""
-        self.timings: list[str] = []               # entries for Server-Timing, of earlier work
-        self.tags: dict[str, str] = {}
-        self.notes: list[tuple[float, str]] = []   # what has happened, after a Unix time
-
-    @property
-    def is_sampled(self) -> bool:
-        """Whether the caller wants the trace to be kept."""
-        return bool(self.flags & SAMPLED)
+        self.timings: list[str] = []  # entries for Server-Timing, about other processes and tries
+        self.tags: Mapping[str, str] = NO_TAGS
+        self.notes: tuple[tuple[float, str], ...] = ()  # Unix times, and what happened then
 
     def headers(self, span_id: str) -> dict[str, str]:
         """Return the headers of a request that is sent as the span with this id."""
@@ -76,9 +73,13 @@ class Trace:
         if text and len(text) <= MAX_TIMING and len(self.timings) < MAX_TIMINGS:
             self.timings.append(text)
 
+    def tag(self, name: str, value: str) -> None:
+        """Add a tag to every span of this work, by which a person may find it."""
+        self.tags = {**self.tags, name: value}
+
     def note(self, text: str) -> None:
         """Note that something has happened now."""
-        self.notes.append((time.time(), text))
+        self.notes = (*self.notes, (time.time(), text))
 
 
 class ServerSpan(NamedTuple):

@@ -214,6 +214,8 @@ def keeps_alive(version: str, fields: Fields) -> bool:
     """Return whether the connection stays open after this message (RFC 9112 section 9.3)."""
     if "connection" not in fields:
         return version == "HTTP/1.1"
+    if fields["connection"] == "keep-alive":  # as almost every message says
+        return True
     options = fields.tokens("connection")
     return "close" not in options and (version == "HTTP/1.1" or "keep-alive" in options)
 

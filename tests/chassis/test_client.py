@@ -24,7 +24,7 @@ class RequestTest(ClientTest):
         stub, target = Stub(CLOSING), "//users/../%2F?a=%20&b"
         users = self.serve(stub)
         host = f"Host: {users.instances[0].base_url.removeprefix('http://')}"
-        added = [host, f"X-request-timeout: {TIMEOUT:.3f}", "X-request-id: order-206"]
+        added = [host, f"x-request-timeout: {TIMEOUT:.3f}", "x-request-id: order-206"]
         for method, headers, body, fields in [
             ("GET", {"Accept": "*/*"}, None, ["Accept: */*"]),
             ("PUT", {"Etag": "x"}, b"\0\xff", ["Content-Length: 2", "Etag: x"]),
@@ -37,7 +37,7 @@ class RequestTest(ClientTest):
             line, *lines = head.decode().split("\r\n")
             self.assertEqual((line, sorted(lines), content),
                              (f"{method} {target} HTTP/1.1", sorted(fields + added + [
-                                 f"Traceparent: 00-{trace.trace_id}-{self.spans[-1].span_id}-01"]),
+                                 f"traceparent: 00-{trace.trace_id}-{self.spans[-1].span_id}-01"]),
                               body or b""))
 
     def test_a_line_break_in_a_header_is_refused_before_anything_is_sent(self):
