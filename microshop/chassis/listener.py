@@ -30,6 +30,8 @@ from microshop.chassis.access_log import AccessLog, make_request_id
 from microshop.chassis.answer import (
     IDLE_TIME, RequestContext, format_answer, problem_answer, represent)
 from microshop.chassis.errors import RETRY_SOON, ServiceUnavailable
+from microshop.chassis.telemetry import Telemetry
+from microshop.chassis.tracing import ServerSpan, Trace
 from microshop.chassis.turns import TURN_TIME, Turns
 
 IDLE_LOOK = 1.0       # seconds between two looks for connections that have been idle too long
@@ -170,6 +172,7 @@ class Listener(ThreadingHTTPServer):
     is_stopping = False        # the accept loop must end
     name: str
     log: AccessLog
+    telemetry: Telemetry
     turns: Turns
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler],
@@ -242,6 +245,8 @@ class Listener(ThreadingHTTPServer):
         answer = represent(problem_answer(error, context.request_id), context)
         self.rejected.reject(connection, format_answer(answer, context))
         self.log.request(context.request_id, "-", "-", answer.status, 0)
+        self.telemetry.record(ServerSpan(
+            Trace(context.request_id), "-", "-", "", answer.status, time.time(), 0))
 
     def _log_no_room(self, why: str) -> None:
         self.log.event(f"- no room for another connection: {why}", "no room")

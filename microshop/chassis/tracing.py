@@ -17,11 +17,9 @@ import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
-
 CLIENT_GONE = 499      # a status, as in nginx: the client did not wait for its answer
 MAX_TARGET = 200       # characters of a request's target that are recorded
-MAX_TIMINGS = 30       # entries of other processes in a Server-Timing header
-MAX_TIMING = 200       # characters of one of them
+MAX_TIMINGS = 2000     # characters about other processes in a Server-Timing header
 MAX_STATE = 512        # characters of a tracestate; longer ones need not be passed on
 KNOWN_FLAGS = 0b11     # sampled, and random (level 2); others must not be passed on
 SAMPLED = 0b01         # the caller wants the trace to be kept
@@ -69,8 +67,8 @@ class Trace:
         return headers
 
     def add_timing(self, text: str) -> None:
-        """Add an entry about another process, or another try, to Server-Timing, unless empty."""
-        if text and len(text) <= MAX_TIMING and len(self.timings) < MAX_TIMINGS:
+        """Add entries about other processes, or other tries, to Server-Timing, if they fit in."""
+        if text and sum(map(len, self.timings)) + len(text) <= MAX_TIMINGS:
             self.timings.append(text)
 
     def tag(self, name: str, value: str) -> None:
