@@ -8,6 +8,7 @@ Where to look:
     test_contracts.py           what the processes need of each other (contracts/, contract.py)
     test_laws.py test_readme.py test_new_service.py    what the source and the README must keep to
     helpers.py collection.py source.py    what several test modules share
+    formats.py                  strict parsers for what the shop shows of itself
     journal.py                  remembers requests and log lines, and shows them with a failure
     lanes.py                    runs the whole suite in several processes at once
     chaos.py fuzz.py soak.py bench.py    longer runs; `make help` lists them
