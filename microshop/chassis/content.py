@@ -19,6 +19,8 @@ PAGE = 100                # rows, if the request does not say
 # more than MAX_INTEGER. Such a list needs no further check.
 PLAIN_IDS = re.compile(r"[1-9][0-9]{0,14}+(?>(?:,[1-9][0-9]{0,14}+)*)")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+# As a pattern for other languages, too: no control character, and not only spaces.
+TEXT = r"^[^\x00-\x1f\x7f-\x9f]*[^\x00-\x1f\x7f-\x9f\s][^\x00-\x1f\x7f-\x9f]*$"
 
 encode = json.JSONEncoder(
     separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False).encode
@@ -63,9 +65,18 @@ class Integer(NamedTuple):
             raise ValueError(f"must be an integer from {self.least} to {self.most}")
         return value
 
+    def schema(self) -> dict:
+        """Return the JSON Schema of what check() accepts."""
+        schema = {"type": "integer", "format": "int64",
+                  "minimum": self.least, "maximum": self.most}
+        return schema if self.default is None else {**schema, "default": self.default}
+
 
 class Text(NamedTuple):
-    """A required field for text of 1 to `longest` characters; spaces around it are removed."""
+    """A required field for text of 1 to `longest` characters.
+
+    Spaces around it are removed, but they count: so a client knows in advance what is too long.
+    """
 
     longest: int = 200
     default: None = None
@@ -73,10 +84,14 @@ class Text(NamedTuple):
     def check(self, value: Any) -> str:
         """Return the text without the spaces around it. Raises ValueError as Integer.check does."""
         text = value.strip() if isinstance(value, str) else ""
-        if not 1 <= len(text) <= self.longest or CONTROL.search(value):
+        if not text or len(value) > self.longest or CONTROL.search(value):
             raise ValueError(
                 f"must be text of 1 to {self.longest} characters, without control characters")
         return text
+
+    def schema(self) -> dict:
+        """Return the JSON Schema of what check() accepts."""
+        return {"type": "string", "minLength": 1, "maxLength": self.longest, "pattern": TEXT}
 
 
 FieldTable = Mapping[str, Integer | Text]  # the fields of a JSON object, by name

@@ -97,8 +97,9 @@ class FieldTest(unittest.TestCase):
         for character in " ~\xa0\u200d\u2028🐈":
             self.assertEqual(f"M{character}a", Text().check(f"M{character}a"))
 
-    def test_the_length_of_a_text_is_counted_in_characters_after_trimming(self):
-        self.assertEqual("Mia", Text(3).check("  Mia\xa0"))
+    def test_the_length_of_a_text_is_counted_in_characters_before_trimming(self):
+        self.assertEqual("Mia", Text(6).check("  Mia\xa0"))
+        self.refuse(Text(5), "  Mia\xa0")
         for text in ("M", "Mia", "🐈🐈🐈"):
             self.assertEqual(text, Text(3).check(text))
         self.refuse(Text(3), "", "   ", "Mimi", "🐈🐈🐈🐈", b"Mia", None)
