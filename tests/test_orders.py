@@ -18,7 +18,7 @@ from tests.helpers import (
     wait_until)
 
 MOST = 2**53 - 1  # the largest integer that every JSON client can hold
-NOT_NUMBERS = (True, 1.0, 1e2, "1", None, [1], {}, 0, -1, MOST + 1)  # of units, or as an id
+NOT_NUMBERS = (True, 1.5, 1e-2, "1", None, [1], {}, 0, -1, MOST + 1)  # of units, or as an id
 LAPTOPS = {"userId": 1, "productId": 101, "quantity": 3}
 TOO_MANY = {"userId": 2, "productId": 102, "quantity": 101}
 NO_SUCH_USER = {"userId": 9, "productId": 101, "quantity": 1}

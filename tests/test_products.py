@@ -10,7 +10,7 @@ from tests.collection import WritableCollectionTests, simultaneous_transactions
 from tests.helpers import Shop, running, together
 
 MOST = 2**53 - 1  # the largest integer that every JSON client can hold
-NOT_STOCKS = (True, 1.0, 1e2, "1", None, [1], {}, -1, MOST + 1)
+NOT_STOCKS = (True, 1.5, 1e-2, "1", None, [1], {}, -1, MOST + 1)
 
 
 class ProductsTest(WritableCollectionTests, unittest.TestCase):

@@ -60,6 +60,8 @@ class Integer(NamedTuple):
 
     def check(self, value: Any) -> int:
         """Return a valid value. Raises ValueError that says what is required."""
+        if isinstance(value, float) and value.is_integer():  # JSON Schema takes 1.0 for an integer
+            value = int(value)
         is_integer = type(value) is int  # isinstance() would accept True and False
         if not is_integer or not self.least <= value <= self.most:
             raise ValueError(f"must be an integer from {self.least} to {self.most}")
