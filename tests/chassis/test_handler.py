@@ -46,7 +46,7 @@ class RouteTest(ThingsTest):
             self.assertEqual(headed.headers[name], got.headers[name], name)
 
     def test_a_method_that_a_path_does_not_support_is_405_with_allow(self):
-        for method in ("PUT", "PATCH", "TRACE"):
+        for method in ("PUT", "PATCH", "TRACE", "QUERY"):
             with self.subTest(f"{method} /things"):
                 answer = self.ask(method, "/things")
                 self.assertEqual(answer.status, 405)
