@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from threading import Thread
 
 from microshop import GATEWAY_PORT, SERVICES
-from microshop.chassis import config, wire
+from microshop.chassis import config, openapi, wire
 from microshop.chassis.admission import (
     SAFE_METHODS, RateLimit, bearer_token, client_of, is_local, is_same)
 from microshop.chassis.answer import NO_STORE, Answer
@@ -25,6 +25,7 @@ from microshop.chassis.content import PAGE, encode, parse_query
 from microshop.chassis.errors import (
     BadGateway, BadRequest, Forbidden, TooManyRequests, Unauthorized, UpstreamError, excerpt)
 from microshop.chassis.handler import Handler
+from microshop.chassis.openapi import OBJECT, STRING, Operation, resource, schema_of
 from microshop.chassis.server import Service
 from microshop.chassis.tracing import Trace
 
@@ -52,6 +53,10 @@ NOT_PASSED_BACK = HOP_BY_HOP | {"x-request-id", "content-length", "server-timing
 ABOUT_THE_WHOLE = {
     "if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "if-range", "range",
     "accept-encoding"}
+
+# What is published about answers of our own (see chassis/openapi.py)
+MISSING = resource({"service": STRING, "status": {"type": "integer"}, "detail": STRING})
+HEALTH = resource({**openapi.HEALTH["properties"], "services": OBJECT, "breakers": OBJECT})
 
 
 def via(version: str) -> str:
@@ -140,6 +145,11 @@ def read_page(service: str, reply: Reply | UpstreamError) -> tuple[list[dict], i
     return [], reply.status, reply.detail
 
 
+def first_segment(path: str) -> str:
+    """Return the first segment of a path: if it names a service, that is where the path leads."""
+    return path.removeprefix("/").partition("/")[0]
+
+
 def key_of(name: str) -> str:
     """Return the key under which a row holds the id of the resource with this name."""
     return f"{name}Id"
@@ -182,6 +192,26 @@ def expand(row: dict, expansions: list[Expansion]) -> int:
     if reasons:
         row["missing"] = reasons
     return len(reasons)
+
+
+# --- the published API
+
+def publish_expansions(document: dict, service: str) -> None:
+    """Add ?expand= to the GETs of a service in an OpenAPI document, and to rows what it adds."""
+    names = EXPANSIONS[service]
+    added = {"missing": schema_of([MISSING])}
+    for name, other in names.items():
+        page = document["paths"][f"/{other}"]["get"]["responses"]["200"]
+        row = page["content"]["application/json"]["schema"]["items"]
+        added[name] = {"oneOf": [row, {"type": "null"}]}
+    for schema in document["components"]["schemas"].values():
+        if all(key_of(name) in schema["properties"] for name in names):
+            schema["properties"] |= added
+    for path, operations in document["paths"].items():
+        if first_segment(path) == service and "get" in operations:
+            wanted = {**schema_of([{**STRING, "enum": list(names)}]), "minItems": 1}
+            operations["get"]["parameters"].append(openapi.parameter(
+                "query", "expand", wanted, "add these; X-Complete says how many were found"))
 
 
 # --- requests
@@ -236,7 +266,7 @@ class GatewayHandler(GuardedHandler):
     def dispatch(self) -> Answer:
         """Compose or forward. A path that names no service is one of the gateway's own."""
         path, _, query = self.path.partition("?")
-        upstream = self.server.upstreams.get(path.removeprefix("/").partition("/")[0])
+        upstream = self.server.upstreams.get(first_segment(path))
         if not upstream:
             return super().dispatch()
         self.route = f"/{upstream.name}/*"
@@ -343,7 +373,35 @@ class GatewayHandler(GuardedHandler):
             body["status"] = "degraded"
         return Answer(body, answer.status, answer.headers)
 
+    def describe_api(self) -> Answer:
+        """Answer with the OpenAPI document of the shop: our routes, and those that we forward.
+
+        Each service publishes its own at the same path. If one cannot be had, the answer is what a
+        forwarded request would get: a part of the API might be taken for the whole. Writes need a
+        token; if the gateway has none, an empty requirement makes it optional.
+        """
+        document = super().describe_api().body
+        document["components"]["securitySchemes"] = {"token": openapi.BEARER}
+        security: list[dict] = [{"token": []}, *([] if self.server.token else [{}])]
+        for name, upstream in self.server.upstreams.items():
+            reply = self.server.client.call(
+                upstream, "GET", "/openapi.json", self.trace(), deadline=self.deadline)
+            if reply.status != 200:
+                return self.pass_back(reply)
+            try:
+                [published] = read_rows(name, reply.body)
+                openapi.add_service(document, name, published, security)
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise BadGateway(name, "returned an invalid response") from None
+        for name in EXPANSIONS:
+            publish_expansions(document, name)
+        return Answer(document)
+
     routes = {"/": {"GET": greet}}
+    operations = {
+        "GET /": Operation("greet", {200: STRING}, errors=[429], media_type="text/html"),
+        "GET /health": Operation("getHealth", {200: HEALTH, 503: HEALTH}),
+        "GET /openapi.json": Operation("getApi", {200: OBJECT}, errors=[429, 502, 504])}
 
 
 def state_of(reply: Reply | UpstreamError, breakers: list[str]) -> str:

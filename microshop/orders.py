@@ -30,13 +30,14 @@ from microshop import SERVICES
 from microshop.chassis import config
 from microshop.chassis.answer import Answer
 from microshop.chassis.client import Client, Reply, Upstream
-from microshop.chassis.content import MAX_INTEGER, Integer, Page, encode, parse_query
+from microshop.chassis.content import ID, MAX_INTEGER, Integer, Page, encode, parse_query
 from microshop.chassis.database import Database
 from microshop.chassis.errors import (
     RETRY_SOON, BadGateway, BadRequest, Conflict, NotFound, ServiceError, UnprocessableContent,
     UpstreamError, UpstreamUnavailable, excerpt)
 from microshop.chassis.handler import Handler
 from microshop.chassis.metrics import Family, counters
+from microshop.chassis.openapi import STRING, Operation, parameter, resource
 from microshop.chassis.server import Service
 from microshop.chassis.tracing import TaskSpan, Trace
 
@@ -47,12 +48,15 @@ RETRY_LAST = 10.0  # seconds of the longest wait; jitter may halve it
 POLL = 0.1         # seconds between two searches for orders that are due
 
 KEY = re.compile("[ -~]{1,255}")
+# As a schema: spaces around it are not part of a header's value.
+KEY_SCHEMA = {**STRING, "maxLength": 255, "pattern": "^[!-~]([ -~]*[!-~])?$"}
 PROBLEM = ("Content-Type", "application/problem+json")
 
 PREVIOUS = {  # the status that an order must have to get this one
     "confirmed": "pending", "rejected": "pending",
     "cancelling": "confirmed", "cancelled": "cancelling"}
 STATES = ("pending", *PREVIOUS)
+STATUS = {**STRING, "enum": STATES}
 UNFINISHED = ("pending", "rejected", "cancelling")  # a rejected one may still hold units
 
 Response = tuple[int, Any]  # a status and a JSON value
@@ -418,6 +422,23 @@ class OrdersHandler(Handler):
         "/orders": {"GET": list_orders, "POST": create_order},
         "/orders/{id}": {"GET": get_order},
         "/orders/{id}/cancel": {"POST": cancel_order},
+    }
+
+    # What is published about them (see chassis/openapi.py)
+    schemas = {"OrderSummary": resource({"id": ID, "userId": ID, "productId": ID}),
+               "Order": resource({"id": ID, **FIELDS, "status": STATUS, "reason": STRING},
+                                 optional=["reason"])}
+    operations = {
+        "GET /orders": Operation("listOrders", {200: ["OrderSummary"]}, parameters=[
+            parameter("query", "status", STATUS, "only these; else all but the rejected ones")]),
+        "POST /orders": Operation(
+            "placeOrder", {201: "Order", 202: "Order"}, FIELDS, [409],
+            [parameter("header", "Idempotency-Key", KEY_SCHEMA, "repeated, it makes no new order")],
+            "201: it is confirmed; 202: it stays pending for a while; 409 or 422: it is rejected"),
+        "GET /orders/{id}": Operation("getOrder", {200: "Order"}),
+        "POST /orders/{id}/cancel": Operation(
+            "cancelOrder", {200: "Order", 202: "Order"}, errors=[409],
+            summary="200: it is cancelled; 202: it will be soon; 409: it was never confirmed"),
     }
 
 

@@ -10,10 +10,11 @@ from functools import partial
 
 from microshop import SERVICES
 from microshop.chassis.answer import Answer
-from microshop.chassis.content import MAX_INTEGER, FieldTable, Integer, Page, Text
+from microshop.chassis.content import ID, MAX_INTEGER, FieldTable, Integer, Page, Text
 from microshop.chassis.database import Database, Transaction
 from microshop.chassis.errors import Conflict, NotFound, UnprocessableContent
 from microshop.chassis.handler import Handler
+from microshop.chassis.openapi import Operation, resource
 from microshop.chassis.server import Service
 
 # --- the schema
@@ -187,6 +188,21 @@ class ProductsHandler(Handler):
             "GET": get_product, "PUT": replace_product, "DELETE": remove_product},
         "/reservations/{id}": {  # for the orders service; the gateway does not forward it
             "PUT": create_reservation, "DELETE": remove_reservation},
+    }
+
+    # What is published about them (see chassis/openapi.py)
+    schemas = {"Product": resource({"id": ID, **FIELDS}),
+               "ProductSummary": resource({"id": ID, "name": FIELDS["name"]})}
+    reservation = resource({"id": ID, **RESERVATION_FIELDS})
+    operations = {
+        "GET /products": Operation("listProducts", {200: ["ProductSummary"]}),
+        "POST /products": Operation("createProduct", {201: "Product"}, NEW_FIELDS),
+        "GET /products/{id}": Operation("getProduct", {200: "Product"}),
+        "PUT /products/{id}": Operation("replaceProduct", {200: "Product"}, FIELDS),
+        "DELETE /products/{id}": Operation("deleteProduct", {204: None}, errors=[409]),
+        "PUT /reservations/{id}": Operation(
+            "reserve", {200: reservation, 201: reservation}, RESERVATION_FIELDS, [409]),
+        "DELETE /reservations/{id}": Operation("release", {204: None}),
     }
 
 

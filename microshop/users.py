@@ -9,10 +9,11 @@ from functools import partial
 
 from microshop import SERVICES
 from microshop.chassis.answer import Answer
-from microshop.chassis.content import Page, Text
+from microshop.chassis.content import ID, Page, Text
 from microshop.chassis.database import Database, Transaction
 from microshop.chassis.errors import NotFound
 from microshop.chassis.handler import Handler
+from microshop.chassis.openapi import Operation, resource
 from microshop.chassis.server import Service
 
 # --- the schema
@@ -87,6 +88,16 @@ class UsersHandler(Handler):
     routes = {
         "/users": {"GET": list_users, "POST": create_user},
         "/users/{id}": {"GET": get_user, "PUT": replace_user, "DELETE": remove_user},
+    }
+
+    # What is published about them (see chassis/openapi.py)
+    schemas = {"User": resource({"id": ID, **FIELDS})}
+    operations = {
+        "GET /users": Operation("listUsers", {200: ["User"]}),
+        "POST /users": Operation("createUser", {201: "User"}, FIELDS),
+        "GET /users/{id}": Operation("getUser", {200: "User"}),
+        "PUT /users/{id}": Operation("replaceUser", {200: "User"}, FIELDS),
+        "DELETE /users/{id}": Operation("deleteUser", {204: None}),
     }
 
 

@@ -22,6 +22,7 @@ Messages, at both ends
     wire         HTTP/1.1 as bytes: read strictly, written safely
     content      JSON, queries, validated fields, pages of a collection
     errors       exceptions that carry an HTTP status
+    openapi      what is published about the routes: an OpenAPI document
 
 Above the processes
     supervisor   a group of child processes: start, watch, replace and stop them

@@ -19,7 +19,7 @@ from http import HTTPMethod
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from microshop.chassis import config, wire
+from microshop.chassis import config, openapi, wire
 from microshop.chassis.access_log import make_request_id
 from microshop.chassis.admission import SAFE_METHODS, is_cross_origin
 from microshop.chassis.answer import (
@@ -326,10 +326,13 @@ class Handler(RouteHelpers):
 
     `routes` maps each path, in which `{id}` stands for an id, to its methods: {"GET": function}.
     The function is called with the handler and the ids. HEAD, OPTIONS, 404 and 405 follow from the
-    table.
+    table. What is published about each route is in `operations` and `schemas` (see openapi.py).
     """
 
     routes: dict[str, Methods] = {}
+    operations: dict[str, openapi.Operation] = {}
+    schemas: dict[str, dict] = {}
+    all_routes: dict[str, Methods]
     _table: list[tuple[re.Pattern, str, Methods]]
 
     def __init_subclass__(cls) -> None:
@@ -339,8 +342,10 @@ class Handler(RouteHelpers):
         """
         cls._table = []
         own = {"/health": {"GET": cls.health}, "/health/live": {"GET": cls.live},
+               "/openapi.json": {"GET": cls.describe_api},
                "/metrics": {"GET": cls.metrics}, "/traces": {"GET": cls.traces}}
-        for path, methods in {**cls.routes, **own}.items():
+        cls.all_routes = {**cls.routes, **own}
+        for path, methods in cls.all_routes.items():
             pattern = re.sub("{[a-z_]+}", ID_PATTERN, path.rstrip("/")) + "/?"
             cls._table.append((re.compile(pattern), path, methods))
 
@@ -418,6 +423,11 @@ class Handler(RouteHelpers):
     def live(self) -> Answer:
         """Answer that the process is alive, whatever the state of anything else."""
         return Answer({"status": "ok", "service": self.server.name}, headers=[NO_STORE])
+
+    def describe_api(self) -> Answer:
+        """Answer with the OpenAPI document of this process."""
+        return Answer(openapi.make_document(self.server.title, self.server.name, self.all_routes,
+                                            self.operations, self.schemas))
 
     def metrics(self) -> Answer:
         """Answer with the metrics of this process, for Prometheus."""
