@@ -210,7 +210,7 @@ def publish_expansions(document: dict, service: str) -> None:
     for path, operations in document["paths"].items():
         if first_segment(path) == service and "get" in operations:
             wanted = {**schema_of([{**STRING, "enum": list(names)}]), "minItems": 1}
-            operations["get"]["parameters"].append(openapi.parameter(
+            operations["get"].setdefault("parameters", []).append(openapi.parameter(
                 "query", "expand", wanted, "add these; X-Complete says how many were found"))
 
 

@@ -28,7 +28,8 @@ PARTS = {  # of the new service: the file of users that it is made from
 
 def renamed(text: str) -> str:
     """Return a text about users as one about the new service, like Users -> Notes."""
-    for old, new in (("users", NAME), ("Users", NAME.capitalize()), ("user", NAME[:-1])):
+    for old, new in (("users", NAME), ("Users", NAME.capitalize()), ("user", NAME[:-1]),
+                     ("User", NAME[:-1].capitalize())):
         text = text.replace(old, new)
     return text
 
@@ -111,6 +112,8 @@ class NewServiceTest(unittest.TestCase):
                 gateway = shop.port("API Gateway")
                 answer = ask(gateway, "GET", f"/{NAME}")
                 self.assertEqual((answer.status, answer.json[0]), (200, {"id": 1, "name": "Alice"}))
+                published = ask(gateway, "GET", "/openapi.json").json["paths"]
+                self.assertLessEqual({f"/{NAME}", f"/{NAME}/{{id}}"}, published.keys())
                 every_service_is_ok = dict.fromkeys([*SERVICES, NAME], "ok")
                 wait_until(lambda: ask(gateway, "GET", "/health").json["services"]
                            == every_service_is_ok, "the gateway to find all four healthy")

@@ -6,6 +6,7 @@ A process
     turns        which request is answered next, and by which thread
     handler      Handler: the requests of one connection: route, answer, errors
     answer       an answer as the bytes of a response
+    openapi      what is published about the routes: an OpenAPI document
     admission    which requests are admitted: rate limit and bearer token
     database     one SQLite file per service (*database per service*)
     data_folder  the folder of those files: one shop at a time
@@ -22,7 +23,6 @@ Messages, at both ends
     wire         HTTP/1.1 as bytes: read strictly, written safely
     content      JSON, queries, validated fields, pages of a collection
     errors       exceptions that carry an HTTP status
-    openapi      what is published about the routes: an OpenAPI document
 
 Above the processes
     supervisor   a group of child processes: start, watch, replace and stop them

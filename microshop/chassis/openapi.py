@@ -93,6 +93,7 @@ PROBLEM = resource({  # see errors.ServiceError
     "requestId": STRING, "service": STRING, "errors": schema_of([resource(
         {"field": STRING, "detail": STRING})])}, optional=["service", "errors"])
 HEALTH = resource({"status": STRING, "service": STRING})
+OWN_SCHEMAS = {"Problem": PROBLEM, "Health": HEALTH}
 
 
 # --- parameters and headers
@@ -145,9 +146,8 @@ def make_document(title: str, tag: str, routes: Mapping[str, Collection[str]],
             method.lower(): {"tags": [tag], **describe(method, path, methods, operation)}
             for method in methods if (operation := known.get(f"{method} {path}"))}
     responses = {component(status): respond("", status, ERROR) for status in ERRORS}
-    all_schemas = {"Problem": PROBLEM, "Health": HEALTH, **schemas}
     return {"openapi": "3.1.0", "info": {"title": title, **INFO}, "paths": paths,
-            "components": {"schemas": all_schemas, "responses": responses}}
+            "components": {"schemas": {**OWN_SCHEMAS, **schemas}, "responses": responses}}
 
 
 def describe(method: str, path: str, methods: Collection[str], operation: Operation) -> dict:

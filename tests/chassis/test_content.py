@@ -86,8 +86,8 @@ class FieldTest(unittest.TestCase):
             stars.check(6)
 
     def test_only_integers_are_accepted_as_integers(self):
-        self.refuse(Integer(least=0), True, False, 1.5, 1e-2, 1e300, float("inf"), "1", "", None, [],
-                    {})
+        self.refuse(Integer(least=0), True, False, 1.5, 1e-2, 1e300, float("inf"), "1", "", None,
+                    [], {})
 
     def test_a_number_without_a_fraction_is_an_integer_however_it_is_written(self):
         for value, expected in ((1.0, 1), (1e2, 100), (0.0, 0), (-0.0, 0)):
