@@ -74,6 +74,15 @@ class ServicesTest(unittest.TestCase):
                 self.assertLessEqual(server.handler.operations.keys(), routes_of(server.handler),
                                      "`operations` has entries for routes that do not exist")
 
+    def test_whatever_takes_a_body_publishes_it(self):
+        for server in self.servers:
+            for method, path, operation in operations_of(document_of(server)):
+                if method in ("POST", "PUT") and "requestBody" not in operation:
+                    answer = ask(server.server_port, method, path.replace("{id}", "9"))
+                    self.assertNotIn(answer.status, (411, 415, 422),
+                                     f"{method} {path} of {server.name} wants a body: its entry in "
+                                     "`operations` must have the fields")
+
     def test_names_of_operations_and_schemas_are_unique_in_the_shop(self):
         names = [operation.name for server in self.servers
                  for operation in server.handler.operations.values()]
@@ -264,12 +273,16 @@ class GatewayTest(unittest.TestCase):
 
     def test_errors_of_the_gateway_itself_are_as_published(self):
         with running_gateway(self.shop, users_url=[NOBODY]) as gateway:
-            answer = ask(gateway.server_port, "GET", "/users")
-            self.assert_published("GET", "/users", answer, 502)
+            for path in ("/users", "/openapi.json"):
+                answer = ask(gateway.server_port, "GET", path)
+                self.assert_published("GET", path, answer, 502)
         with running_gateway(self.shop, rate=Rate(1, 60)) as gateway:
-            for status in (200, 429):
-                answer = ask(gateway.server_port, "GET", "/users/1")
-                self.assert_published("GET", "/users/{id}", answer, status)
+            for path, target, status in (
+                    ("/users/{id}", "/users/1", 200), ("/users/{id}", "/users/1", 429),
+                    ("/", "/", 429), ("/openapi.json", "/openapi.json", 429),
+                    ("/health", "/health", 200)):
+                answer = ask(gateway.server_port, "GET", target)
+                self.assert_published("GET", path, answer, status)
 
 
 class SecurityTest(unittest.TestCase):

@@ -58,6 +58,8 @@ class OperationTest(unittest.TestCase):
         self.assertEqual(schema_in(described, 200), {"type": "array", "items": THING})
         self.assertEqual(names_of(described), ["limit", "after", "ids", "If-None-Match"])
         self.assertIn("Link", described["responses"]["200"]["headers"])
+        ids = described["parameters"][2]
+        self.assertEqual((ids["style"], ids["explode"]), ("form", False), "ids=1,2 has commas")
 
     def test_an_answer_in_json_to_get_has_a_tag_with_which_it_may_be_304(self):
         described = published("GET /things/{id}", Operation("getThing", {200: "Thing"}))
