@@ -438,7 +438,7 @@ class OrdersHandler(Handler):
         "GET /orders/{id}": Operation("getOrder", {200: "Order"}),
         "POST /orders/{id}/cancel": Operation(
             "cancelOrder", {200: "Order", 202: "Order"}, errors=[409],
-            summary="200: it is cancelled; 202: it will be soon; 409: it was never confirmed"),
+            summary="200: it is cancelled; 202: it will be soon; 409: it is not confirmed"),
     }
 
 
