@@ -4,6 +4,7 @@ Each module in this folder runs as a process of its own, except this one (an ove
 (short for run_all), and audit.py and backup.py (tools). What the processes share is in chassis/.
 
                           run_all  starts, watches and stops the others (chassis.supervisor)
+                          live     :3004, shows what they do in a browser, while somebody looks
                              :
                   +----------------------+
  client --------> |  gateway      :3000  |     owns no data
@@ -54,3 +55,4 @@ SERVICES = {  # every service, and its port
     "products": 3002,
     "orders": 3003,
 }
+LIVE_PORT = max(SERVICES.values()) + 1  # 3004

@@ -1,8 +1,9 @@
 """The supervisor script: which processes make up the shop, and on which ports.
 
-The gateway listens on `--port`, and each service on one of the next ports. This script opens all
-ports itself before it starts a process, and passes the listening sockets on. How processes are
-kept running is the subject of chassis/child.py and chassis/supervisor.py.
+The gateway listens on `--port`, each service on one of the next ports, and live on the one after
+them. This script opens all ports itself before it starts a process, and passes the listening
+sockets on. How processes are kept running is the subject of chassis/child.py and
+chassis/supervisor.py.
 """
 import contextlib
 import errno
@@ -28,12 +29,14 @@ OPTIONS = [
     config.Setting("host", config.host, "127.0.0.1",
                    f"address of the gateway; the services stay on {SERVICE_HOST}"),
     config.Setting("port", config.port, str(GATEWAY_PORT),
-                   "port of the gateway; the services get the next ones; 0 chooses free ports"),
+                   "port of the gateway; the services and live get the next ones; "
+                   "0 chooses free ports"),
     config.DATA,
     config.Setting("fresh", config.switch, "",
                    "use a temporary data folder instead of --data, and delete it at the end"),
     config.Setting("workers", config.count, "1",
                    "number of gateway processes; they share the port"),
+    config.Setting("no-live", config.switch, "", "leave out the live picture"),
     *config.FOR_GATEWAY,
     *config.SHARED,
     config.QUIET,
@@ -49,34 +52,46 @@ def open_listener(name: str, host: str, port: int) -> socket.socket:
         listener.listen(1024)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
+            without = " (or --no-live: the shop works without it)" if name == "live" else ""
             sys.exit(f"run_all: port {port} on {host}, which {name} needs, is already in use; "
-                     "stop the process that uses it, or choose another --port")
+                     f"stop the process that uses it, or choose another --port{without}")
         sys.exit(f"run_all: {name} cannot listen on port {port} of {host}: {error.strerror}")
     return listener
 
 
+def names_behind(settings: Namespace) -> list[str]:
+    """Return the names of the processes that get the ports after the gateway's, in order."""
+    return [*SERVICES] if settings.no_live else [*SERVICES, "live"]
+
+
 def open_listeners(settings: Namespace) -> dict[str, socket.socket]:
-    """Return a listening socket for the gateway and for each service, by name."""
+    """Return a listening socket for the gateway, for each service and for live, by name."""
     listeners = {"gateway": open_listener("gateway", settings.host, settings.port)}
-    for number, name in enumerate(SERVICES, start=1):
+    for number, name in enumerate(names_behind(settings), start=1):
         port = settings.port + number if settings.port else 0
         listeners[name] = open_listener(name, SERVICE_HOST, port)
     return listeners
 
 
 def plan_environment(listeners: dict[str, socket.socket]) -> dict[str, str]:
-    """Return a copy of our environment, and add the URL of each service if it is not set there."""
+    """Return a copy of our environment, and add the URL of each process if it is not set there."""
     environment = dict(os.environ)
-    for name in SERVICES:
+    for name in ("gateway", *SERVICES):
         variable = f"MICROSHOP_{name.upper()}_URL"
         if not environment.get(variable):  # an empty one counts as not set
-            host, port = listeners[name].getsockname()
-            environment[variable] = f"http://{host}:{port}"
+            environment[variable] = local_url(listeners[name])
     return environment
 
 
+def local_url(listener: socket.socket) -> str:
+    """Return the base URL at which a process on this machine reaches a listener."""
+    host, port, *_ = listener.getsockname()
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # it listens on every address
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def plan_children(settings: Namespace) -> tuple[list[Child], list[Child]]:
-    """Return the services and the gateways that the settings ask for."""
+    """Return the services, with live, and the gateways that the settings ask for."""
     listeners = open_listeners(settings)
     environment = plan_environment(listeners)
     without_token = environment.copy()
@@ -93,6 +108,9 @@ def plan_children(settings: Namespace) -> tuple[list[Child], list[Child]]:
 
     services = [Child(name, f"microshop.{name}", listeners[name], service_flags, without_token)
                 for name in SERVICES]
+    if not settings.no_live:  # quiet, since the page asks every second
+        services.append(Child("live", "microshop.live", listeners["live"], [*flags, "--quiet"],
+                              without_token, is_optional=True))
     gateway_names = ["gateway", *(f"gateway{n}" for n in range(2, settings.workers + 1))]
     gateways = [Child(name, "microshop.gateway", listeners["gateway"], gateway_flags, environment)
                 for name in gateway_names]
@@ -103,9 +121,10 @@ def check(settings: Namespace) -> None:
     """Raise ValueError if settings contradict each other, or leave too few ports."""
     if settings.fresh and "data" in settings.flags:
         raise ValueError("--fresh and --data contradict each other; choose one")
-    if settings.port + len(SERVICES) > 65535:
-        raise ValueError(f"--port: {settings.port} leaves no room for the {len(SERVICES)} ports "
-                         "of the services above it")
+    needed = len(names_behind(settings))
+    if settings.port + needed > 65535:
+        raise ValueError(f"--port: {settings.port} leaves no room for the {needed} ports "
+                         "above it that the other processes need")
 
 
 def make_temporary_folder() -> tempfile.TemporaryDirectory:

@@ -31,7 +31,7 @@ ROUNDS = 3
 CONNECTIONS = (1, 16, 64)
 ORDER = '{"userId":1,"productId":101}'
 USER = '{"name":"Carol"}'
-PROCESSES = len(SERVICES) + 2  # with the gateway and the supervisor
+PROCESSES = len(SERVICES) + 3  # with the gateway, live and the supervisor
 Figures = dict[str, float]
 
 

@@ -242,7 +242,7 @@ class Shop(Process):
 
     def __init__(self, folder: Path):
         super().__init__("microshop.run_all", "--port", "0", "--data", str(folder), "--quiet",
-                         PYTHONPATH=str(TOP / "tests/jumping"))
+                         "--no-live", PYTHONPATH=str(TOP / "tests/jumping"))
         self.folder = folder
         self.known: set[int] = set()
         self.locks: dict[str, sqlite3.Connection] = {}

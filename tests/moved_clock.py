@@ -20,8 +20,8 @@ def clock() -> float:
 
 
 class Child(child.Child):
-    def __init__(self, name: str, *more: Any):
-        super().__init__(name, *more)
+    def __init__(self, name: str, *more: Any, **still_more: Any):
+        super().__init__(name, *more, **still_more)
         self.policy = child.RestartPolicy(lambda: clock() + added.get(self.name, 0.0))
         if name == "users":
             signal.signal(signal.SIGUSR1, self.move_clock)

@@ -7,7 +7,7 @@ import sys
 import unittest
 from collections.abc import Iterator
 
-from microshop import GATEWAY_PORT, SERVICES
+from microshop import GATEWAY_PORT, LIVE_PORT, SERVICES
 from microshop.chassis.server import Service
 from tests.helpers import TOP
 from tests.source import (
@@ -320,7 +320,7 @@ def sections(source: str) -> Iterator[tuple[str, str]]:
 
 def repeated_facts(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Yield the line and the text of each port, and of each list of all services."""
-    ports = {GATEWAY_PORT, *SERVICES.values()}
+    ports = {GATEWAY_PORT, *SERVICES.values(), LIVE_PORT}
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant):
             url = re.fullmatch(r"(?:http://\S+:)?([0-9]+)/?", str(node.value))

@@ -35,7 +35,7 @@ from tests.lanes import LANES
 CASES = json.loads((TOP / "tests" / "golden.json").read_text())["cases"]
 SEED = {case["path"]: case["body"] for case in CASES
         if case["method"] == "GET" and case["port"] == 3000}
-PORTS = 1 + len(SERVICES)  # that a shop needs, in a row
+PORTS = 2 + len(SERVICES)  # that a shop needs, in a row: also for the gateway and live
 NEVER = "1000"             # seconds for --grace or --timeout that no test waits for
 LONG = 100 * PATIENCE      # seconds that no test waits for
 
@@ -52,8 +52,8 @@ def free_ports() -> int:
 
 
 def port_of(name: str, first: int) -> int:
-    """Return the port of a service in a shop whose gateway has the port `first`."""
-    return first + 1 + list(SERVICES).index(name)
+    """Return the port of a process in a shop whose gateway has the port `first`."""
+    return first + ["gateway", *SERVICES, "live"].index(name)
 
 
 def is_refused(port: int) -> bool:
@@ -91,11 +91,13 @@ class Shop(Process):
     """The supervisor, with ports from `first` on and a `folder` for its temporary files."""
 
     module = ("microshop.run_all",)
+    own_flags: tuple[str, ...] = ()
 
     def __init__(self, *flags: str, first: int | None = None, **environment: str):
         self.first, self.folder = first or free_ports(), tempfile.mkdtemp()
         port = ("--port", str(self.first))
-        super().__init__(*self.module, *port, *flags, TMPDIR=self.folder, **environment)
+        super().__init__(*self.module, *port, *self.own_flags, *flags,
+                         TMPDIR=self.folder, **environment)
 
     def wait_until_ready(self) -> "Shop":
         self.wait_for(r"^run_all +\| ready in ")
@@ -119,7 +121,7 @@ class Shop(Process):
     def cores(self) -> dict[str, set[int]]:
         """Return the cores that each process of a shop with two gateways may use, by its name."""
         return {name: os.sched_getaffinity(self.child(name))
-                for name in ("gateway", "gateway2", *SERVICES)}
+                for name in ("gateway", "gateway2", *SERVICES, "live")}
 
     def has_said(self, pattern: str) -> bool:
         return any(re.search(pattern, line) for line in self.lines)
@@ -145,9 +147,13 @@ def after(code: str) -> tuple[str, str]:
 
 
 class SmallShop(Shop):
-    """A shop with one service, which starts sooner; for the supervisor it is as good as three."""
+    """A shop with one service and without live, which starts sooner.
+
+    For the supervisor it is as good as one with three.
+    """
 
     module = after("run_all.SERVICES = {'users': 3001}")
+    own_flags = ("--no-live",)
 
 
 class QuickShop(SmallShop):
@@ -253,11 +259,13 @@ class OpenShopTest(unittest.TestCase):
             port = self.shop.port(rf"^{name} +\| {name.capitalize()} service")
             ports.add(port)
             self.assertEqual(ask(port, target="/health").json["service"], name)
-        self.assertEqual(len(ports), PORTS)
+        live = int(self.shop.wait_for(r"^live +\| Live picture at http://localhost:(\d+)$")[1])
+        self.assertEqual(ask(live, target="/health").json["service"], "live")
+        self.assertEqual(len({*ports, live}), PORTS)
 
     def test_the_pid_of_every_process_is_printed(self):
         self.assertEqual(self.shop.started("run_all"), [self.shop.popen.pid])
-        for name in ("gateway", *SERVICES):
+        for name in ("gateway", *SERVICES, "live"):
             with self.subTest(name):
                 [pid] = self.shop.started(name)
                 self.assertIn(f"-m microshop.{name} ", states_of(pid)[pid][1])
@@ -433,7 +441,7 @@ class EndTest(ShopTestCase):
 
 class ClosedStreamsTest(unittest.TestCase):
     def test_a_shop_serves_without_standard_streams(self):
-        self.check(*SmallShop.module, "--fresh")
+        self.check(*SmallShop.module, *SmallShop.own_flags, "--fresh")
 
     def test_a_service_alone_serves_without_standard_streams(self):
         self.check("microshop.users", "--data", self.enterContext(tempfile.TemporaryDirectory()))
@@ -566,7 +574,7 @@ class GuardedShopTest(ShopTestCase):
     def test_only_the_gateway_gets_the_token(self):
         token = secrets.token_hex()
         shop = self.open("--fresh", MICROSHOP_TOKEN=token)
-        for name in ("gateway", *SERVICES):
+        for name in ("gateway", *SERVICES, "live"):
             environment = Path(f"/proc/{shop.child(name)}/environ").read_bytes()
             self.assertEqual(token.encode() in environment, name == "gateway", name)
 
@@ -742,7 +750,7 @@ class FailingChildTest(ShopTestCase):
         affliction = self.afflict("users", orphan)
         container = subprocess.Popen(
             ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-m", *SmallShop.module,
-             "--fresh", "--port", str(free_ports())],
+             *SmallShop.own_flags, "--fresh", "--port", str(free_ports())],
             cwd=TOP, env={**os.environ, **affliction}, stdout=subprocess.PIPE, text=True)
         self.addCleanup(container.stdout.close)
         self.addCleanup(container.wait)
@@ -761,6 +769,52 @@ class FailingChildTest(ShopTestCase):
                         "the supervisor has more children than users and the gateway")
         os.kill(supervisor, signal.SIGTERM)
         self.assertEqual(container.wait(PATIENCE), 0)
+
+
+class OptionalChildTest(ShopTestCase):
+    """The shop works without live, whatever is wrong with that."""
+
+    def test_a_bad_setting_of_live_does_not_stop_the_shop(self):
+        shop = self.open("--fresh", MICROSHOP_GATEWAY_URL="nowhere")
+        shop.wait_for(r"^live +\| .*MICROSHOP_GATEWAY_URL: 'nowhere'")
+        shop.wait_for(r"^run_all +\| live ended with exit status 2 before it was ready; "
+                      r"starting it again in 0\.\d s$")
+        self.assert_serves(shop)
+
+    def test_the_shop_is_ready_without_live_and_does_not_give_it_up(self):
+        module = after("run_all.SERVICES, child.RestartPolicy.FIRST_PAUSE = {'users': 3001}, 0.02")
+        shop = self.open("--fresh", kind=type("OwnShop", (Shop,), {"module": module}),
+                         **self.afflict("live", "if nth < 6: os._exit(1)"))
+        shop.wait_for("live ended with exit status 1 before it was ready; starting it again", 6)
+        shop.wait_for(r"^live +\| Live picture at ")
+        self.assertEqual(len([line for line in shop.lines if "ready in" in line]), 1)
+
+    def test_live_that_is_killed_is_started_again(self):
+        shop = self.open("--fresh")
+        shop.wait_for(r"^live +\| Live picture at ")
+        os.kill(shop.child("live"), signal.SIGKILL)
+        shop.wait_for(r"^live +\| Live picture at ", times=2)
+        self.assert_serves(shop)
+
+    def test_a_rolling_restart_replaces_the_others_although_live_cannot_be_replaced(self):
+        shop = self.open("--fresh", **self.afflict("live", "if nth > 0: os._exit(1)"))
+        shop.wait_for(r"^live +\| Live picture at ")
+        before = set(shop.children()) - {shop.child("live")}
+        shop.popen.send_signal(signal.SIGHUP)
+        shop.wait_for("live ended with exit status 1 before it was ready; the old process keeps")
+        self.assertTrue(comes_true(lambda: len(shop.children()) == PORTS))
+        self.assertFalse(before & set(shop.children()), "processes that were not replaced")
+
+    def test_every_process_knows_how_often_it_was_started_before(self):
+        shop = self.open("--fresh", kind=SmallShop)
+        shop.popen.send_signal(signal.SIGHUP)
+        shop.wait_for("^run_all .* every process has been replaced")
+        self.assertTrue(comes_true(lambda: len(shop.children()) == 2))
+        os.kill(shop.child("users"), signal.SIGKILL)
+        shop.wait_for("Users service listening", times=3)
+        for name, restarts in (("users", 2), ("gateway", 1)):
+            command = states_of(shop.child(name))[shop.child(name)][1]
+            self.assertRegex(command, rf"--supervised \d+,\d+,{restarts} ", name)
 
 
 class Client(threading.Thread):
@@ -871,38 +925,69 @@ class PlanTest(unittest.TestCase):
     """Which flags and which environment the children get."""
 
     def plan(self, *flags):
-        """Return the first service and the first gateway of a shop with these flags."""
+        """Return the children of a shop with these flags, by name."""
         settings = config.read("microshop.run_all", run_all.OPTIONS, arguments=[*flags])
         services, gateways = run_all.plan_children(settings)
         for child in services + gateways:
             self.addCleanup(child.listener.close)
-        return services[0], gateways[0]
+        return {child.name: child for child in services + gateways}
 
     def test_an_empty_url_in_the_environment_counts_as_not_set(self):
         name = next(iter(SERVICES))
         variable = f"MICROSHOP_{name.upper()}_URL"
         with mock.patch.dict(os.environ, {variable: ""}):
-            service, gateway = self.plan("--port", "0")
-        port = service.listener.getsockname()[1]
-        self.assertEqual(gateway.environment[variable], f"http://127.0.0.1:{port}")
+            children = self.plan("--port", "0")
+        port = children[name].listener.getsockname()[1]
+        self.assertEqual(children["gateway"].environment[variable], f"http://127.0.0.1:{port}")
 
-    def test_the_timeout_goes_to_the_services_too(self):
-        for child in self.plan("--port", "0", "--timeout", "30"):
-            self.assertIn("--timeout=30", child.flags, child.name)
+    def test_live_finds_the_gateway_on_this_machine_at_whatever_address_that_listens(self):
+        for flags, host in ((), "127.0.0.1"), (("--host", "0.0.0.0"), "127.0.0.1"):
+            with self.subTest(flags):
+                children = self.plan("--port", "0", *flags)
+                port = children["gateway"].listener.getsockname()[1]
+                self.assertEqual(children["live"].environment["MICROSHOP_GATEWAY_URL"],
+                                 f"http://{host}:{port}")
+
+    @unittest.skipUnless(socket.has_dualstack_ipv6(), "no IPv6 on this system")
+    def test_live_finds_a_gateway_that_listens_at_ipv6_addresses(self):
+        for host in ("::", "::1"):
+            with self.subTest(host):
+                children = self.plan("--port", "0", "--host", host)
+                port = children["gateway"].listener.getsockname()[1]
+                url = children["live"].environment["MICROSHOP_GATEWAY_URL"]
+                self.assertEqual(url, f"http://[::1]:{port}")
+                self.assertEqual(config.base_urls(url), [url])
+
+    def test_the_timeout_goes_to_the_gateway_and_the_services(self):
+        children = self.plan("--port", "0", "--timeout", "30", "--no-live")
+        self.assertEqual([*children], [*SERVICES, "gateway"], "the children without live")
+        for name, child in children.items():
+            self.assertIn("--timeout=30", child.flags, name)
+
+    def test_live_writes_no_access_log_since_its_page_asks_every_second(self):
+        self.assertIn("--quiet", self.plan("--port", "0")["live"].flags)
 
 
 class RefusalTest(ShopTestCase):
     def test_a_port_in_use_is_named_with_the_process_that_needs_it_and_nothing_is_started(self):
-        for name in ("gateway", "products"):
+        for name in ("gateway", "products", "live"):
             with self.subTest(name):
                 first = free_ports()
-                port = first if name == "gateway" else port_of(name, first)
+                port = port_of(name, first)
                 with socket.create_server(("127.0.0.1", port)):
                     shop = self.begin("--fresh", first=first)
                     self.assertEqual(shop.status(), 1)
                 self.assertEqual(len(shop.lines), 1)
                 self.assertRegex(shop.lines[0], rf"\b{port}\b.*\b{name}\b")
+                self.assertEqual("--no-live" in shop.lines[0], name == "live", shop.lines)
                 self.assert_nothing_is_left(shop)
+
+    def test_a_shop_without_live_does_not_need_its_port(self):
+        first = free_ports()
+        with socket.create_server(("127.0.0.1", port_of("live", first))):
+            shop = self.open("--fresh", "--no-live", first=first)
+            self.assert_serves(shop)
+        self.assertFalse(shop.has_said("started live"), shop.lines)
 
     def test_a_second_shop_or_a_service_alone_on_the_same_data_is_refused_in_one_line(self):
         data = self.enterContext(tempfile.TemporaryDirectory())
@@ -960,7 +1045,7 @@ class RefusalTest(ShopTestCase):
         self.assert_nothing_is_left(shop)
 
     def test_a_bad_setting_is_named_in_one_line(self):
-        first = str(65535 - PORTS + 2)  # the last service would need port 65536
+        first = str(65535 - PORTS + 2)  # live would need port 65536
         with (process("microshop.run_all", "--prot", "3000") as flag,
               process("microshop.run_all", "--port", "abc") as value,
               process("microshop", "--port", "abc") as short,
@@ -973,7 +1058,7 @@ class RefusalTest(ShopTestCase):
                 (short, "--port.*abc"),
                 (variable, "MICROSHOP_PORT.*abc"),
                 (data, f"--data: '{__file__}' is not a folder"),
-                (port, f"--port: {first} .*{len(SERVICES)} ports"),
+                (port, f"--port: {first} .*{PORTS - 1} ports"),
             ]:
                 with self.subTest(named):
                     self.assertEqual(shop.status(), 2)

@@ -35,7 +35,8 @@ MAX_UNSHOWN = 4    # blocks of output that may wait to be shown; beyond that, th
 LAST_LINES = 5     # lines that are shown again when a child is given up
 
 BAD_SETTING = 2    # the exit status for a bad setting: starting again would not help
-LISTENING = re.compile(rb"listening at (http://\S+)$", re.M)
+# What a process prints when it is ready: no line of its log begins without a time.
+LISTENING = re.compile(rb"^[^:\n]+ at (http://\S+)$", re.M)
 
 
 class RestartPolicy:
@@ -49,7 +50,8 @@ class RestartPolicy:
 
     A process is killed after HANG_TIME without a heartbeat. A child that has never been ready is
     given up after FAILED_STARTS in a row, or after one that is final. Once it has been ready, it is
-    never given up: what keeps it from starting now may go away.
+    never given up: what keeps it from starting now may go away. A child that `is_optional` is never
+    given up either, since the others work without it.
     """
 
     FIRST_PAUSE, LAST_PAUSE = 0.1, 10.0  # seconds: first 0.1 to 0.2, then 0.2 to 0.4, ..., 5 to 10
@@ -61,8 +63,11 @@ class RestartPolicy:
         self,
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[float, float], float] = random.uniform,
+        *,
+        is_optional: bool = False,
     ):
         self._clock, self._jitter = clock, jitter
+        self.is_optional = is_optional
         self.state = "down"
         self.pause = 0.0          # seconds to stay down
         self.has_been_ready = False
@@ -77,7 +82,7 @@ class RestartPolicy:
         now = self._clock()
         if self.state == "down":
             has_failed = self.is_final or self.failed_starts >= self.FAILED_STARTS
-            if has_failed and not self.has_been_ready:
+            if has_failed and not (self.has_been_ready or self.is_optional):
                 return "give up"
             return "start" if now >= self._since + self.pause else ""
         is_silent = now > self._heartbeat_at + self.HANG_TIME
@@ -133,8 +138,9 @@ class Process:
         self._heartbeats.setblocking(False)
         with theirs, hangup_blocked():  # only the supervisor obeys a SIGHUP
             sockets = [child.listener.fileno(), theirs.fileno()]
+            supervised = ",".join(map(str, [*sockets, child.starts]))
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", child.module, "--supervised", ",".join(map(str, sockets)),
+                [sys.executable, "-m", child.module, "--supervised", supervised,
                  "--host", host, "--port", str(port), *child.flags],
                 env={**child.environment, "PYTHONUNBUFFERED": "1"},
                 pass_fds=sockets, start_new_session=True,
@@ -223,8 +229,8 @@ class Event(NamedTuple):
 class Child:
     """A module that serves on a listening socket, in one process after another.
 
-    `flags` and `environment` are those of its processes. Most methods return a sentence for the
-    log, or "" if there is nothing to tell.
+    `flags` and `environment` are those of its processes. The other children need no child that
+    `is_optional`. Most methods return a sentence for the log, or "" if there is nothing to tell.
     """
 
     def __init__(
@@ -234,11 +240,14 @@ class Child:
         listener: socket.socket,
         flags: Sequence[str],
         environment: dict[str, str],
+        *,
+        is_optional: bool = False,
     ):
         self.name, self.module, self.listener = name, module, listener
         self.flags, self.environment = flags, environment
         self.core: int | None = None         # the CPU core to run on (supervisor.assign_cores)
-        self.policy = RestartPolicy()
+        self.policy = RestartPolicy(is_optional=is_optional)
+        self.starts = 0                      # processes that were started so far
         self.current: Process | None = None  # the newest
         self.former: Process | None = None   # the one that it replaces, until that has ended
         self.url = ""                        # as the newest has printed it
@@ -254,6 +263,7 @@ class Child:
             process = Process(self)
         except OSError as error:
             return self._note_failed_start(f"could not be started: {error.strerror}")
+        self.starts += 1
         self.former, self.current = self.current or self.former, process
         self.policy.note_start()
         try:

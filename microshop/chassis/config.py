@@ -131,10 +131,14 @@ def is_base_url(url: str) -> bool:
     return True
 
 
-def file_descriptors(text: str) -> list[int]:
-    """Return the two file descriptors that run_all passes on: the listener and the heartbeat."""
-    if not re.fullmatch("[0-9]{1,9},[0-9]{1,9}", text):
-        raise ValueError(f"{text!r} is not two file descriptors")
+def supervision(text: str) -> list[int]:
+    """Return the three numbers that run_all passes on.
+
+    They are the file descriptors of the listener and of the heartbeat, and how many processes were
+    started before in the same role.
+    """
+    if not re.fullmatch("[0-9]{1,9},[0-9]{1,9},[0-9]{1,9}", text):
+        raise ValueError(f"{text!r} is not two file descriptors and a count")
     return [int(number) for number in text.split(",")]
 
 
@@ -150,8 +154,8 @@ SHARED = [  # every process has these; run_all passes them on to each of its chi
     Setting("max-connections", count, "1024", "open connections that each process may have"),
     Setting("grace", seconds, "10", "seconds to finish open requests when a process has to stop"),
 ]
-SUPERVISED = Setting("supervised", file_descriptors, None,
-                     "for run_all only: the sockets that it passes on")
+SUPERVISED = Setting("supervised", supervision, None,
+                     "for run_all only: the sockets that it passes on, and the count of restarts")
 FOR_GATEWAY = [  # the gateway has these; run_all passes them on to it
     TIMEOUT,
     Setting("token-file", token_file, None,
@@ -167,7 +171,7 @@ def own_port(number: int) -> Setting:
 
 
 def service_url(name: str, port: int) -> Setting:
-    """Return the setting that says where a service is.
+    """Return the setting that says where a service, or the gateway, is.
 
     This is *service discovery* at its simplest: each process gets the addresses of the services
     that it calls as configuration. Larger systems ask a registry or DNS.

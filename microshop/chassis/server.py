@@ -103,13 +103,13 @@ class Service(Listener):
 
     name = "service"
     title = "Service"
+    announcement = "{title} listening at"  # what is printed before the URL (see child.LISTENING)
     port = 0
     handler: type[BaseHTTPRequestHandler]
     schema: Sequence[Sequence[str]] = ()
     turn_count = 1  # threads that work on requests at a time; more pay off if requests wait
     client: Client | None = None  # for calls to other services
     upstreams: dict[str, Upstream] = {}  # those services, by name
-    restarts = 0  # how often the supervisor has started this process anew
     token = ""  # the bearer token that writes must carry; only the gateway has one
     options: Sequence[config.Setting] = (config.HOST, config.DATA, config.TIMEOUT, config.QUIET)
 
@@ -117,6 +117,7 @@ class Service(Listener):
         self.settings = settings
         self.draining = False
         self.is_replaced = False  # whether another process takes over while this one drains
+        self.restarts = settings.supervised[2] if settings.supervised else 0  # of its role
         self.heartbeat: Heartbeat | None = None
         self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         # This calls server_bind(), which needs what was set above.
@@ -164,7 +165,7 @@ class Service(Listener):
     def server_bind(self) -> None:
         if self.settings.supervised:
             self.socket.close()
-            listener, supervisor = self.settings.supervised
+            listener, supervisor, _ = self.settings.supervised
             self.socket = socket.socket(fileno=listener)
             self.socket.setblocking(False)  # another process that shares it may be faster to accept
             self.heartbeat = Heartbeat(supervisor)
@@ -191,7 +192,7 @@ class Service(Listener):
             signal.signal(signal.SIGHUP, self._stop_on_signal)
         for warning in find_warnings(self):
             self.log.event(f"- warning: {warning}")
-        announce(f"{self.title} listening at {self.url}\n")
+        announce(f"{self.announcement.format(title=self.title)} {self.url}\n")
         gc.freeze()  # what exists by now stays: the garbage collector need not look at it again
         self.serve_forever()
         self.drain()

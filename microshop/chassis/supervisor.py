@@ -131,7 +131,9 @@ class Supervisor:
         self.children = [child for tier in tiers for child in tier]
         self.front = tiers[-1][0]
         self.console = console
-        self.rolling_restart = RollingRestart(self.children)
+        # An optional child is the last to be replaced: if that fails, the others have been.
+        self.rolling_restart = RollingRestart(
+            sorted(self.children, key=lambda child: child.policy.is_optional))
         self.shutdown = Shutdown(tiers, grace)
         self.events: queue.Queue[Event] = queue.Queue()  # SimpleQueue may miss its timeout
         self.status = 0
@@ -264,7 +266,7 @@ class Supervisor:
             child.former.replace(time.monotonic() + self.shutdown.grace)
         if self.rolling_restart.note_ready(child):
             self.console.say("every process has been replaced")
-        is_ready = all(one.policy.state == "up" for one in self.children)
+        is_ready = all(one.policy.state == "up" or one.policy.is_optional for one in self.children)
         if is_ready and not self.was_ready and not self.shutdown.has_begun:
             self.was_ready = True
             took = time.monotonic() - self.began_at

@@ -120,6 +120,15 @@ class RestartPolicyTest(unittest.TestCase):
             ([*was_ready, *["start", 10.1, "kill", "end", 10.0] * 20], "start"),
             ([*was_ready, "start", "final end", 10.0], "start"))
 
+    def test_a_child_that_is_optional_is_never_given_up(self):
+        self.policy = RestartPolicy(self.clock, lambda least, most: most, is_optional=True)
+        for is_final in [False] * 5 + [True] * 5:
+            self.policy.note_start()
+            self.policy.note_end(is_final)
+            self.assertEqual(self.policy.next_action(), "", "in the pause after a failed start")
+            self.clock.now += 10.0
+            self.assertEqual(self.policy.next_action(), "start", "after the pause")
+
     def test_a_new_process_has_its_own_time_to_start_and_its_own_heartbeats(self):
         self.assert_actions(
             (["start", "ready", 9.0, "start", 9.0], ""),
@@ -272,6 +281,12 @@ class ChildTest(unittest.TestCase):
         self.assertEqual((self.child.policy.state, self.child.url), ("up", "http://localhost:3001"))
         self.assertFalse(self.print_url(self.process))
 
+    def test_whatever_words_name_its_url_but_no_line_of_its_log(self):
+        log = b"2026-11-22T20:25:41.123Z - cannot reach what should be at http://localhost:3001"
+        self.assertFalse(self.child.note_output(self.process, log))
+        self.assertTrue(self.child.note_output(self.process, log + b"\nMap at http://a:1\n" + log))
+        self.assertEqual(self.child.url, "http://a:1")
+
     def test_a_former_process_does_not_make_it_ready(self):
         self.print_url(self.process)
         self.begin()
@@ -317,6 +332,12 @@ class ChildTest(unittest.TestCase):
         replacement = self.begin()
         self.assertEqual(self.child.note_end(self.process, 0), "")
         self.assertEqual((self.child.current, self.child.former), (replacement, None))
+
+    def test_its_processes_are_counted(self):
+        silent = mock.MagicMock()
+        with mock.patch.object(module, "Process", side_effect=[silent, OSError, silent]):
+            counts = [(self.child.start(mock.Mock()), self.child.starts)[1] for _ in range(3)]
+        self.assertEqual(counts, [1, 1, 2], "the second one could not be started")
 
     def test_a_process_that_the_system_refuses_counts_as_a_failed_start(self):
         self.child.current = None

@@ -11,7 +11,7 @@ from microshop.chassis import config
 SETTINGS = [
     config.Setting("port", config.port, "3000", "port"),
     config.HOST, config.DATA, config.QUIET, *config.FOR_GATEWAY, *config.SHARED, config.TOKEN,
-    config.Setting("supervised", config.file_descriptors, None, "two file descriptors"),
+    config.Setting("supervised", config.supervision, None, "what run_all passes on"),
     config.Setting("workers", config.count, "1", "number of workers"),
     config.service_url("users", 3001),
 ]
@@ -31,7 +31,7 @@ BAD_VALUES = {
     "host": ["a b"],
     "data": [__file__, f"{__file__}/below", "a" * 300],
     "token-file": ["/nowhere/at/all", "/", __file__],
-    "supervised": ["3", "3,4,5", "-3,4"],
+    "supervised": ["3", "3,4", "3,4,5,6", "-3,4,5", "3,4,x"],
     "users-url": ["localhost:3001", "ftp://a", "http://a:x", "http://a/path", "http://a,",
                   "http://a:0", "http://a..b:80", "http://[::::]"],
 }
@@ -85,8 +85,8 @@ class ValueTest(ConfigTest):
             with self.subTest(rate=text):
                 self.assertEqual(rate, self.read("--rate", text).rate)
 
-    def test_the_supervisor_passes_on_two_file_descriptors(self):
-        self.assertEqual([3, 14], self.read("--supervised", "3,14").supervised)
+    def test_the_supervisor_passes_on_two_file_descriptors_and_the_count_of_restarts(self):
+        self.assertEqual([3, 14, 2], self.read("--supervised", "3,14,2").supervised)
 
     def test_only_settings_given_as_flags_are_passed_on_as_flags(self):
         settings = self.read("--rate", "100/s", "--max-in-flight=7", "--port", "1",

@@ -159,9 +159,18 @@ class SupervisedTest(ConnectionsTest):
         self.enterContext(self.theirs)
         self.supervisor.settimeout(PATIENCE)
 
-    def handles(self, heart: socket.socket) -> list[int]:
-        """Return what the supervisor passes on: the listening socket and one for heartbeats."""
-        return [os.dup(self.listener.fileno()), heart.detach()]
+    def handles(self, heart: socket.socket, restarts: int = 0) -> list[int]:
+        """Return what the supervisor passes on: the listening socket and one for heartbeats.
+
+        Then it says how many processes had the same role before.
+        """
+        return [os.dup(self.listener.fileno()), heart.detach(), restarts]
+
+    def test_a_service_knows_how_many_processes_were_there_before_it(self):
+        with running(Things, supervised=self.handles(self.theirs, restarts=3)) as supervised:
+            self.assertEqual(supervised.restarts, 3)
+        with running(Things) as alone:
+            self.assertEqual(alone.restarts, 0)
 
     def test_a_supervised_service_serves_on_the_socket_that_it_was_given(self):
         self.enterContext(running(Things, supervised=self.handles(self.theirs)))
@@ -251,7 +260,7 @@ class SupervisedTest(ConnectionsTest):
         self.addCleanup(os.close, output)
         fill(output)
         handles = [self.listener.fileno(), self.enterContext(self.theirs).fileno()]
-        supervised = ",".join(map(str, handles))
+        supervised = ",".join(map(str, [*handles, 0]))
         things = self.enterContext(subprocess.Popen(
             [sys.executable, "-m", "tests.after", code, "--supervised", supervised],
             cwd=TOP, pass_fds=handles, stdout=output, stderr=output))

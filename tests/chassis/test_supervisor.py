@@ -9,7 +9,7 @@ from unittest import mock
 
 from microshop.chassis import supervisor as module
 from microshop.chassis.child import Child
-from microshop.chassis.supervisor import RollingRestart, Shutdown, assign_cores
+from microshop.chassis.supervisor import RollingRestart, Shutdown, Supervisor, assign_cores
 from tests.chassis.test_resilience import Clock
 
 
@@ -97,6 +97,49 @@ class RollingRestartTest(unittest.TestCase):
             self.replace(child)
             self.make_ready(child)
         self.assertTrue(self.restart.begin())
+
+
+class OptionalChildTest(unittest.TestCase):
+    """A supervisor of a service, of a child that the shop does not need, and of a gateway."""
+
+    def setUp(self):
+        self.users, self.live, self.gateway = [
+            Child(name, "stub", mock.Mock(), [], {}, is_optional=name == "live")
+            for name in ("users", "live", "gateway")]
+        self.console = mock.Mock()
+        tiers = [[self.users, self.live], [self.gateway]]
+        self.supervisor = Supervisor(tiers, 10.0, self.console)
+
+    def make_ready(self, child: Child) -> None:
+        child.policy.note_start()
+        child.policy.note_ready()
+        self.supervisor._note_ready(child)
+
+    def said_ready(self) -> int:
+        return sum("ready in" in call.args[0] for call in self.console.say.call_args_list)
+
+    def test_the_shop_is_ready_once_the_others_are(self):
+        self.make_ready(self.users)
+        self.assertEqual(self.said_ready(), 0, "before the gateway is ready")
+        self.make_ready(self.gateway)
+        self.assertEqual(self.said_ready(), 1, "as soon as the gateway is ready")
+        self.make_ready(self.live)
+        self.assertEqual(self.said_ready(), 1, "when live is ready, too")
+
+    def test_it_does_not_make_the_shop_ready_before_the_others(self):
+        self.make_ready(self.live)
+        self.assertEqual(self.said_ready(), 0)
+
+    def test_it_is_the_last_to_be_replaced(self):
+        for child in (self.users, self.live, self.gateway):
+            self.make_ready(child)
+        restart, replaced = self.supervisor.rolling_restart, []
+        restart.is_requested = True
+        restart.begin()
+        while child := restart.next_child():
+            replaced.append(child.name)
+            self.make_ready(child)
+        self.assertEqual(replaced, ["users", "gateway", "live"])
 
 
 class ShutdownTest(unittest.TestCase):
