@@ -50,7 +50,7 @@ class RollingRestart:
         if not self.is_requested or self._waiting:
             return False
         self.is_requested = False
-        self._waiting.extend(self._children)
+        self._waiting.extend(child for child in self._children if child.policy.state != "down")
         self._tried = None
         return True
 

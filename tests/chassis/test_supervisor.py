@@ -85,9 +85,16 @@ class RollingRestartTest(unittest.TestCase):
         self.assertIs(self.restart.next_child(), self.orders)
 
     def test_a_child_that_is_down_does_not_hold_up_the_others(self):
-        self.users.note_end(self.users.current, -9)
         self.restart.begin()
+        self.users.note_end(self.users.current, -9)
         self.assertEqual([self.restart.next_child() for _ in range(2)], [None, self.orders])
+
+    def test_a_child_that_was_down_at_the_beginning_is_not_waited_for_at_the_end(self):
+        self.orders.note_end(self.orders.current, -9)
+        self.restart.begin()
+        self.assertIs(self.restart.next_child(), self.users)
+        self.replace(self.users)
+        self.assertTrue(self.make_ready(self.users), "users was the last one that ran")
 
     def test_a_request_during_a_rolling_restart_begins_another_one_after_it(self):
         self.restart.begin()
