@@ -9,6 +9,7 @@ Where to look:
     test_laws.py test_readme.py test_new_service.py    what the source and the README must keep to
     helpers.py collection.py source.py    what several test modules share
     formats.py                  strict parsers for what the shop shows of itself
+    chassis/told.py             what processes show of themselves, written by hand
     journal.py                  remembers requests and log lines, and shows them with a failure
     lanes.py                    runs the whole suite in several processes at once
     chaos.py fuzz.py soak.py bench.py    longer runs; `make help` lists them

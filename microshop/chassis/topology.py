@@ -1,0 +1,102 @@
+"""A group of processes that call each other, drawn from what a Watch has heard of them.
+
+The result is for JSON: the nodes, an edge for each direction of calls, and what guards these calls.
+
+Law: what the nodes serve is not known here.
+"""
+from collections.abc import Sequence
+from typing import Any
+
+from microshop.chassis.exposition import Sample, quantile
+from microshop.chassis.watch import Node, Process
+
+HEALTH_ROUTES = {"/health", "/health/live"}  # of every Handler; not what its clients want of it
+BREAKER_STATES = ("open", "half-open", "closed")  # several processes may differ: the worst counts
+REJECTIONS = ("breaker", "bulkhead")
+MAX_INSTANCES = 16    # of one node, as another one sees it
+
+Drawing = dict[str, Any]
+
+
+def draw_topology(nodes: Sequence[Node], at: float) -> Drawing:
+    """Draw the nodes. Clients call the first one; `at` is in seconds since 1970."""
+    calls = [(node, name) for node in nodes for name in upstreams_of(node, nodes)]
+    return {"nodes": [draw_node(node, at) for node in nodes],
+            "edges": [draw_entry(nodes[0]), *[draw_calls(*call) for call in calls]],
+            "upstreams": [draw_guards(*call) for call in calls]}
+
+
+def upstreams_of(node: Node, nodes: Sequence[Node]) -> list[str]:
+    """Return the names of the nodes that a node calls."""
+    called = {labels.get("upstream") for labels, _ in node.metrics.select("microshop_calls_total")}
+    return [other.name for other in nodes if other.name in called]
+
+
+def draw_node(node: Node, at: float) -> Drawing:
+    drawn = {"name": node.name, "url": node.addresses[0].url, "state": node.state,
+             "processes": [draw_process(process, at) for process in node.processes]}
+    return {**drawn, "silent": node.silence} if node.silence else drawn
+
+
+def draw_process(process: Process, at: float) -> Drawing:
+    return {"pid": process.pid, "uptime": max(at - process.started, 0.0),
+            "restarts": process.restarts,
+            "memory": int(process.metrics.total("process_resident_memory_bytes")),
+            "cpu": process.rates.total("process_cpu_seconds_total")}
+
+
+# --- edges: requests per second, the share that fails, and how long they take
+
+def draw_entry(node: Node) -> Drawing:
+    """Draw what clients ask a node for, health checks excepted."""
+    count, buckets = [
+        [one for one in node.rates.select(f"http_server_request_duration_seconds_{part}")
+         if one.labels.get("http_route") not in HEALTH_ROUTES] for part in ("count", "bucket")]
+    return draw_edge("client", node.name, count, buckets)
+
+
+def draw_calls(node: Node, name: str) -> Drawing:
+    """Draw the calls of a node to another. A call may take several tries."""
+    count, buckets = [
+        list(node.rates.select(f"http_client_request_duration_seconds_{part}", peer_service=name))
+        for part in ("count", "bucket")]
+    asked = node.rates.total("microshop_calls_total", upstream=name)
+    return {**draw_edge(node.name, name, count, buckets), "asked": asked}
+
+
+def draw_edge(source: str, target: str, count: list[Sample], buckets: list[Sample]) -> Drawing:
+    tried = sum(one.value for one in count)
+    failed = sum(one.value for one in count if is_failure(one.labels))
+    return {"from": source, "to": target, "asked": tried, "tried": tried,
+            "errors": failed / tried if tried else 0.0,
+            "p50": quantile(0.5, buckets), "p99": quantile(0.99, buckets)}
+
+
+def is_failure(labels: dict[str, str]) -> bool:
+    """Return whether a request got no response, or a 5xx. A 4xx answers what was asked."""
+    return labels.get("http_response_status_code", "")[:1] in ("", "5")
+
+
+# --- what guards the calls: bulkhead, retry budget and circuit breakers
+
+def draw_guards(node: Node, name: str) -> Drawing:
+    def total(metric: str) -> int:
+        return int(node.metrics.total(f"microshop_{metric}", upstream=name))
+
+    states = node.metrics.select("microshop_breaker_state", upstream=name)
+    servers = sorted({labels.get("server", "") for labels, _ in states})
+    return {"from": node.name, "to": name,
+            "in_flight": total("bulkhead_in_use"), "limit": total("bulkhead_limit"),
+            "retries": total("retry_budget_used"), "retry_limit": total("retry_budget_limit"),
+            "rejected": {reason: node.rates.total("microshop_rejected_calls_total", upstream=name,
+                                                  reason=reason) for reason in REJECTIONS},
+            "instances": [draw_instance(node, upstream=name, server=server)
+                          for server in servers[:MAX_INSTANCES]]}
+
+
+def draw_instance(node: Node, **labels: str) -> Drawing:
+    states = [state for state in BREAKER_STATES
+              if node.metrics.total("microshop_breaker_state", state=state, **labels)]
+    seconds = [process.metrics.total("microshop_breaker_open_seconds", **labels)
+               for process in node.processes]
+    return {"server": labels["server"], "state": [*states, "closed"][0], "seconds": max(seconds)}

@@ -1,0 +1,98 @@
+"""Metrics are read as they were written, and what is not valid is refused."""
+import unittest
+
+from microshop.chassis import exposition
+from microshop.chassis.exposition import Metrics, Sample, parse_metrics, quantile
+from microshop.chassis.metrics import Family, format_metrics, gauge
+
+
+def buckets(**counts: float) -> list[Sample]:
+    """Return the buckets of a histogram, given like le_0_5=3 (and le_inf)."""
+    bounds = [name[3:].replace("_", ".").replace("inf", "+Inf") for name in counts]
+    return [Sample({"le": bound}, count)
+            for bound, count in zip(bounds, counts.values(), strict=True)]
+
+
+class ParseTest(unittest.TestCase):
+    def test_a_value_is_found_by_its_name_and_some_of_its_labels(self):
+        metrics = parse_metrics(
+            '# HELP a_total A.\n# TYPE a_total counter\n'
+            'a_total{x="1",y="2"} 3\na_total{x="1",y="4"} 5\na_total 7\nb 1.5\n')
+        self.assertEqual(metrics.total("a_total", x="1", y="2"), 3)
+        self.assertEqual(metrics.total("a_total", x="1"), 8)
+        self.assertEqual(metrics.total("a_total"), 15)
+        self.assertEqual(metrics.total("b"), 1.5)
+        self.assertEqual(metrics.total("c"), 0)
+        self.assertEqual(list(metrics.select("a_total", y="4")), [({"x": "1", "y": "4"}, 5.0)])
+
+    def test_a_label_may_have_any_name(self):
+        metrics = parse_metrics('a{self="1",name="2",labels="3"} 4\n')
+        self.assertEqual(metrics.total("a", self="1", name="2", labels="3"), 4)
+
+    def test_what_the_chassis_writes_is_read_back(self):
+        hostile = 'a"b\\c\nd\\n,e="f"} 1'
+        metrics = parse_metrics(format_metrics([
+            Family("c_total", "counter", "C.", [("", {"path": hostile, "none": ""}, 1)]),
+            Family("h", "histogram", "H.", [("_bucket", {"le": "+Inf"}, 2), ("_count", {}, 2)]),
+            gauge("g", "G.", 1e-05)]))
+        self.assertEqual(list(metrics.select("c_total")), [({"path": hostile}, 1.0)])
+        self.assertEqual(metrics.total("h_bucket", le="+Inf"), 2)
+        self.assertEqual(metrics.total("h_count"), 2)
+        self.assertEqual(metrics.total("g"), 1e-05)
+
+    def test_what_is_not_valid_is_refused(self):
+        for text in ("<html>", "a", "a b", "a 1 x", "a -1", "a NaN", "a +Inf", "a 1e999", "a 1.2.3",
+                     "9a 1", " a 1", 'a{x=1} 1', 'a{x="1} 1', 'a{x="\\q"} 1', 'a{x="1" y="2"} 1',
+                     'a{x="1"},y="2"} 1', 'a_bucket{le="many"} 1', 'a_bucket{le="NaN"} 1',
+                     'a_bucket{le="-1"} 1', f'a{{x="{"y" * 300}"}} 1', "a 1\r",
+                     "a 9007199254740993", "a{" + 'x="y",' * 500 + "} 1"):
+            with self.subTest(text), self.assertRaises(ValueError, msg=f"{text!r} was accepted"):
+                parse_metrics(text)
+
+    def test_more_than_ten_thousand_samples_are_refused(self):
+        parse_metrics("a 1\n" * exposition.MAX_SAMPLES)
+        with self.assertRaises(ValueError):
+            parse_metrics("a 1\n" * (exposition.MAX_SAMPLES + 1))
+
+
+class SumTest(unittest.TestCase):
+    def test_values_of_two_processes_are_added_label_by_label(self):
+        both = Metrics()
+        both.add(parse_metrics('a{x="1"} 1\na{x="2"} 2\n'))
+        both.add(parse_metrics('a{x="2"} 3\nb 4\n'), 2.0)
+        self.assertEqual([both.total("a", x="1"), both.total("a", x="2"), both.total("b")],
+                         [1, 8, 8])
+
+    def test_an_increase_counts_new_values_from_zero_and_leaves_out_what_became_less(self):
+        before = parse_metrics('a{x="1"} 5\na{x="2"} 5\n')
+        after = parse_metrics('a{x="1"} 7\na{x="2"} 4\na{x="3"} 1\n')
+        self.assertEqual(sorted((labels["x"], value)
+                                for labels, value in after.increase_since(before).select("a")),
+                         [("1", 2), ("3", 1)])
+
+
+class QuantileTest(unittest.TestCase):
+    def test_durations_are_taken_as_spread_evenly_over_their_bucket(self):
+        spread = buckets(le_1=0, le_2=10, le_4=20, le_inf=20)
+        for share, expected in ((0.25, 1.5), (0.5, 2.0), (0.75, 3.0), (0.99, 3.96), (1.0, 4.0)):
+            with self.subTest(share):
+                self.assertAlmostEqual(quantile(share, spread), expected)
+
+    def test_the_first_bucket_begins_at_zero(self):
+        self.assertAlmostEqual(quantile(0.5, buckets(le_0_5=4, le_1=4, le_inf=4)), 0.25)
+
+    def test_beyond_the_last_bound_that_bound_is_all_that_is_known(self):
+        self.assertEqual(quantile(0.99, buckets(le_1=1, le_10=1, le_inf=100)), 10.0)
+
+    def test_the_series_of_several_statuses_are_added_up(self):
+        self.assertAlmostEqual(
+            quantile(0.5, buckets(le_1=10, le_2=10, le_inf=10)
+                     + buckets(le_1=0, le_2=10, le_inf=10)), 1.0)
+
+    def test_without_observations_there_is_none(self):
+        for empty in ([], buckets(le_1=0, le_inf=0)):
+            self.assertIsNone(quantile(0.5, empty))
+
+
+if __name__ == "__main__":
+    unittest.main()

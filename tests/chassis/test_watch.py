@@ -1,0 +1,371 @@
+"""What follows from the answers of other processes, round by round, and from their silence."""
+import socket
+import time
+import unittest
+from unittest import mock
+
+from microshop.chassis import watch as module
+from microshop.chassis.trace_memory import TraceMemory
+from microshop.chassis.watch import Node, Silent, Watch, fetch
+from tests.chassis.told import Stage, metrics, span
+from tests.helpers import PATIENCE, read_request, upstream
+
+A, B = "http://a:1", "http://b:1"
+LATE = Silent("no answer in time")
+BREAKER = '{upstream="users",server="http://127.0.0.1:3001",state="%s"}'
+
+
+def breakers(opened: int = 0, half_open: int = 0, closed: int = 0, state: str = "closed") -> list:
+    """Return lines about a circuit breaker: how often it changed into each state, and the last."""
+    counts = {"open": opened, "half-open": half_open, "closed": closed}
+    return [*(f"microshop_breaker_changes_total{BREAKER % name} {count}"
+              for name, count in counts.items()),
+            *(f"microshop_breaker_state{BREAKER % name} {int(name == state)}" for name in counts)]
+
+
+class WatchTest(unittest.TestCase):
+    """A node at one address, or at two; each round is one second after the last."""
+
+    def setUp(self):
+        self.stage = Stage()
+        self.enterContext(mock.patch.object(module, "fetch", self.stage.fetch))
+        self.watch_at(A)
+
+    def watch_at(self, *urls):
+        self.node = Node("gateway", list(urls))
+        self.watch = Watch([self.node], TraceMemory(lambda spans: {}))
+        self.now = 5000.0
+
+    def hear(self, *answers, url=A, after=1.0, **more):
+        """Let a round pass in which the node answers so at its address; return its new spans."""
+        self.stage.answer(url, *answers, **more)
+        self.now += after
+        return self.watch.ask_all(self.now)
+
+    def told(self):
+        """Return the kinds and the texts of the events, the oldest first."""
+        return [(event["kind"], event["text"]) for event in reversed(self.watch.events)]
+
+    def pids(self):
+        return [process.pid for process in self.node.processes]
+
+
+class RateTest(WatchTest):
+    def test_nothing_is_known_of_rates_after_the_first_round(self):
+        self.hear(metrics(1, "a_total 1000"))
+        self.assertEqual(self.node.rates.total("a_total"), 0)
+
+    def test_a_rate_is_the_growth_over_the_time_between_two_rounds(self):
+        self.hear(metrics(1, "a_total 1000"))
+        self.hear(metrics(1, "a_total 1030"), after=2.0)
+        self.assertEqual(self.node.rates.total("a_total"), 15)
+        self.hear(metrics(1, "a_total 1030"), after=3.0)
+        self.assertEqual(self.node.rates.total("a_total"), 6)
+
+    def test_what_happened_more_than_ten_seconds_ago_no_longer_counts(self):
+        self.hear(metrics(1, "a_total 0"))
+        for _ in range(10):
+            self.hear(metrics(1, "a_total 100"))
+        self.assertEqual(self.node.rates.total("a_total"), 10)
+        self.hear(metrics(1, "a_total 100"))
+        self.assertEqual(self.node.rates.total("a_total"), 0)
+
+    def test_nothing_is_known_of_rates_after_a_pause(self):
+        self.hear(metrics(1, "a_total 0"))
+        self.hear(metrics(1, "a_total 100"), after=3600.0)
+        self.assertEqual(self.node.rates.total("a_total"), 0)
+
+    def test_the_metrics_of_ten_seconds_are_kept_and_no_more(self):
+        for _ in range(100):
+            self.hear(metrics(1))
+        [process] = self.node.processes
+        self.assertEqual(len(process.answers), 11)
+        for _ in range(100):
+            self.hear(metrics(1), after=0.1)
+        self.assertEqual(len(process.answers), module.MAX_ROUNDS)
+
+    def test_a_counter_that_begins_again_in_a_new_process_is_no_growth(self):
+        self.hear(metrics(1, "a_total 1000"))
+        self.hear(metrics(2, "a_total 2000", started=1001.0, restarts=1))
+        self.assertEqual(self.node.rates.total("a_total"), 0)
+        self.hear(metrics(2, "a_total 2003", started=1001.0, restarts=1))
+        self.assertEqual(self.node.rates.total("a_total"), 3)
+
+    def test_a_pid_that_comes_again_with_another_start_is_another_process(self):
+        self.hear(metrics(1, "a_total 10"))
+        self.hear(metrics(1, "a_total 1000", started=1001.0, restarts=1))
+        self.assertEqual(self.node.rates.total("a_total"), 0)
+        self.assertEqual(len(self.node.processes), 1)
+
+    def test_the_rates_of_a_process_that_is_silent_fade_away(self):
+        self.hear(metrics(1, "a_total 0"))
+        self.hear(metrics(1, "a_total 100"))
+        for expected in (50, 33, 25):
+            self.hear(LATE)
+            self.assertEqual(int(self.node.rates.total("a_total")), expected)
+        self.hear(LATE, after=8.0)
+        self.assertEqual(self.node.rates.total("a_total"), 0)
+
+
+class WorkersTest(WatchTest):
+    """Several processes at one address: a round hears one of them, then another one."""
+
+    def test_they_are_told_apart_and_their_rates_and_values_are_added(self):
+        self.hear(metrics(1, "a_total 1000", "b 1"))
+        self.hear(metrics(2, "a_total 2000", "b 2"))
+        self.hear(metrics(1, "a_total 1020", "b 1"), metrics(2, "a_total 2005", "b 2"))
+        self.assertEqual(sorted(self.pids()), [1, 2])
+        self.assertEqual(self.node.rates.total("a_total"), 20 / 2 + 5 / 1)
+        self.assertEqual(self.node.metrics.total("b"), 3)
+
+    def test_if_several_are_known_each_is_likely_to_be_asked_in_a_round(self):
+        self.hear(metrics(1))
+        self.stage.asked.clear()
+        self.hear(metrics(2))
+        self.assertEqual(self.stage.asked.count(f"{A}/metrics"), 1)
+        self.stage.asked.clear()
+        self.hear(metrics(1), metrics(2))
+        self.assertEqual(self.stage.asked.count(f"{A}/metrics"), 3)
+        for pid in range(3, 50):
+            self.hear(metrics(pid))
+        self.stage.asked.clear()
+        self.hear(metrics(1))
+        self.assertEqual(self.stage.asked.count(f"{A}/metrics"), module.MAX_ASKED)
+
+    def test_one_that_was_started_anew_takes_the_place_of_the_one_not_heard_for_longest(self):
+        self.hear(metrics(1))
+        self.hear(metrics(2))
+        self.hear(metrics(2), metrics(3, started=1001.0, restarts=1))
+        self.assertEqual(self.pids(), [2, 3])
+        self.assertEqual(self.told(), [("restarted", "gateway was started again (pid 3)")])
+        self.assertEqual(self.watch.events[0]["at"], 1001.0, "the time of its start")
+
+    def test_one_that_is_heard_late_takes_nobodys_place(self):
+        self.hear(metrics(1, started=1000.5))
+        self.hear(metrics(2, started=1000.0, restarts=1))
+        self.hear(metrics(3, started=1001.0))
+        self.assertEqual(self.pids(), [1, 2, 3], "2 is older than 1, and 3 had no predecessor")
+
+    def test_one_that_is_not_heard_for_ten_seconds_although_others_are_has_ended(self):
+        self.hear(metrics(1))
+        self.hear(metrics(2))
+        for _ in range(9):
+            self.hear(metrics(2))
+        self.assertEqual(self.pids(), [1, 2])
+        self.hear(metrics(2))
+        self.assertEqual(self.pids(), [2])
+
+    def test_if_some_of_the_answers_of_a_round_fail_the_others_count(self):
+        self.hear(metrics(1))
+        self.hear(metrics(2))
+        for _ in range(3):
+            self.hear(Silent("refused"), metrics(1), metrics(2))
+        self.assertEqual((self.node.state, self.told()), ("up", []))
+
+    def test_the_number_of_processes_that_are_remembered_is_limited(self):
+        for pid in range(100):
+            self.hear(metrics(pid), after=0.01)
+        self.assertEqual(len(self.node.processes), module.MAX_PROCESSES)
+
+
+class StateTest(WatchTest):
+    def test_a_node_that_does_not_answer_in_the_first_round_is_down(self):
+        self.hear(LATE)
+        self.assertEqual((self.node.state, self.node.silence), ("down", "no answer in time"))
+        self.assertEqual(self.told(), [], "there is nothing to compare with")
+
+    def test_a_node_that_misses_two_rounds_is_down_until_it_answers(self):
+        self.hear(metrics(1))
+        self.hear(LATE)
+        self.assertEqual(self.node.state, "up", "a process under load may be late")
+        self.hear(LATE)
+        self.assertEqual((self.node.state, self.pids()), ("down", [1]))
+        self.hear(metrics(1))
+        self.assertEqual((self.node.state, self.node.silence), ("up", ""))
+        self.assertEqual(self.told(), [
+            ("died", "gateway does not answer: no answer in time"),
+            ("up", "gateway answers again")])
+
+    def test_one_round_that_is_missed_now_and_then_is_forgiven(self):
+        for _ in range(3):
+            self.hear(metrics(1))
+            self.hear(LATE)
+        self.assertEqual(self.told(), [])
+
+    def test_after_a_silence_none_of_the_processes_before_it_is_taken_to_be_there(self):
+        self.hear(metrics(1))
+        for _ in range(2):
+            self.hear(Silent("refused"))
+        self.hear(metrics(2, started=1002.0))  # started by hand: no supervisor counts it
+        self.assertEqual(self.pids(), [2])
+
+    def test_a_process_that_drains_is_told_of(self):
+        self.hear(metrics(1))
+        self.hear(metrics(1, draining=1))
+        self.assertEqual((self.node.state, self.told()),
+                         ("draining", [("draining", "gateway is draining")]))
+
+    def test_a_node_is_up_while_any_of_its_instances_is(self):
+        self.watch_at(A, B)
+        self.stage.answer(B, metrics(2))
+        self.hear(metrics(1, draining=1))
+        self.assertEqual(self.node.state, "up")
+        for _ in range(2):
+            self.hear(Silent("refused"))
+        self.assertEqual(self.node.state, "up")
+        self.stage.answer(B, LATE)
+        for _ in range(2):
+            self.hear(Silent("refused"))
+        self.assertEqual((self.node.state, self.node.silence), ("down", "refused"))
+
+    def test_a_process_that_was_started_again_is_told_of_at_the_first_sight_too(self):
+        self.hear(metrics(1, restarts=2))
+        self.assertEqual(self.told(), [("restarted", "gateway was started again (pid 1)")])
+        self.assertEqual(self.watch.events[0]["at"], 1000.0)
+
+    def test_only_the_newest_hundred_events_are_remembered(self):
+        for number in range(150):
+            self.watch.tell(float(number), "users", "up", f"event {number}")
+        self.watch.tell(1.0, "users", "up", "an old one")
+        self.watch.tell(149.0, "users", "up", "event 149")  # the same as before
+        self.assertEqual([event["text"] for event in self.watch.events],
+                         [f"event {number}" for number in range(149, 49, -1)])
+
+
+class UnintelligibleTest(WatchTest):
+    """Nothing that a process answers may cause more than that it counts as down."""
+
+    def assert_down(self, *answers, **more):
+        self.watch_at(A)
+        self.hear(metrics(1))
+        for _ in range(2):
+            self.hear(*answers, **more)
+        self.assertEqual((self.node.state, self.node.silence), ("down", "unintelligible"),
+                         f"after {answers} {more}")
+
+    def test_a_node_with_unusable_metrics_is_down(self):
+        for text in ("<html>", "\ud800", metrics(1) + "a{} x", metrics(1, "a -1"), "a 1",
+                     metrics(1).replace('"1"', '"x"'), metrics(1).replace('pid="1"', 'x="1"'),
+                     metrics(1) + 'microshop_process_info{service="b",pid="2"} 1\n'):
+            with self.subTest(text):
+                self.assert_down(text)
+
+    def test_a_node_with_unusable_traces_is_down(self):
+        for text in ("", "<html>", "{}", "[1]", "null", "[{", "[" * 100_000, "9" * 10_000,
+                     "\ud800", '[{"traceId":NaN}]'):
+            with self.subTest(text[:50]):
+                self.assert_down(metrics(1), traces=text)
+
+    def test_traces_that_do_not_come_are_no_reason_to_call_a_node_down(self):
+        self.hear(metrics(1))
+        for _ in range(3):
+            self.hear(metrics(1), traces=LATE)
+        self.assertEqual(self.node.state, "up")
+
+
+class BreakerTest(WatchTest):
+    def test_a_breaker_that_opened_and_closed_between_two_rounds_is_told_of(self):
+        self.hear(metrics(1, *breakers(2, 2, 2)))
+        self.hear(metrics(1, *breakers(3, 4, 3)))
+        at = "gateway: the circuit breaker for users at http://127.0.0.1:3001"
+        self.assertEqual(self.told(), [
+            ("breaker", f"{at} opened"),
+            ("breaker", f"{at} is half-open: a request probes the instance (2 times)"),
+            ("breaker", f"{at} closed")])
+        self.hear(metrics(1, *breakers(3, 4, 3)))
+        self.assertEqual(len(self.told()), 3, "each change is told of once")
+
+    def test_its_present_state_is_told_of_last(self):
+        self.hear(metrics(1, *breakers()))
+        self.hear(metrics(1, *breakers(2, 1, 0, "open")))
+        self.assertRegex(self.told()[-1][1], r"opened \(2 times\)$")
+
+    def test_what_it_did_before_the_first_round_or_in_a_pause_has_no_time_and_is_not_told(self):
+        self.hear(metrics(1, *breakers(1, 1, 1)))
+        self.hear(metrics(1, *breakers(2, 2, 2)), after=3600.0)
+        self.assertEqual(self.told(), [])
+
+    def test_what_it_did_in_a_process_that_was_just_started_is_told_of(self):
+        self.hear(metrics(1, *breakers()))
+        self.hear(metrics(2, *breakers(1, state="open"), started=1001.0, restarts=1))
+        self.assertEqual([kind for kind, _ in self.told()], ["restarted", "breaker"])
+
+    def test_a_process_that_answers_twice_in_a_round_does_not_count_twice(self):
+        self.hear(metrics(1, *breakers()))
+        self.hear(metrics(2, *breakers(), started=999.0))
+        self.hear(metrics(1, *breakers(1, state="open")))
+        self.hear(metrics(1, *breakers(1, state="open")))
+        self.assertEqual(len(self.told()), 1)
+
+    def test_new_spans_are_returned_once(self):
+        spans = [span(1, 1), span(1, 2)]
+        self.assertEqual(len(self.hear(metrics(1), spans=spans)), 2)
+        self.assertEqual(self.hear(metrics(1), spans=spans), [])
+
+
+class FetchTest(unittest.TestCase):
+    """What real connections do."""
+
+    def silence(self, answer, seconds=PATIENCE):
+        """Return how a stub that answers so is silent."""
+        with upstream(answer) as url, self.assertRaises(Silent) as caught:
+            fetch(f"{url}/metrics", time.monotonic() + seconds)
+        return str(caught.exception)
+
+    def answering(self, message):
+        def answer(connection):
+            read_request(connection)
+            connection.sendall(message)
+        return answer
+
+    def test_the_body_of_an_answer_is_returned(self):
+        requests = []
+
+        def answer(connection):
+            requests.append(read_request(connection))
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\na 1")
+
+        with upstream(answer) as url:
+            for _ in range(2):
+                self.assertEqual(fetch(f"{url}/metrics", time.monotonic() + PATIENCE), b"a 1")
+        self.assertEqual(len(requests), 2)
+        self.assertRegex(requests[0],
+                         rb"(?i)\AGET /metrics HTTP/1\.1\r\n(.*\r\n)*connection: close")
+
+    def test_a_process_that_is_not_there_refuses(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        with self.assertRaisesRegex(Silent, "^refused$"):
+            fetch(f"http://127.0.0.1:{port}/metrics", time.monotonic() + PATIENCE)
+
+    def test_a_process_that_hangs_or_sends_slowly_does_not_answer_in_time(self):
+        def drip(connection):
+            read_request(connection)
+            while connection.send(b"H"):
+                time.sleep(0.01)
+
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            with self.assertRaisesRegex(Silent, "^no answer in time$"):
+                fetch(f"http://127.0.0.1:{listener.getsockname()[1]}/", time.monotonic() + 0.05)
+        self.assertEqual(self.silence(drip, 0.1), "no answer in time")
+
+    def test_what_is_not_http_or_too_large_is_unintelligible(self):
+        large = b"x" * (module.MAX_ANSWER + 1)
+        for message in (b"SSH-2.0-OpenSSH\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n",
+                        b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n",
+                        b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(large), large)):
+            with self.subTest(message[:50]):
+                self.assertEqual(self.silence(self.answering(message)), "unintelligible")
+
+    def test_a_connection_that_breaks_counts_as_refused(self):
+        for message in (b"", b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc"):
+            with self.subTest(message):
+                self.assertEqual(self.silence(self.answering(message)), "refused")
+
+    def test_any_status_but_200_is_named(self):
+        message = b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"
+        self.assertEqual(self.silence(self.answering(message)), "answered 503")
+
+
+if __name__ == "__main__":
+    unittest.main()
