@@ -102,7 +102,7 @@ class NewServiceTest(unittest.TestCase):
             module.write_text(module.read_text().replace(f'"{NAME}"', '"other"', 1))
             self.assertRegex(self.run_law(top)[1], f"{NAME}.py has no subclass of Service")
 
-    def test_the_gateway_of_a_shop_with_one_more_line_and_module_answers_for_the_new_service(self):
+    def test_gateway_and_live_of_a_shop_with_one_more_line_and_module_know_the_new_service(self):
         with copied_project() as top:
             add_line_in_services(top)
             add_part(top, f"microshop/{NAME}.py")
@@ -117,6 +117,12 @@ class NewServiceTest(unittest.TestCase):
                 every_service_is_ok = dict.fromkeys([*SERVICES, NAME], "ok")
                 wait_until(lambda: ask(gateway, "GET", "/health").json["services"]
                            == every_service_is_ok, "the gateway to find all four healthy")
+                live = int(shop.wait_for(r"Live picture at http://localhost:(\d+)$")[1])
+                picture = ask(live, "GET", "/picture").json
+        self.assertEqual({node["name"]: node["state"] for node in picture["nodes"]},
+                         dict.fromkeys(["gateway", *SERVICES, NAME], "up"), "the nodes of live")
+        self.assertIn(("gateway", NAME),
+                      [(edge["from"], edge["to"]) for edge in picture["edges"]])
 
 
 if __name__ == "__main__":

@@ -101,10 +101,8 @@ class Service(Listener):
     A service that owns data also sets `schema`: the versions of its schema (see Database).
     """
 
-    name = "service"
-    title = "Service"
+    name, title, port = "service", "Service", 0
     announcement = "{title} listening at"  # what is printed before the URL (see child.LISTENING)
-    port = 0
     handler: type[BaseHTTPRequestHandler]
     schema: Sequence[Sequence[str]] = ()
     turn_count = 1  # threads that work on requests at a time; more pay off if requests wait
