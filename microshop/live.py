@@ -126,7 +126,7 @@ class Observer:
             if moves and span["name"] == "resume order":
                 told = ", ".join(f"{move['from']} -> {move['to']}" for move in moves)
                 self.watch.tell(
-                    span["timestamp"] / 1e6, span["localEndpoint"]["serviceName"], "resumed",
+                    moves[0]["at"], span["localEndpoint"]["serviceName"], "resumed",
                     f"order {moves[0]['order']} was taken up again: {told}")
 
     def _draw(self, at: float) -> dict:

@@ -134,7 +134,7 @@ class ObserverTest(unittest.TestCase):
             return self.observer.picture
 
     def moved(self, number, *moves, name="post /orders", order="203"):
-        return span(number, number, at=1000.0 + number, name=name, tags={"order": order},
+        return span(number, number, at=999.5 + number, name=name, tags={"order": order},
                     localEndpoint={"serviceName": "orders"}, annotations=[
             {"timestamp": int((1000.0 + number + index / 10) * 1e6), "value": move}
             for index, move in enumerate(moves)])
