@@ -127,9 +127,9 @@ class Turns:
             return
         self._pipe, other = os.pipe()
         os.close(other)  # so there is always something to read from the pipe: the end of file
+        self._wake_next()  # first, since once it is closed, the last thread may end at any moment
         with self._lock:
             self._is_closed = True
-        self._wake_next()
         while self._spare:
             self._spare.pop().release()
 

@@ -192,6 +192,20 @@ class TurnsTest(unittest.TestCase):
         pairs = 4 * 2  # of sockets, which are closed after the test
         self.assertLessEqual(len(os.listdir("/dev/fd")), descriptors + pairs)
 
+    def test_closing_uses_no_queue_that_the_last_thread_may_have_closed_already(self):
+        turns = self.make(1)
+        go_on = self.hang(turns)  # the only thread: once it sees that all is closed, it ends
+        wake, was_closed = turns._wake_next, []
+
+        def note_and_wake():
+            was_closed.append(turns._is_closed)
+            wake()
+
+        turns._wake_next = note_and_wake
+        turns.close()
+        go_on.set()
+        self.assertEqual(was_closed[:1], [False], "the threads must be woken before they may end")
+
 
 class WaitingRequestTest(ConnectionsTest):
     """Requests that wait, more of them than there are turns, while others come."""
