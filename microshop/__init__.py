@@ -30,14 +30,15 @@ The life of GET /users/1, from the client and back:
                 the database
   5. users      the row travels back as a return value; chassis.answer turns it into JSON bytes,
                 which the gateway passes on unchanged
-  6. both       write a line to their access log, with the same request id
+  6. both       write a line to their access log, with the same request id, and record spans of the
+                same trace (chassis.telemetry); /metrics, /traces and the live picture show them
 
 The life of an order is the saga in orders.py. A handler returns its answer or raises a
 chassis.errors.ServiceError; it never writes to a socket.
 
 To learn the pattern in thirty minutes, read users.py, gateway.py and orders.py. To read it all, go
 on with products.py, then chassis/: server, listener, turns, handler, answer, wire, resilience,
-client, connections, child, supervisor. A "Law" in a module's docstring says what must not be in the
+client, connections, telemetry, tracing, child, supervisor. A "Law" in a module's docstring says what must not be in the
 module; tests/test_laws.py checks it.
 """
 import os

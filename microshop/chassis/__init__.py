@@ -14,6 +14,11 @@ A process
     surroundings what a process inherits and repairs: standard streams, signals, limits
     access_log   a line for each request, with its *correlation id*
 
+What a process tells of its work
+    telemetry    counts requests and calls, and keeps the last, slowest and failed ones
+    tracing      *distributed tracing*: requests and calls as spans of a trace
+    metrics      counts and durations in the text format of Prometheus
+
 Calls from one process to another
     client       calls to other services, and what may be retried
     connections  kept-alive connections for urllib
@@ -24,7 +29,7 @@ Messages, at both ends
     content      JSON, queries, validated fields, pages of a collection
     errors       exceptions that carry an HTTP status
 
-What other processes tell of themselves, for those who look on
+What others tell, put together for the live picture
     watch        asks processes for their metrics and traces, in rounds
     exposition   the metrics of a process, read from its answer
     trace_memory the traces of several processes, put together and remembered
