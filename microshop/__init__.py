@@ -38,8 +38,8 @@ chassis.errors.ServiceError; it never writes to a socket.
 
 To learn the pattern in thirty minutes, read users.py, gateway.py and orders.py. To read it all, go
 on with products.py, then chassis/: server, listener, turns, handler, answer, wire, resilience,
-client, connections, telemetry, tracing, child, supervisor. A "Law" in a module's docstring says what must not be in the
-module; tests/test_laws.py checks it.
+client, connections, tracing, telemetry, child, supervisor. A "Law" in a module's docstring says
+what must not be in the module; tests/test_laws.py checks it.
 """
 import os
 import sys
