@@ -12,8 +12,8 @@ import os
 import select
 import shutil
 import signal
+import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class Browser:
     """A browser process, and the pipes to it."""
 
     def __init__(self, profile: str):
+        self.profile = profile
         (its_input, commands), (answers, its_output) = os.pipe(), os.pipe()
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (its_input, its_output)]
         environment = {**os.environ, "HOME": profile, "XDG_CONFIG_HOME": profile,
@@ -94,18 +95,25 @@ class Browser:
         return page
 
     def close(self) -> None:
-        """End the browser and all its processes, by force if it does not end by itself."""
+        """End the browser and all its processes, by force those that do not end by themselves."""
         with contextlib.suppress(AssertionError, OSError):
             self.send("Browser.close")
-        deadline = time.monotonic() + PATIENCE / 10
-        while os.waitpid(self.pid, os.WNOHANG) == (0, 0):
-            if time.monotonic() > deadline:
-                os.killpg(self.pid, signal.SIGKILL)
-            time.sleep(0.01)
-        with contextlib.suppress(ProcessLookupError):  # what is left of its group
+            while True:  # until the pipe ends, which raises AssertionError
+                self._read()
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        wait_until(lambda: not self.processes(), "the browser's processes to end")
         os.close(self.commands)
         os.close(self.answers)
+
+    def processes(self) -> list[str]:
+        """Return a line of ps for each process that belongs to this browser and still runs."""
+        table = subprocess.run(["ps", "-ww", "-eo", "pgid=,state=,args="], capture_output=True,
+                               text=True, check=True).stdout
+        return [line for line in table.splitlines()
+                if (line.split()[0] == str(self.pid) or self.profile in line)
+                and not line.split()[1].startswith("Z")]
 
 
 class Page:
