@@ -2,11 +2,11 @@
 
 StubLive serves the page with made-up answers, so a test can put the shop into any state.
 """
-import base64
 import contextlib
-import hashlib
 import json
+import os
 import re
+import signal
 import threading
 import time
 import unittest
@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from microshop.live import PAGE, content_security_policy
+from microshop.users import Users
 from tests.browser import Page, find_browser, running_browser
-from tests.helpers import PATIENCE, TOP, wait_until
+from tests.helpers import (
+    NOBODY, PATIENCE, ask, exchange, process, running, together, wait_until)
 
-PAGE = TOP / "microshop" / "live.html"
 EVIL = "/<img src=x onerror=alert(1)><script>alert(2)</script>"
 NODES = {"gateway": 3000, "users": 3001, "products": 3002, "orders": 3003}
 CALLS = [("gateway", "users"), ("gateway", "products"), ("gateway", "orders"),
@@ -159,22 +161,12 @@ class StubHandler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
-        self.send_header("Content-Security-Policy", make_policy())
+        self.send_header("Content-Security-Policy", content_security_policy(PAGE.read_text()))
         self.end_headers()
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
         pass
-
-
-def make_policy() -> str:
-    def digest(tag: str) -> str:
-        [text] = re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", PAGE.read_text(), re.S)
-        return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-    return ("default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
-            f"form-action 'none'; script-src 'sha256-{digest('script')}'; "
-            f"style-src 'sha256-{digest('style')}'")
 
 
 # --- the file
@@ -605,6 +597,88 @@ class BrowserTest(unittest.TestCase):
             self.assertTrue(Path(browser.profile).exists())
         self.assertEqual(browser.processes(), [], "processes of the browser that are left")
         self.assertFalse(Path(browser.profile).exists(), f"the profile {browser.profile} is left")
+
+
+@needs_browser
+class RealShopTest(unittest.TestCase):
+    """The page over a whole shop, in which processes are killed and stopped."""
+
+    def setUp(self):
+        self.browser = self.enterContext(running_browser())
+
+    def start_shop(self, **environment: str) -> Page:
+        """Start a shop and return the page of its live picture."""
+        self.shop = self.enterContext(
+            process("microshop.run_all", "--fresh", "--port=0", "--timeout=1", **environment))
+        self.shop.wait_for(r"^run_all +\| ready in ")
+        self.gateway = self.shop.port("API Gateway")
+        page = self.browser.open(self.shop.wait_for(r"Live picture at (http://\S+)$")[1])
+        page.shows("#findings", "all processes are up")
+        self.addCleanup(self.check, page)
+        return page
+
+    def check(self, page: Page) -> None:
+        self.assertEqual(page.complaints(), [], "the browser complains about the page")
+
+    def pid(self, name: str) -> int:
+        return int(self.shop.wait_for(rf"^run_all .* started {name} \(pid (\d+)\)")[1])
+
+    def ask(self, target: str) -> int:
+        return ask(self.gateway, "GET", target).status
+
+    def order(self) -> int:
+        content = json.dumps({"userId": 1, "productId": 101}).encode()
+        return ask(self.gateway, "POST", "/orders", {"Content-Type": "application/json"},
+                   content).status
+
+    def test_a_killed_service_is_seen_to_be_started_again(self):
+        page = self.start_shop()
+        os.kill(self.pid("users"), signal.SIGKILL)
+        page.shows("[data-box=users] .warn", "1 restart")
+        page.shows("#event-list", "users")
+
+    def test_a_stopped_service_is_down_its_breaker_opens_and_an_order_waits_for_it(self):
+        page = self.start_shop()
+        products = self.pid("products")
+        os.kill(products, signal.SIGSTOP)
+        try:
+            self.assertEqual(self.order(), 202)
+            together(*[lambda: self.ask("/products/101")] * 6)
+            page.shows("#findings li:first-child", "products is down: no answer in time")
+            page.shows("[data-box=products].bad", "no answer in time")
+            page.shows("[data-edge=gateway-products].open", "breaker")
+            page.shows("[data-box=pending]", "1 now")
+            page.click("[data-tab=failed]")
+            page.shows("#trace-list", "GET /products/101")
+            page.click("#trace-list a")
+            page.shows(".waterfall .bad", "no answer in time")
+            page.press("Escape")
+        finally:
+            os.kill(products, signal.SIGCONT)
+        page.shows("[data-box=products].good", "up")
+        page.evaluate("location.hash = '#order=203'")
+        page.shows("dialog[open] p", "Now: confirmed")
+        page.shows(".story", "resume order")
+
+    def test_a_call_that_was_retried_shows_both_tries(self):
+        with running(Users) as users:
+            page = self.start_shop(MICROSHOP_USERS_URL=f"{NOBODY},{users.url}")
+            self.assertEqual([self.ask("/users/1"), self.ask("/users/1")], [200, 200])
+            page.shows("#trace-list", "↻1")  # the instances take turns
+            page.evaluate("[...document.querySelectorAll('#trace-list a')]"
+                          ".find(row => row.textContent.includes('↻1')).click()")
+            page.shows(".waterfall", f"→ users, try 1 ({NOBODY.removeprefix('http://')})")
+            page.shows(".waterfall .bad", "connection refused")
+            page.shows(".waterfall", f"→ users, try 2 ({users.url.removeprefix('http://')})")
+
+    def test_a_hostile_path_is_text_from_end_to_end(self):
+        page = self.start_shop()
+        path = "/<img/src=x/onerror=alert(1)>"
+        exchange(self.gateway, f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+        page.shows("#trace-list", path)
+        page.click("#trace-list a")
+        page.shows("dialog[open] h2", path)
+        self.assertEqual(page.evaluate("document.querySelectorAll('img').length"), 0)
 
 
 if __name__ == "__main__":
