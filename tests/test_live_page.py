@@ -493,6 +493,15 @@ class HostileTest(PageTestCase):
             page.shows(".waterfall", EVIL)
             self.assert_nothing_ran(page)
 
+    def test_spans_that_are_each_others_parents_are_shown_all_the_same(self):
+        trace = summary(7, "/circle")
+        self.live.picture["traces"]["last"] = [trace]
+        self.live.traces = {trace["id"]: [span(1, 2, "SERVER", "gateway", 0, 9),
+                                          span(2, 1, "SERVER", "users", 1, 8)]}
+        with self.opened(f"#trace={trace['id']}") as page:
+            page.shows(".waterfall", "gateway")
+            page.shows(".waterfall", "users")
+
     def test_a_very_long_path_does_not_push_anything_off_the_screen(self):
         self.live.picture["traces"]["last"] = [summary(1, "/" + "long" * 5000)]
         with self.opened() as page:
