@@ -5,18 +5,19 @@ PYTHON := $(shell for name in python python3 python3.13 python3.12 python3.11; d
 	then echo $$name; exit; fi; done; echo python3)
 endif
 
-.PHONY: help run test test-all lint bench chaos fuzz soak clean
+.PHONY: help run test test-all lint conformance bench chaos fuzz soak clean
 
 help:
-	@echo 'make run        start the shop at http://localhost:3000 (Ctrl-C stops it)'
-	@echo 'make test       run all tests (about a minute)'
-	@echo 'make test-all   run them with every Python from 3.11 on that is found here'
-	@echo 'make lint       check the style, and the types if mypy is installed'
-	@echo 'make bench      measure the speed beside other frameworks, if available (six minutes)'
-	@echo 'make chaos      inject faults for a minute while clients place orders, and count losses'
-	@echo 'make fuzz       send damaged requests for a minute'
-	@echo 'make soak       five minutes of slow clients, overload, restarts, kills, unread logs'
-	@echo 'make clean      delete caches; your data folder stays'
+	@echo 'make run         start the shop at http://localhost:3000 (Ctrl-C stops it)'
+	@echo 'make test        run all tests (about a minute)'
+	@echo 'make test-all    run them with every Python from 3.11 on that is found here'
+	@echo 'make lint        check the style, and the types if mypy is installed'
+	@echo 'make conformance let the tools of others judge metrics, traces and API (two minutes)'
+	@echo 'make bench       measure the speed beside other frameworks, if available (six minutes)'
+	@echo 'make chaos       inject faults for a minute while clients place orders, and count losses'
+	@echo 'make fuzz        send damaged requests for a minute'
+	@echo 'make soak        five minutes of slow clients, overload, restarts, kills, unread logs'
+	@echo 'make clean       delete caches; your data folder stays'
 	@echo '(Python here: $(PYTHON). Another one: make test PYTHON=python3.12)'
 
 run:
@@ -44,6 +45,9 @@ lint:
 		ruff check --line-length 100 --select E,F,W,B,UP --ignore E701 microshop tests; \
 	else echo 'ruff is not installed; the width of lines is checked by tests/test_laws.py'; fi
 	@if command -v mypy >/dev/null; then mypy microshop; else echo 'mypy is not installed'; fi
+
+conformance:
+	$(PYTHON) -m tests.conformance $(FLAGS)
 
 bench:
 	$(PYTHON) -m tests.bench

@@ -1,0 +1,290 @@
+"""Judges from outside: the tools of others read what the shop publishes about itself.
+
+    python -m tests.conformance [--if-possible]
+
+    /metrics        prometheus_client, and promtool if Debian's package `prometheus` is installed
+    /openapi.json   openapi-spec-validator; schemathesis, which sends what the document allows and
+                    what it forbids, to a shop without a token and to one with a token
+    /traces, Server-Timing    the parsers of tests/formats.py
+
+The packages go into a temporary environment. Each check prints a line; the exit status is 1 if one
+has failed, or if the packages cannot be had. With --if-possible, it is 0 in the second case.
+"""
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.formats import FormatError, parse_metrics, parse_server_timing, parse_spans
+from tests.helpers import Answered, ask, exchange, wait_until
+from tests.observing import JSON_TYPE, METRICS_TYPE, RealShop, real_shop
+from tests.peers import Absent, prepare
+
+# A newer schemathesis may have more checks: try it, then change the version.
+PACKAGES = ("prometheus_client", "openapi-spec-validator", "schemathesis==4.32.5")
+TOKEN = "s3cret"
+SEED, EXAMPLES = 13, 40   # of schemathesis: its random seed, and the cases for each operation
+TOOL_TIME = 120.0         # seconds after which a judge is ended; schemathesis takes about 17
+LINES, WIDTH = 60, 300    # of what a judge says, that are shown
+ORDER = {"userId": 1, "productId": 101}
+
+# What the real parser of Prometheus finds, as JSON.
+READ_METRICS = """if True:
+    import json, sys
+    from prometheus_client.parser import text_fd_to_metric_families
+    families = text_fd_to_metric_families(sys.stdin)
+    json.dump([f"{sample.name} {sorted(sample.labels.items())} {float(sample.value)}"
+               for family in families for sample in family.samples], sys.stdout)
+"""
+
+
+class Difference(NamedTuple):
+    """A setting of schemathesis that makes it accept what the shop does on purpose."""
+
+    setting: str
+    value: list[str]
+    operation: str  # like "POST /orders"; empty: all operations
+    reason: str
+
+
+# The only place for differences that are known and intended. The values replace the defaults of
+# schemathesis; what they add to these, or leave out, is in the reason.
+REJECTING = ["400", "401", "403", "404", "405", "406", "409", "415", "422", "428", "429", "5xx"]
+ACCEPTING = ["2xx", "3xx", "401", "403", "404", "409", "429", "5xx"]
+DIFFERENCES = [
+    Difference(
+        "phases.coverage.unexpected-methods",
+        ["GET", "PUT", "POST", "DELETE", "OPTIONS", "PATCH", "TRACE"], "",
+        "not QUERY: to a method that it does not know, the shop answers 501, not 405, as RFC 9110 "
+        "says in section 15.6.2"),
+    Difference(
+        "checks.negative_data_rejection.expected-statuses", [*REJECTING, "414"], "",
+        "414 is a rejection, too, of values that make the request line too long"),
+    Difference(
+        "checks.positive_data_acceptance.expected-statuses", [*ACCEPTING, "412"], "",
+        "412 is what a valid If-Match is for: it hardly ever names the item's present state"),
+    Difference(
+        "checks.positive_data_acceptance.expected-statuses", [*ACCEPTING, "422"], "POST /orders",
+        "422 is right for an order of a user or product that does not exist; a schema cannot know"),
+]
+
+
+class Failed(Exception):
+    """A check has failed; the text says why."""
+
+
+class Report:
+    """Prints a line for each check, and counts those that failed."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+
+    def check(self, what: str, function: Callable[..., Any], *arguments: Any) -> None:
+        """Call a function that raises Failed, FormatError or AssertionError if something is wrong.
+
+        What it returns, if anything, is added to the line.
+        """
+        try:
+            remark = function(*arguments)
+        except (Failed, FormatError, AssertionError) as failure:
+            self.failures += 1
+            print(f"FAILED  {what}:\n{textwrap.indent(str(failure), '        ')}", flush=True)
+        else:
+            print(f"ok      {what}{f': {remark}' if remark else ''}", flush=True)
+
+
+# --- the judges
+
+@contextlib.contextmanager
+def environment() -> Iterator[Path]:
+    """Install the packages into a temporary folder; yield it. Raises Absent."""
+    with tempfile.TemporaryDirectory(prefix="microshop-conformance-") as folder:
+        prepare("python -m venv", [sys.executable, "-m", "venv", folder])
+        prepare(f"pip install {' '.join(PACKAGES)}", [
+            f"{folder}/bin/pip", "install", "-q", "--disable-pip-version-check",
+            "--retries", "1", "--timeout", "10", *PACKAGES])
+        yield Path(folder)
+
+
+def run_tool(command: list[str], content: bytes = b"", folder: str | None = None) -> str:
+    """Run a judge with `content` as its input; return its output.
+
+    Raises Failed if its exit status is not 0, or if it takes longer than TOOL_TIME.
+    """
+    tool = subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        output, _ = tool.communicate(content, TOOL_TIME)
+    except BaseException as failure:
+        os.killpg(tool.pid, signal.SIGKILL)  # the judge, and what it has started
+        output, _ = tool.communicate()
+        if not isinstance(failure, subprocess.TimeoutExpired):
+            raise
+        output += f"ended, since it took longer than {TOOL_TIME:g} s\n".encode()
+    text = output.decode(errors="replace")
+    if tool.returncode:
+        lines = [line[:WIDTH] for line in text.splitlines()[-LINES:]]
+        raise Failed("\n".join(lines) or f"exit status {tool.returncode}")
+    return text
+
+
+def judge_metrics(tools: Path, port: int) -> str:
+    """Let the parsers of Prometheus read the metrics of a process; they must find the same."""
+    answer = ask(port, target="/metrics")
+    expect(answer, 200)
+    if answer.headers.get("content-type") != METRICS_TYPE:
+        raise Failed(f"Content-Type is {answer.headers.get('content-type')}, not {METRICS_TYPE}")
+    metrics = parse_metrics(answer.body)
+    found = json.loads(run_tool([f"{tools}/bin/python", "-c", READ_METRICS], answer.body))
+    ours = [f"{name} {list(labels)} {value}" for family in metrics.values()
+            for (name, labels), value in family.samples.items()]
+    if different := sorted({*found} ^ {*ours}):
+        raise Failed("\n".join(["prometheus_client and tests/formats.py differ:", *different]))
+    if promtool := shutil.which("promtool"):
+        if said := run_tool([promtool, "check", "metrics"], answer.body):
+            raise Failed(said)
+    return f"{len(metrics)} families, {len(ours)} samples"
+
+
+def judge_openapi(tools: Path, port: int) -> str:
+    answer = ask(port, target="/openapi.json")
+    expect(answer, 200)
+    document = answer.json
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        file.write(answer.body)
+        file.flush()
+        run_tool([f"{tools}/bin/python", "-m", "openapi_spec_validator", "--errors", "all",
+                  file.name])
+    return f"OpenAPI {document['openapi']}, {len(document['paths'])} paths"
+
+
+def judge_traces(port: int) -> str:
+    answer = ask(port, target="/traces")
+    expect(answer, 200)
+    return f"{len(parse_spans(answer.body))} spans"
+
+
+def judge_behaviour(tools: Path, port: int, token: str = "") -> str:
+    """Let schemathesis send requests that the document allows, and others; all checks are on."""
+    with tempfile.TemporaryDirectory(prefix="microshop-conformance-") as folder:
+        Path(folder, "schemathesis.toml").write_text(settings())
+        header = ["--header", f"Authorization: Bearer {token}"] if token else []
+        output = run_tool([
+            f"{tools}/bin/schemathesis", "run", f"http://127.0.0.1:{port}/openapi.json",
+            "--checks", "all", "--seed", str(SEED), "--max-examples", str(EXAMPLES),
+            "--generation-database", "none", "--no-color", *header], folder=folder)
+    counts = re.search(r"(\d+) generated, (\d+) passed", output)
+    return f"{counts[1]} requests" if counts else ""
+
+
+def settings() -> str:
+    """Return the settings of schemathesis: the known differences, as TOML."""
+    lines = []
+    for one in sorted(DIFFERENCES, key=lambda one: one.operation):
+        if one.operation:
+            lines += ["[[operations]]", f"include-name = {json.dumps(one.operation)}"]
+        lines += [f"# {one.reason}", f"{one.setting} = {json.dumps(one.value)}"]
+    return "\n".join([*lines, ""])
+
+
+# --- what happens before they judge
+
+def expect(answer: Answered, status: int) -> None:
+    if answer.status != status:
+        raise Failed(f"status {answer.status}, expected {status}: {answer.body[:300]!r}")
+
+
+def make_traffic(shop: RealShop) -> None:
+    """Let something happen of every kind that metrics and traces tell. Raises Failed."""
+    expect(shop.ask("POST", "/orders", ORDER), 201)
+    expect(shop.ask("POST", "/orders", {**ORDER, "quantity": 100_000}), 409)
+    expect(shop.ask("POST", "/orders", {**ORDER, "userId": 999}), 422)
+    expect(shop.ask("POST", "/orders/203/cancel"), 200)
+    expect(shop.ask("GET", "/orders?expand=user,product"), 200)
+    expect(shop.ask("GET", '/users/"><img/src=x/onerror=alert(1)>'), 404)
+    os.kill(shop.pid("users"), signal.SIGKILL)
+    wait_until(lambda: shop.ask("GET", "/users/1").status == 200, "users to be back")
+    os.kill(shop.pid("products"), signal.SIGSTOP)
+    try:
+        placed = shop.ask("POST", "/orders", ORDER)
+    finally:
+        os.kill(shop.pid("products"), signal.SIGCONT)
+    expect(placed, 202)
+    place = placed.headers["location"]
+    wait_until(lambda: shop.ask("GET", place).json["status"] == "confirmed",
+               f"{place} to be confirmed")
+
+
+def judge_timing(port: int) -> str:
+    """Read Server-Timing on answers of every kind."""
+    tag = ask(port, target="/users/1").headers["etag"]
+    made = ask(port, "POST", "/users", JSON_TYPE, b'{"name":"Carol"}').headers["location"]
+    requests: list[tuple[int, tuple]] = [
+        (200, ("GET", "/users")), (200, ("HEAD", "/users")), (200, ("GET", "/")),
+        (304, ("GET", "/users/1", {"If-None-Match": tag})), (204, ("DELETE", made)),
+        (204, ("OPTIONS", "/users")), (404, ("GET", made)), (404, ("GET", "/nowhere")),
+        (405, ("PATCH", "/users/1")), (400, ("GET", "/users?limit=many")),
+        (422, ("POST", "/users", JSON_TYPE, b"{}")), (200, ("GET", "/health"))]
+    answers = [(status, request, ask(port, *request)) for status, request in requests]
+    [garbage] = exchange(port, b"GET /users\r\n\r\n")
+    for status, request, answer in [*answers, (400, ("a request without a version",), garbage)]:
+        what = " ".join(map(str, request))
+        if answer.status != status or "server-timing" not in answer.headers:
+            raise Failed(f"{what}: status {answer.status}, expected {status} with Server-Timing; "
+                         f"headers {answer.headers}")
+        entries = parse_server_timing(answer.headers["server-timing"])
+        if entries[-1].name != "gateway" or None in [entry.duration for entry in entries]:
+            raise Failed(f"{what}: the last entry must be the gateway's, and each must have a "
+                         f"duration: {answer.headers['server-timing']}")
+    return f"{len(answers) + 1} answers"
+
+
+def judge(tools: Path) -> int:
+    """Print a line for each check; return how many failed."""
+    report = Report()
+    with real_shop() as shop:
+        gateway = shop.gateway
+        report.check("traffic: orders, errors, a killed and a stopped service", make_traffic, shop)
+        report.check("Server-Timing of the gateway", judge_timing, gateway)
+        for name, port in shop.ports.items():
+            report.check(f"/openapi.json of {name}, openapi-spec-validator",
+                         judge_openapi, tools, port)
+        report.check("the gateway does what its document says, schemathesis",
+                     judge_behaviour, tools, gateway)
+        for name, port in shop.ports.items():
+            report.check(f"/metrics of {name}, the parsers of Prometheus",
+                         judge_metrics, tools, port)
+            report.check(f"/traces of {name}, as Zipkin v2", judge_traces, port)
+    with real_shop(MICROSHOP_TOKEN=TOKEN) as shop:
+        report.check("a gateway with a token does what its document says, schemathesis",
+                     judge_behaviour, tools, shop.gateway, TOKEN)
+    return report.failures
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.conformance")
+    parser.add_argument("--if-possible", action="store_true",
+                        help="exit with status 0 if the packages cannot be had")
+    if_possible = parser.parse_args(arguments).if_possible
+    try:
+        with environment() as tools:
+            if not shutil.which("promtool"):
+                print("promtool is not installed (Debian: apt-get install prometheus)")
+            sys.exit(1 if judge(tools) else 0)
+    except Absent as absent:
+        print(f"conformance is not checked: {absent}")
+        sys.exit(0 if if_possible else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Tests of what calls the judges from outside: it must notice a failure, and say what is missing.
+
+The judges themselves are not called here: they need packages.
+"""
+import contextlib
+import io
+import sys
+import tomllib
+import unittest
+from pathlib import Path
+from unittest import mock
+
+from tests import conformance, peers
+from tests.formats import FormatError
+from tests.peers import Absent
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    """Return the exit status of `python -m tests.conformance`, and what it prints."""
+    with (contextlib.redirect_stdout(io.StringIO()) as output,
+          contextlib.suppress(SystemExit)):
+        try:
+            conformance.main(arguments)
+        except SystemExit as end:
+            return end.code, output.getvalue()
+    raise AssertionError("main() did not exit")
+
+
+class ExitTest(unittest.TestCase):
+    def test_without_packages_it_says_so_in_one_line_and_fails_unless_told_otherwise(self):
+        absent = mock.patch.object(peers, "start", side_effect=Absent("pip install failed: no net"))
+        for arguments, status in (([], 1), (["--if-possible"], 0)):
+            with absent:
+                self.assertEqual(run(*arguments), (
+                    status, "conformance is not checked: pip install failed: no net\n"), arguments)
+
+    def test_with_packages_the_status_says_whether_a_check_has_failed(self):
+        tools = mock.patch.object(
+            conformance, "environment", lambda: contextlib.nullcontext(Path("tools")))
+        for failures, status in ((0, 0), (2, 1)):
+            with tools, mock.patch.object(conformance, "judge", return_value=failures):
+                self.assertEqual(run("--if-possible")[0], status, f"{failures} failures")
+
+
+class CheckTest(unittest.TestCase):
+    def check(self, function, *arguments):
+        """Return how many failures were counted, and what was printed."""
+        report = conformance.Report()
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            report.check("/metrics", function, *arguments)
+        return report.failures, output.getvalue()
+
+    def test_a_check_prints_a_line_and_more_only_if_it_failed(self):
+        self.assertEqual(self.check(lambda: None), (0, "ok      /metrics\n"))
+        self.assertEqual(self.check(str, 7), (0, "ok      /metrics: 7\n"))
+        for error in (conformance.Failed("no\nHELP"), FormatError("no\nHELP")):
+            self.assertEqual(self.check(mock.Mock(side_effect=error)),
+                             (1, "FAILED  /metrics:\n        no\n        HELP\n"))
+
+    def test_a_judge_that_fails_or_hangs_is_noticed(self):
+        self.assertEqual(conformance.run_tool(["cat"], b"text"), "text")
+        with self.assertRaisesRegex(conformance.Failed, "^wrong$"):
+            conformance.run_tool([sys.executable, "-c", "print('wrong'); raise SystemExit(3)"])
+        with (mock.patch.object(conformance, "TOOL_TIME", 0.1),
+              self.assertRaisesRegex(conformance.Failed, "took longer than 0.1 s")):
+            conformance.run_tool(["sleep", "60"])
+
+
+class DifferencesTest(unittest.TestCase):
+    def test_they_are_valid_settings_and_each_has_its_reason(self):
+        settings = tomllib.loads(conformance.settings())
+        self.assertEqual(settings["operations"][0]["include-name"], "POST /orders")
+        self.assertIn("412", settings["checks"]["positive_data_acceptance"]["expected-statuses"])
+        for difference in conformance.DIFFERENCES:
+            self.assertGreater(len(difference.reason), 20, difference)
+
+
+if __name__ == "__main__":
+    unittest.main()
