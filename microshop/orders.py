@@ -469,13 +469,18 @@ class Orders(Service):
         self._background.start()
 
     def families(self) -> list[Family]:
-        unfinished = {**dict.fromkeys(UNFINISHED, 0), **count_unfinished(self.database)}
-        return [
-            *super().families(),
-            counters("microshop_saga_moves_total", "Orders that changed their status.",
-                     ["from", "to"], self.moves),
-            Family("microshop_unfinished_orders", "gauge", "Orders that need further steps.", [
-                ("", {"status": status}, count) for status, count in unfinished.items()])]
+        families = [*super().families(), counters(
+            "microshop_saga_moves_total", "Orders that changed their status.", ["from", "to"],
+            self.moves)]
+        try:
+            unfinished = {**dict.fromkeys(UNFINISHED, 0), **count_unfinished(self.database)}
+        except Exception as error:  # without the file, all the others matter even more
+            if not self.database.to_service_error(error):
+                raise
+            return families
+        return [*families, Family(
+            "microshop_unfinished_orders", "gauge", "Orders that need further steps.",
+            [("", {"status": status}, count) for status, count in unfinished.items()])]
 
     def _resume_orders(self, started: float) -> None:
         """Resume every order that is due, until the process ends."""

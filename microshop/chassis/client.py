@@ -27,7 +27,7 @@ from microshop.chassis.errors import (
     RETRY_SOON, BadGateway, BreakerOpen, Broken, BulkheadFull, GatewayTimeout, ServiceError, Stale,
     Unreachable, UpstreamError, UpstreamUnavailable)
 from microshop.chassis.resilience import Bulkhead, CircuitBreaker, Clock, Outcome, RetryBudget
-from microshop.chassis.tracing import MAX_TARGET, ClientSpan, Trace, make_span_id
+from microshop.chassis.tracing import MAX_METHOD, MAX_TARGET, ClientSpan, Trace, make_span_id
 
 BULKHEAD_TIME = 0.5   # seconds to wait for a place in the bulkhead, and then for a probe to end
 MAX_RETRIES = 2
@@ -216,7 +216,7 @@ class Call:
             self.trace.add_timing(f"{self.upstream.name}-try-{attempt};"
                                   f'dur={seconds * 1000:.3f};desc="{failure or status}"')
         return ClientSpan(
-            self.trace, span_id, self.upstream.name, server, self.method,
+            self.trace, span_id, self.upstream.name, server, self.method[:MAX_METHOD],
             self.target[:MAX_TARGET], attempt, status, failure, time.time(), seconds)
 
     def log_event(self, text: str, kind: str) -> None:

@@ -34,7 +34,7 @@ from microshop.chassis.errors import (
     UnsupportedMediaType, excerpt)
 from microshop.chassis.metrics import CONTENT_TYPE, format_metrics
 from microshop.chassis.server import Service
-from microshop.chassis.tracing import CLIENT_GONE, MAX_TARGET, ServerSpan, Trace
+from microshop.chassis.tracing import CLIENT_GONE, MAX_METHOD, MAX_TARGET, ServerSpan, Trace
 
 HEAD_TIME = 10.0     # seconds for a whole head, from its first byte
 BODY_TIME = 10.0     # seconds for which a body may arrive more slowly than at BODY_RATE
@@ -261,8 +261,8 @@ class ConnectionHandler(RequestReader):
         seconds = time.perf_counter() - self.started
         self.server.log.request(self.request_id, self.command, self.path, status, seconds)
         self.server.telemetry.record(ServerSpan(
-            self.trace(), self.command, self.path[:MAX_TARGET], self.route, status, time.time(),
-            seconds))
+            self.trace(), self.command[:MAX_METHOD], self.path[:MAX_TARGET], self.route, status,
+            time.time(), seconds))
 
 
 class RouteHelpers(ConnectionHandler):

@@ -18,7 +18,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 CLIENT_GONE = 499      # a status, as in nginx: the client did not wait for its answer
-MAX_TARGET = 200       # characters of a request's target that are recorded
+MAX_METHOD = 20        # characters of a request's method that are recorded
+MAX_TARGET = 200       # characters of its target
 MAX_TIMINGS = 2000     # characters about other processes in a Server-Timing header
 MAX_STATE = 512        # characters of a tracestate; longer ones need not be passed on
 KNOWN_FLAGS = 0b11     # sampled, and random (level 2); others must not be passed on
