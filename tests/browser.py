@@ -142,7 +142,7 @@ class Page:
         `what` says what the page should show.
         """
         try:
-            wait_until(lambda: self.evaluate(expression), f"the page: {what}")
+            wait_until(lambda: self.evaluate(f"!!({expression})"), f"the page: {what}")
         except AssertionError as error:
             raise AssertionError(f"{error}; it shows:\n{self.text()}") from None
 
