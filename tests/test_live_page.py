@@ -583,6 +583,19 @@ class AskingTest(PageTestCase):
         page.wait_until("!document.querySelector('#lost').textContent", "no such line any more")
         page.shows("#findings", "all processes are up")
 
+    def test_a_picture_that_the_page_cannot_draw_does_not_stop_it(self):
+        page = self.browser.open(self.live.url)  # the browser complains of the mistake
+        self.addCleanup(page.close)
+        page.shows("#findings", "all processes are up")
+        page.evaluate(FAST)
+        whole, self.live.picture = self.live.picture, {}
+        before = self.live.asked
+        wait_until(lambda: self.live.asked > before + 2, "the page to go on asking")
+        self.assertIn("TypeError", str(page.complaints()), "the mistake must not be hidden")
+        self.live.picture = whole
+        self.live.node("users", state="down", processes=[], silent="refused")
+        page.shows("#findings", "users is down")
+
     def test_a_row_keeps_the_focus_while_others_come(self):
         with self.opened() as page:
             page.evaluate(FAST)
@@ -663,7 +676,8 @@ class RealShopTest(unittest.TestCase):
             page.shows(".waterfall .bad", "no answer in time")
             page.press("Escape")
         finally:
-            os.kill(products, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):  # its heartbeat was missed for too long
+                os.kill(products, signal.SIGCONT)
         page.shows("[data-box=products].good", "up")
         page.evaluate("location.hash = '#order=203'")
         page.shows("dialog[open] p", "Now: confirmed")
