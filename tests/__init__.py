@@ -10,6 +10,7 @@ Where to look:
     test_laws.py test_readme.py test_new_service.py    what the source and the README must keep to
     helpers.py collection.py observing.py source.py    what several test modules share
     formats.py                  strict parsers for what the shop shows of itself
+    browser.py                  drives a real browser, if there is one: for test_live_page.py
     chassis/told.py             what processes show of themselves, written by hand
     journal.py                  remembers requests and log lines, and shows them with a failure
     lanes.py                    runs the whole suite in several processes at once
