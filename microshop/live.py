@@ -10,26 +10,25 @@ Read from top to bottom: the picture, the page, the routes, the process.
 Law: the services are known here by name only; all else is what they answer, and none is trusted.
 """
 import base64
-import contextlib
 import hashlib
 import re
 import threading
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from microshop import GATEWAY_PORT, LIVE_PORT, SERVICES
 from microshop.chassis import config
 from microshop.chassis.answer import NO_STORE, Answer
 from microshop.chassis.content import parse_query
 from microshop.chassis.errors import Forbidden, NotFound, excerpt
-from microshop.chassis.exposition import Metrics
+from microshop.chassis.exposition import add_up
 from microshop.chassis.handler import Handler
 from microshop.chassis.server import Service
 from microshop.chassis.topology import draw_topology
-from microshop.chassis.trace_memory import Span, TraceMemory
+from microshop.chassis.trace_memory import Span
 from microshop.chassis.watch import Node, Watch
 
 NODES = {"gateway": GATEWAY_PORT, **SERVICES}  # the names and the ports of what is watched
@@ -39,33 +38,27 @@ MAX_MOVES = 20        # changes of an order's status
 
 PAGE = Path(__file__).with_name("live.html")
 OWN_HOST = re.compile(r"(?:localhost|127\.0\.0\.1|\[::1\])(?::[0-9]{0,5})?", re.I)
-INLINE = re.compile(r"<(script|style)\b[^>]*>(.*?)</\1>", re.S)
 SAFE = [NO_STORE, ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
         ("Cross-Origin-Resource-Policy", "same-origin")]
-
-UNFINISHED = ("pending", "rejected", "cancelling")
 
 
 # --- the picture; live.html reads it
 
 def draw_saga(nodes: list[Node], moves: list[dict]) -> dict:
-    metrics = Metrics()
-    for node in nodes:
-        metrics.add(node.metrics)
-    boxes = {status: int(metrics.total("microshop_unfinished_orders", status=status))
-             for status in UNFINISHED}
-    arrows = [{"from": labels.get("from", ""), "to": labels.get("to", ""), "count": int(count)}
-              for labels, count in metrics.select("microshop_saga_moves_total")]
-    return {"boxes": boxes, "last": moves,
-            "arrows": sorted(arrows, key=lambda arrow: (arrow["from"], arrow["to"]))[:MAX_LISTED]}
+    metrics = add_up(node.metrics for node in nodes)
+    return {"boxes": {status: int(metrics.total("microshop_unfinished_orders", status=status))
+                      for status in ("pending", "rejected", "cancelling")},
+            "arrows": [{**labels, "count": int(count)}
+                       for labels, count in metrics.select("microshop_saga_moves_total")],
+            "last": newest(moves, MAX_MOVES)}
 
 
 def moves_in(span: Span) -> Iterator[dict]:
     """Yield each change of an order's status that a span tells of."""
-    for annotation in span["annotations"]:
-        before, arrow, after = annotation["value"].partition(" -> ")
+    for note in span.get("annotations", []):
+        before, arrow, after = note["value"].partition(" -> ")
         if arrow and "order" in span["tags"]:
-            yield {"at": annotation["timestamp"] / 1e6, "order": span["tags"]["order"],
+            yield {"at": note["timestamp"] / 1e6, "order": span["tags"]["order"],
                    "from": before, "to": after, "trace": span["traceId"]}
 
 
@@ -100,39 +93,36 @@ class Observer:
     """
 
     def __init__(self, urls: dict[str, list[str]]):
-        nodes = [Node(name, addresses) for name, addresses in urls.items()]
-        self.watch = Watch(nodes, TraceMemory(summarize))
-        self.picture: dict[str, Any] = {}
-        self._moves: list[dict] = []
-        self._look_at = 0.0  # of time.monotonic
-        self._lock = threading.Lock()
+        self.watch = Watch([Node(name, addresses) for name, addresses in urls.items()])
+        self.picture: dict = {}
+        self.traces: dict[str, list[Span]] = {}  # by their ids
+        self.summaries: list[dict] = []          # of all traces
+        self._look_at = 0.0                      # of time.monotonic
+        self._lock = threading.Lock()            # held by the one who looks
 
-    @contextlib.contextmanager
-    def looking(self) -> Iterator[TraceMemory]:
-        """Look, unless that was done a moment ago, and let nobody else look meanwhile."""
+    def look(self) -> None:
+        """Look, unless that was done a moment ago; what was drawn before is never changed."""
         with self._lock:
-            now = time.monotonic()
-            if now >= self._look_at:
-                self._look_at = now + PAUSE
-                self._note(self.watch.ask_all(now))
-                self.picture = self._draw(time.time())
-            yield self.watch.traces
+            if time.monotonic() >= self._look_at:
+                self._look_at = time.monotonic() + PAUSE
+                now = time.time()
+                self.watch.ask_all(now)
+                self._draw(now)
 
-    def _note(self, spans: list[Span]) -> None:
-        for span in spans:
-            moves = list(moves_in(span))
-            self._moves = newest([*self._moves, *(m for m in moves if m not in self._moves)],
-                                 MAX_MOVES)
-            if moves and span["name"] == "resume order":
-                told = ", ".join(f"{move['from']} -> {move['to']}" for move in moves)
-                self.watch.tell(
-                    moves[0]["at"], span["localEndpoint"]["serviceName"], "resumed",
-                    f"order {moves[0]['order']} was taken up again: {told}")
-
-    def _draw(self, at: float) -> dict:
-        return {"at": at, **draw_topology(self.watch.nodes, at),
-                "saga": draw_saga(self.watch.nodes, self._moves), "events": self.watch.events,
-                "traces": draw_traces(self.watch.traces.summaries())}
+    def _draw(self, now: float) -> None:
+        self.traces = self.watch.memory.traces()
+        self.summaries = [summarize(spans) for spans in self.traces.values()]
+        moves = []
+        for span in chain.from_iterable(self.traces.values()):
+            for move in moves_in(span):
+                moves.append(move)
+                if span["name"] == "resume order":
+                    self.watch.tell(move["at"], span["localEndpoint"]["serviceName"], "resumed",
+                                    f"order {move['order']} was taken up again: "
+                                    f"{move['from']} -> {move['to']}")
+        self.picture = {"at": now, **draw_topology(self.watch.nodes, now),
+                        "saga": draw_saga(self.watch.nodes, moves), "events": self.watch.events,
+                        "traces": draw_traces(self.summaries)}
 
 
 # --- the page
@@ -143,15 +133,14 @@ def content_security_policy(page: str) -> str:
     They are named by their hashes. So if a client's text became part of the page as HTML by
     mistake, a script in it would not run, and nothing could be sent to another host.
     """
-    rules = ["default-src 'none'", "connect-src 'self'", "base-uri 'none'", "form-action 'none'",
-             "frame-ancestors 'none'"]
-    if "data:" in page:
-        rules.append("img-src data:")
-    inline: dict[str, list[str]] = {}
-    for kind, text in INLINE.findall(page):
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        inline.setdefault(kind, []).append(f"'sha256-{digest}'")
-    return "; ".join(rules + [f"{kind}-src {' '.join(found)}" for kind, found in inline.items()])
+    rules = ["default-src 'none'", "connect-src 'self'", "img-src data:", "base-uri 'none'",
+             "form-action 'none'", "frame-ancestors 'none'"]
+    for kind in ("script", "style"):
+        rules.append(f"{kind}-src")
+        for text in re.findall(rf"<{kind}>(.*?)</{kind}>", page, re.S):
+            digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+            rules[-1] += f" 'sha256-{digest}'"
+    return "; ".join(rules)
 
 
 # --- the routes
@@ -175,13 +164,11 @@ class LiveHandler(Handler):
             ("Content-Security-Policy", self.server.policy)])
 
     def show_picture(self) -> Answer:
-        with self.looking():
-            return Answer(self.server.observer.picture, headers=SAFE)
+        return Answer(self.look().picture, headers=SAFE)
 
     def show_trace(self) -> Answer:
         trace_id = parse_query(self.query_string, ["id"]).get("id", "")
-        with self.looking() as traces:
-            spans = traces.find(trace_id)
+        spans = self.look().traces.get(trace_id)
         if not spans:
             raise NotFound(f"no trace {excerpt(trace_id)!r} is known here, or not any more")
         return Answer({"id": trace_id, "spans": spans}, headers=SAFE)
@@ -189,14 +176,14 @@ class LiveHandler(Handler):
     def search(self) -> Answer:
         """Answer the traces with this trace id or request id, or those of an order."""
         wanted = parse_query(self.query_string, ["q"]).get("q", "").strip()
-        with self.looking() as traces:
-            found = [summary for summary in traces.summaries()
-                     if wanted in (summary["id"], summary["request"], *summary["orders"])]
+        found = [summary for summary in self.look().summaries
+                 if wanted in (summary["id"], summary["request"], *summary["orders"])]
         return Answer({"traces": newest(found)}, headers=SAFE)
 
-    def looking(self) -> contextlib.AbstractContextManager[TraceMemory]:
+    def look(self) -> Observer:
         self.server.turns.give_up()  # it waits for the answers of others
-        return self.server.observer.looking()
+        self.server.observer.look()
+        return self.server.observer
 
     routes = {"/": {"GET": show_page}, "/picture": {"GET": show_picture},
               "/trace": {"GET": show_trace}, "/search": {"GET": search}}

@@ -1,5 +1,4 @@
 """The live picture: what it shows of stubs and of a real shop, and who may see it."""
-import json
 import os
 import re
 import signal
@@ -9,8 +8,7 @@ import unittest
 from unittest import mock
 
 from microshop import SERVICES, live
-from microshop.chassis import trace_memory, watch
-from microshop.chassis.trace_memory import TraceMemory
+from microshop.chassis import watch
 from microshop.live import Live, Observer, content_security_policy, draw_traces, summarize
 from tests.chassis.told import Stage, metrics, span
 from tests.helpers import NOBODY, PATIENCE, ask, exchange, running, together, wait_until
@@ -55,22 +53,18 @@ class PolicyTest(unittest.TestCase):
         # The hash is that of the example in https://www.w3.org/TR/CSP2/#script-src-hash-usage.
         policy = content_security_policy(
             "<style>\np {\n}\n</style><p>"
-            "<script>alert('Hello, world.');</script><script src='x'></script>")
+            "<script>alert('Hello, world.');</script>")
         rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
         self.assertEqual(rules["default-src"], "'none'")
-        self.assertEqual(rules["script-src"].split()[0],
+        self.assertEqual(rules["script-src"],
                          "'sha256-qznLcsROx4GACP2dm0UCKCzCG+HiZ1guq6ZZDob/Tng='")
         self.assertEqual(rules["style-src"],
                          "'sha256-CbhTQn8VNUZ6GiB/CuB3ysutfXqgIIY12ABgwdZIXCk='")
         self.assertEqual([rules[name] for name in ("connect-src", "base-uri", "form-action",
                                                    "frame-ancestors")],
                          ["'self'", "'none'", "'none'", "'none'"])
+        self.assertEqual(rules["img-src"], "data:", "only images that the page itself contains")
         self.assertNotIn("unsafe", policy)
-        self.assertNotIn("img-src", rules)
-
-    def test_images_are_allowed_only_from_the_page_itself_and_only_if_it_has_any(self):
-        self.assertRegex(content_security_policy('<link rel="icon" href="data:,">'),
-                         r"; img-src data:(;|$)")
 
     def test_the_page_has_nothing_that_the_policy_forbids(self):
         page = live.PAGE.read_text("utf-8")
@@ -106,12 +100,12 @@ class SummaryTest(unittest.TestCase):
         self.assertEqual(summarize([span(7, 1, parent=2), span(7, 2, parent=1)])["id"], f"{7:032x}")
 
     def test_the_lists_have_the_last_the_slowest_and_the_failed_traces(self):
-        memory = TraceMemory(summarize)
+        summaries = []
         for number in range(1, 101):
             tags = {"error": "502"} if number % 2 else {}
-            memory.note([span(number, number, at=float(number), tags=tags,
-                              duration=number * 7 % 101)])
-        lists = draw_traces(memory.summaries())
+            summaries.append(summarize([span(number, number, at=float(number), tags=tags,
+                                             duration=number * 7 % 101)]))
+        lists = draw_traces(summaries)
         self.assertEqual([trace["at"] for trace in lists["last"]], list(range(100, 70, -1)))
         self.assertEqual([trace["duration"] for trace in lists["slowest"]],
                          [duration / 1e6 for duration in range(100, 70, -1)])
@@ -130,8 +124,8 @@ class ObserverTest(unittest.TestCase):
 
     def hear(self, *lines, spans=()):
         self.stage.answer("http://o:1", metrics(2, *lines), spans=list(spans))
-        with self.observer.looking():
-            return self.observer.picture
+        self.observer.look()
+        return self.observer.picture
 
     def moved(self, number, *moves, name="post /orders", order="203"):
         return span(number, number, at=999.5 + number, name=name, tags={"order": order},
@@ -144,7 +138,7 @@ class ObserverTest(unittest.TestCase):
                          'microshop_saga_moves_total{from="pending",to="confirmed"} 4',
                          'microshop_saga_moves_total{from="new",to="pending"} 7')["saga"]
         self.assertEqual(saga["boxes"], {"pending": 3, "rejected": 0, "cancelling": 0})
-        self.assertEqual(saga["arrows"], [{"from": "new", "to": "pending", "count": 7},
+        self.assertCountEqual(saga["arrows"], [{"from": "new", "to": "pending", "count": 7},
                                           {"from": "pending", "to": "confirmed", "count": 4}])
 
     def test_the_last_moves_are_shown_newest_first_and_once_each(self):
@@ -155,13 +149,6 @@ class ObserverTest(unittest.TestCase):
             {"at": 1001.1, "order": "203", "from": "pending", "to": "confirmed",
              "trace": f"{1:032x}"},
             {"at": 1001.0, "order": "203", "from": "new", "to": "pending", "trace": f"{1:032x}"}])
-
-    def test_a_move_that_is_heard_of_again_after_its_trace_was_forgotten_is_shown_once(self):
-        with mock.patch.object(trace_memory, "MAX_SPANS", 1):
-            for number in (1, 2, 1, 2):
-                picture = self.hear(spans=[self.moved(number, "a -> b", name="resume order")])
-        self.assertEqual([move["at"] for move in picture["saga"]["last"]], [1002.0, 1001.0])
-        self.assertEqual(len(picture["events"]), 2)
 
     def test_no_more_than_twenty_moves_are_remembered(self):
         saga = self.hear(spans=[self.moved(number, "a -> b") for number in range(1, 50)])["saga"]
@@ -181,19 +168,14 @@ class ObserverTest(unittest.TestCase):
             {"timestamp": 1, "value": "a -> b"}])]
         self.assertEqual(self.hear(spans=spans)["saga"]["last"], [])
 
-    def test_whatever_a_process_answers_the_picture_can_be_sent(self):
-        hostile = ['microshop_calls_total{upstream="orders"} 9007199254740992',
-                   'microshop_calls_total 1', 'microshop_breaker_state{upstream="orders"} 1',
-                   'microshop_saga_moves_total 1', "microshop_unfinished_orders 1",
-                   'microshop_breaker_changes_total{self="1",upstream="orders"} 1',
-                   'http_client_request_duration_seconds_bucket{peer_service="orders"} 1',
-                   'http_client_request_duration_seconds_count{peer_service="orders",'
-                   'http_response_status_code=""} 1']
-        for count in (1, 2):
-            picture = self.hear(*(re.sub(r"1$", str(count), line) for line in hostile))
-            self.stage.answer("http://g:1", metrics(2**60, *hostile, started=2**53 - 1))
-        json.dumps(picture, allow_nan=False).encode()
-        self.assertEqual(list(differences(picture, PICTURE)), [])
+    def test_a_process_that_answers_something_else_is_shown_as_down(self):
+        for answer in ({"metrics": ["<html>"]}, {"metrics": [metrics(2)], "traces": '[{"a":1}]'}):
+            with self.subTest(str(answer)):
+                self.stage.answer("http://o:1", *answer.pop("metrics"), **answer)
+                picture = Observer({"gateway": ["http://g:1"], "orders": ["http://o:1"]})
+                picture.look()
+                self.assertEqual([node.get("silent") for node in picture.picture["nodes"]],
+                                 [None, "unintelligible"])
 
 
 class LiveTest(unittest.TestCase):

@@ -1,23 +1,15 @@
 """The metrics of a process, read from the text that it answers (as metrics.py writes it).
 
-What a process answers may be wrong, or hostile. So it is read strictly, and its size is limited.
-
 Law: no metric is known here by its name.
 """
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
-from microshop.chassis.content import MAX_INTEGER
-
-MAX_SAMPLES = 10_000  # in the answer of one process
-MAX_LABELS = 2_000    # characters of all labels of a sample
-MAX_TEXT = 256        # characters of a label's value
 NAME = "[a-zA-Z_:][a-zA-Z0-9_:]*"
-SAMPLE = re.compile(rf"({NAME})(?:\{{(.{{0,{MAX_LABELS}}})\}})? ([0-9.e+-]+)(?: -?[0-9]+)?")
-LABEL = re.compile(rf'({NAME})="((?:[^"\\]|\\[\\"n]){{0,{MAX_TEXT}}})",?')
-ESCAPED = re.compile(r"\\(.)")
+LABEL = rf'({NAME})="((?:[^"\\]|\\.)*)"'
+SAMPLE = re.compile(rf"({NAME})(?:\{{(.*)\}})? ([0-9.e+-]+)")  # no NaN, and nothing infinite
 
 Labels = frozenset[tuple[str, str]]
 
@@ -32,59 +24,58 @@ class Sample(NamedTuple):
 class Metrics(dict[str, dict[Labels, float]]):
     """Values by name and labels. All of them count or measure something, so none is negative."""
 
-    def select(self, name: str, /, **labels: str) -> Iterator[Sample]:
-        """Yield the samples with this name and these labels."""
-        for pairs, value in self.get(name, {}).items():
-            if labels.items() <= pairs:
-                yield Sample(dict(pairs), value)
+    def select(self, name: str, /, **labels: str) -> list[Sample]:
+        """Return the samples with this name and these labels."""
+        return [Sample(dict(pairs), value) for pairs, value in self.get(name, {}).items()
+                if labels.items() <= pairs]
 
     def total(self, name: str, /, **labels: str) -> float:
         """Return the sum of the samples with this name and these labels."""
         return sum(sample.value for sample in self.select(name, **labels))
 
-    def add(self, other: "Metrics", factor: float = 1.0) -> None:
-        """Add the values of another process to these."""
-        for name, values in other.items():
-            own = self.setdefault(name, {})
-            for labels, value in values.items():
-                own[labels] = own.get(labels, 0.0) + factor * value
-
-    def increase_since(self, earlier: "Metrics") -> "Metrics":
-        """Return how much each value has grown, if it has; a new one began at zero."""
-        grown = Metrics()
+    def growth_since(self, earlier: "Metrics", seconds: float = 1.0) -> "Metrics":
+        """Return how much each value has grown per second, if it has; a new one began at zero."""
+        growth = Metrics()
         for name, values in self.items():
             before = earlier.get(name, {})
-            grown[name] = {labels: value - before.get(labels, 0.0)
-                           for labels, value in values.items() if value > before.get(labels, 0.0)}
-        return grown
+            growth[name] = {labels: (value - before.get(labels, 0.0)) / seconds
+                            for labels, value in values.items() if value > before.get(labels, 0.0)}
+        return growth
+
+
+def add_up(several: Iterable[Metrics]) -> Metrics:
+    """Return the sums of the values of several processes."""
+    sums = Metrics()
+    for metrics in several:
+        for name, values in metrics.items():
+            own = sums.setdefault(name, {})
+            for labels, value in values.items():
+                own[labels] = own.get(labels, 0.0) + value
+    return sums
 
 
 def parse_metrics(text: str) -> Metrics:
-    """Parse what GET /metrics answers. Raises ValueError if that is not valid or too large."""
+    """Parse what GET /metrics answers. Raises ValueError if that is not valid."""
     metrics = Metrics()
-    lines = [line for line in text.split("\n") if line and not line.startswith("#")]
-    if len(lines) > MAX_SAMPLES:
-        raise ValueError(f"there are more than {MAX_SAMPLES} samples")
-    for line in lines:
-        match = SAMPLE.fullmatch(line)
-        value = float(match[3]) if match else -1.0
-        if not match or not 0 <= value <= MAX_INTEGER:
-            raise ValueError("a line is not a sample that can be used")
-        metrics.setdefault(match[1], {})[parse_labels(match[2] or "")] = value
+    for line in text.split("\n"):
+        if line and not line.startswith("#"):
+            match = SAMPLE.fullmatch(line)
+            if not match:
+                raise ValueError(f"a line is not a sample: {line}")
+            metrics.setdefault(match[1], {})[parse_labels(match[2] or "")] = float(match[3])
     return metrics
 
 
 @lru_cache(maxsize=5_000)  # they are the same in each answer, so they need no more memory then
 def parse_labels(text: str) -> Labels:
     """Parse what is between the braces of a sample. Raises ValueError."""
-    labels = {name: ESCAPED.sub(unescape, value) for name, value in LABEL.findall(text)}
-    if LABEL.sub("", text) or not float(labels.get("le", 0)) >= 0:  # the bound of a bucket
-        raise ValueError("the labels of a sample are malformed")
-    return frozenset(labels.items())
+    if not re.fullmatch(rf"(?:{LABEL},?)*", text):
+        raise ValueError(f"these are not labels: {text}")
+    return frozenset((name, unescape(value)) for name, value in re.findall(LABEL, text))
 
 
-def unescape(match: re.Match) -> str:
-    return "\n" if match[1] == "n" else match[1]
+def unescape(text: str) -> str:
+    return re.sub(r"\\(.)", lambda match: "\n" if match[1] == "n" else match[1], text)
 
 
 def quantile(share: float, buckets: Iterable[Sample]) -> float | None:
@@ -95,7 +86,7 @@ def quantile(share: float, buckets: Iterable[Sample]) -> float | None:
     """
     counts: dict[float, float] = {}  # observations up to each bound; several series are added up
     for labels, value in buckets:
-        bound = float(labels.get("le", "inf"))
+        bound = float(labels["le"])
         counts[bound] = counts.get(bound, 0.0) + value
     wanted = share * max(counts.values(), default=0.0)
     lower, below = 0.0, 0.0

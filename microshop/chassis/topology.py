@@ -13,7 +13,6 @@ from microshop.chassis.watch import Node, Process
 HEALTH_ROUTES = {"/health", "/health/live"}  # of every Handler; not what its clients want of it
 BREAKER_STATES = ("open", "half-open", "closed")  # several processes may differ: the worst counts
 REJECTIONS = ("breaker", "bulkhead")
-MAX_INSTANCES = 16    # of one node, as another one sees it
 
 Drawing = dict[str, Any]
 
@@ -28,13 +27,13 @@ def draw_topology(nodes: Sequence[Node], at: float) -> Drawing:
 
 def upstreams_of(node: Node, nodes: Sequence[Node]) -> list[str]:
     """Return the names of the nodes that a node calls."""
-    called = {labels.get("upstream") for labels, _ in node.metrics.select("microshop_calls_total")}
+    called = {labels["upstream"] for labels, _ in node.metrics.select("microshop_calls_total")}
     return [other.name for other in nodes if other.name in called]
 
 
 def draw_node(node: Node, at: float) -> Drawing:
-    drawn = {"name": node.name, "url": node.addresses[0].url, "state": node.state,
-             "processes": [draw_process(process, at) for process in node.processes]}
+    drawn = {"name": node.name, "url": node.urls[0], "state": node.state,
+             "processes": [draw_process(process, at) for process in node.processes.values()]}
     return {**drawn, "silent": node.silence} if node.silence else drawn
 
 
@@ -58,7 +57,7 @@ def draw_entry(node: Node) -> Drawing:
 def draw_calls(node: Node, name: str) -> Drawing:
     """Draw the calls of a node to another. A call may take several tries."""
     count, buckets = [
-        list(node.rates.select(f"http_client_request_duration_seconds_{part}", peer_service=name))
+        node.rates.select(f"http_client_request_duration_seconds_{part}", peer_service=name)
         for part in ("count", "bucket")]
     asked = node.rates.total("microshop_calls_total", upstream=name)
     return {**draw_edge(node.name, name, count, buckets), "asked": asked}
@@ -84,19 +83,19 @@ def draw_guards(node: Node, name: str) -> Drawing:
         return int(node.metrics.total(f"microshop_{metric}", upstream=name))
 
     states = node.metrics.select("microshop_breaker_state", upstream=name)
-    servers = sorted({labels.get("server", "") for labels, _ in states})
+    servers = sorted({labels["server"] for labels, _ in states})
     return {"from": node.name, "to": name,
             "in_flight": total("bulkhead_in_use"), "limit": total("bulkhead_limit"),
             "retries": total("retry_budget_used"), "retry_limit": total("retry_budget_limit"),
             "rejected": {reason: node.rates.total("microshop_rejected_calls_total", upstream=name,
                                                   reason=reason) for reason in REJECTIONS},
             "instances": [draw_instance(node, upstream=name, server=server)
-                          for server in servers[:MAX_INSTANCES]]}
+                          for server in servers]}
 
 
 def draw_instance(node: Node, **labels: str) -> Drawing:
     states = [state for state in BREAKER_STATES
               if node.metrics.total("microshop_breaker_state", state=state, **labels)]
     seconds = [process.metrics.total("microshop_breaker_open_seconds", **labels)
-               for process in node.processes]
+               for process in node.processes.values()]
     return {"server": labels["server"], "state": [*states, "closed"][0], "seconds": max(seconds)}

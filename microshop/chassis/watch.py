@@ -5,40 +5,32 @@ several may answer, each time another one; every answer names its process. So wh
 process is kept by its pid and its start: from its last answers follow the rates of what it counts,
 and from the differences between two rounds follow events.
 
-Memory: of each process, at most MAX_ROUNDS answers, which MAX_ANSWER and exposition.MAX_SAMPLES
-limit; usually, that is some 30 KiB each.
+Memory: of each process, the metrics of the last WINDOW seconds; usually, that is some 30 KiB for
+each round. The size of an answer is limited by connections.MAX_REPLY.
 
-Law: nothing here goes through a circuit breaker or a bulkhead, and no answer is trusted.
+Law: nothing here goes through a circuit breaker or a bulkhead.
 """
 import contextlib
-import json
 import time
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from microshop.chassis.connections import Connection, Request
 from microshop.chassis.errors import ServiceError
-from microshop.chassis.exposition import Metrics, parse_metrics
-from microshop.chassis.trace_memory import Span, TraceMemory
+from microshop.chassis.exposition import Metrics, add_up, parse_metrics
+from microshop.chassis.trace_memory import Span, TraceMemory, parse_spans
 
 ASK_TIME = 0.5           # seconds for the answers to one round
 WINDOW = 10.0            # seconds over which rates are measured, and for which metrics are kept
-MAX_ROUNDS = 16          # answers of a process that are kept, at most
-MAX_PROCESSES = 32       # that are known at one address
+SILENT_TIME = 1.75       # seconds without an answer that are forgiven: under load, one may be late
 MAX_ASKED = 8            # requests to one address in a round
 MAX_THREADS = 64         # that wait for answers
-MAX_ANSWER = 4 * 2**20   # bytes
 MAX_EVENTS = 100         # that are remembered
-ROUNDS_MISSED = 2        # after which an address is silent: a process under load may miss one
-UNINTELLIGIBLE = "unintelligible"
 STATE_EVENTS = {"down": ("died", "does not answer: "), "draining": ("draining", "is draining"),
                 "up": ("up", "answers again")}
 BREAKER_EVENTS = {"open": "opened", "half-open": "is half-open: a request probes the instance",
                   "closed": "closed"}
-
-Event = dict[str, Any]
 
 
 class Silent(Exception):
@@ -46,9 +38,9 @@ class Silent(Exception):
 
 
 def fetch(url: str, deadline: float) -> bytes:
-    """Return what a GET is answered with, on a connection of its own. Raises Silent.
+    """Return what a GET is answered with, on a connection of its own.
 
-    If several processes share the port, any of them may answer, and next time another one.
+    Raises Silent, or a ServiceError if the answer is not valid HTTP or too large.
     """
     request = Request(url, headers={"Connection": "close"})
     request.deadline = deadline
@@ -61,211 +53,161 @@ def fetch(url: str, deadline: float) -> bytes:
         raise Silent("no answer in time") from None
     except (OSError, EOFError):
         raise Silent("refused") from None
-    except ServiceError:
-        raise Silent(UNINTELLIGIBLE) from None
     if reply.status != 200:
         raise Silent(f"answered {reply.status}")
-    if len(reply.body) > MAX_ANSWER:
-        raise Silent(UNINTELLIGIBLE)
     return reply.body
+
+
+def ask(url: str, deadline: float) -> tuple["Process", list[Span]]:
+    """Return what a process at this base URL tells of itself, and its spans. Raises Silent.
+
+    If several processes share the address, any of them may answer, and next time another one.
+    """
+    try:
+        process = Process(url, parse_metrics(fetch(f"{url}/metrics", deadline).decode()))
+        spans: list[Span] = []
+        with contextlib.suppress(Silent):  # spans may be late: the metrics say that it is up
+            spans = parse_spans(fetch(f"{url}/traces", deadline))
+        return process, spans
+    except (ServiceError, ValueError, TypeError, KeyError, AttributeError):
+        raise Silent("unintelligible") from None
 
 
 class Process:
     """What is known of one process."""
 
-    def __init__(self, metrics: Metrics):
-        """Raises ValueError if the metrics do not say which process it is."""
+    def __init__(self, url: str, metrics: Metrics):
+        """Raises ValueError or KeyError if the metrics do not say which process it is."""
         [info] = metrics.select("microshop_process_info")
-        self.pid = int(info.labels.get("pid", ""))
-        self.started = metrics.total("process_start_time_seconds")  # since 1970
+        self.url = url
+        self.pid = int(info.labels["pid"])
+        self.started = metrics.total("process_start_time_seconds")  # a Unix time
         self.restarts = int(metrics.total("microshop_process_restarts_total"))
-        self.answers: deque[tuple[float, Metrics]] = deque(maxlen=MAX_ROUNDS)  # and when they came
-        self.rates = Metrics()
+        self.metrics = metrics                    # its last answer
+        self.heard_at = 0.0                       # and when it came
+        self.history: dict[float, Metrics] = {}   # its answers, by the times of the rounds
+        self.rates = Metrics()                    # how much each value grows per second
+        self.grown = Metrics()                    # how much each has grown in the last round
 
-    @property
-    def metrics(self) -> Metrics:
-        """Its last answer."""
-        return self.answers[-1][1]
-
-    @property
-    def heard_at(self) -> float:
-        return self.answers[-1][0]
-
-    def note(self, metrics: Metrics, now: float) -> Metrics:
-        """Keep an answer, and return what has grown since the one before, if that is known."""
-        before = self.metrics if self.answers and self.heard_at >= now - WINDOW else metrics
-        if self.answers and self.heard_at == now:  # it was asked twice in this round
-            self.answers.pop()
-        self.answers.append((now, metrics))
-        while self.answers[0][0] < now - WINDOW:
-            self.answers.popleft()
-        return metrics.increase_since(before)
+    def note(self, metrics: Metrics, now: float) -> None:
+        self.metrics, self.heard_at, self.history[now] = metrics, now, metrics
 
     def measure(self, now: float) -> None:
-        """Find out how much each value has grown per second, in the last WINDOW seconds."""
-        recent = [answer for answer in self.answers if answer[0] >= now - WINDOW]
-        self.rates = Metrics()  # empty if there is nothing to compare with
-        if len(recent) > 1:
-            [began, first], [_, last] = recent[0], recent[-1]
-            self.rates.add(last.increase_since(first), 1 / (now - began))
-
-
-class Address:
-    """A base URL, and the processes that answer there."""
-
-    def __init__(self, url: str):
-        self.url = url
-        self.processes: list[Process] = []
-        self.silence = ""   # how it does not answer
-        self._missed = 0    # rounds in a row without an answer
-
-    def count_to_ask(self) -> int:
-        """Return how many requests to send, so that each of several processes is likely asked."""
-        known = len(self.processes)
-        return 1 if known < 2 else min(known + 1, MAX_ASKED)
-
-    def note(self, metrics: Metrics, now: float) -> tuple[Metrics, Process | None]:
-        """Record an answer; return what has grown since the last one.
-
-        Return also the process, if it was not known, and another one had its role before. If it was
-        started after those known, it has taken the place of one of them: of that which was not
-        heard for longest. Raises ValueError if the answer does not say what every process says.
-        """
-        told = Process(metrics)
-        for process in self.processes:
-            if (process.pid, process.started) == (told.pid, told.started):
-                return process.note(metrics, now), None
-        is_new = bool(told.restarts and self.processes) and all(
-            told.started > process.started for process in self.processes)
-        if self.silence:  # none of those known is there any more
-            self.processes.clear()
-        elif is_new:
-            self.processes.remove(min(self.processes, key=lambda process: process.heard_at))
-        self.processes = [*self.processes, told][-MAX_PROCESSES:]
-        told.note(metrics, now)
-        return (metrics.increase_since(Metrics() if is_new else metrics),
-                told if told.restarts else None)
-
-    def end_round(self, silence: str, now: float) -> None:
-        """Record how a round went without an answer, or "" if there was one."""
-        self._missed = self._missed + 1 if silence else 0
-        if not silence or self._missed >= ROUNDS_MISSED or not self.processes:
-            self.silence = silence
-        if not silence:  # a process that did not answer for a while, although others did, has ended
-            self.processes = [process for process in self.processes
-                              if process.heard_at >= now - WINDOW]
+        """Find out how much each value has grown, as far as there is something to compare with."""
+        self.history = {at: metrics for at, metrics in self.history.items()
+                        if 0 <= now - at <= WINDOW}
+        self.rates = self.grown = Metrics()
+        times = sorted(self.history)
+        if len(times) > 1:
+            self.rates = self.metrics.growth_since(self.history[times[0]], now - times[0])
+            if self.heard_at == now:
+                self.grown = self.metrics.growth_since(self.history[times[-2]])
 
 
 class Node:
-    """What has a name, and runs at one or more addresses.
+    """What has a name, and runs at one or more base URLs.
 
-    `state` is "up", "draining", or "down" if no address answers; "" before the first round.
-    `metrics` and `rates` are the sums of those of all processes, `grown` is what they have counted
-    since the last round.
+    `state` is "up", "draining", or "down" if nothing of it answers (`silence` says how); "" before
+    the first round. `metrics`, `rates` and `grown` are the sums of those of all processes.
     """
 
     def __init__(self, name: str, urls: list[str]):
-        self.name = name
-        self.addresses = [Address(url) for url in urls]
-        self.state = ""
+        self.name, self.urls = name, urls
+        self.processes: dict[tuple[str, int, float], Process] = {}  # by URL, pid and start
+        self.state, self.silence = "", ""
+        self.heard_at = 0.0  # the Unix time of the last round in which any of it answered
         self.metrics, self.rates, self.grown = Metrics(), Metrics(), Metrics()
 
-    @property
-    def processes(self) -> list[Process]:
-        return [process for address in self.addresses for process in address.processes]
+    def urls_to_ask(self) -> Iterator[str]:
+        """Yield each URL, and so often that each of the processes there is likely to be asked."""
+        for url in self.urls:
+            known = sum(process.url == url for process in self.processes.values())
+            yield from [url] * (1 if known < 2 else min(known + 1, MAX_ASKED))
 
-    @property
-    def silence(self) -> str:
-        """How it does not answer; "" if any of it answers."""
-        silences = [address.silence for address in self.addresses]
-        return silences[0] if all(silences) else ""
+    def note(self, told: Process, now: float) -> bool:
+        """Record what a process answered; return whether it was not known.
 
-    def sum_up(self, now: float) -> None:
-        """Find out the state and the sums, after a round."""
-        self.metrics, self.rates = Metrics(), Metrics()
-        for process in self.processes:
+        If it was started after the last round, it has counted from zero since then.
+        """
+        process = self.processes.setdefault((told.url, told.pid, told.started), told)
+        if process is told and told.started > self.heard_at:
+            process.history[self.heard_at] = Metrics()
+        process.note(told.metrics, now)
+        return process is told
+
+    def end_round(self, silence: str, now: float) -> None:
+        """Find out the state and the sums. `silence` says how no process answered, "" if one did.
+
+        A process that has not answered although others have is taken to have ended, if one of them
+        was started since its last answer (in its place, it seems), or if that was long ago.
+        """
+        if not silence:
+            self.heard_at = now
+            newest = max(process.started for process in self.processes.values())
+            horizon = max(newest, now - WINDOW)
+            self.processes = {key: process for key, process in self.processes.items()
+                              if process.heard_at == now or process.heard_at >= horizon}
+        if not 0 < now - self.heard_at <= SILENT_TIME:
+            self.silence = silence
+        processes = self.processes.values()
+        for process in processes:
             process.measure(now)
-            self.metrics.add(process.metrics)
-            self.rates.add(process.rates)
-        drains = [process.metrics.total("microshop_draining") for process in self.processes]
-        self.state = "down" if self.silence else "draining" if drains and all(drains) else "up"
+        self.metrics = add_up(process.metrics for process in processes)
+        self.rates = add_up(process.rates for process in processes)
+        self.grown = add_up(process.grown for process in processes)
+        drains = [process.metrics.total("microshop_draining") for process in processes]
+        self.state = "down" if self.silence else "draining" if all(drains) else "up"
 
 
 class Watch:
     """Asks all nodes, in rounds, and remembers what happened to them."""
 
-    def __init__(self, nodes: list[Node], traces: TraceMemory):
-        self.nodes, self.traces = nodes, traces
-        self.events: list[Event] = []  # the newest first
+    def __init__(self, nodes: list[Node]):
+        self.nodes = nodes
+        self.memory = TraceMemory()
+        self.events: list[dict[str, Any]] = []  # the newest first
 
     def tell(self, at: float, node: str, kind: str, text: str) -> None:
-        """Add an event, which happened `at` seconds since 1970."""
+        """Add an event, which happened `at` this Unix time, unless it was told before."""
         event = {"at": at, "node": node, "kind": kind, "text": text}
         if event not in self.events:
             self.events = sorted([event, *self.events], key=lambda one: -one["at"])[:MAX_EVENTS]
 
-    def ask_all(self, now: float) -> list[Span]:
-        """Ask every process, in parallel; return the spans that are new."""
-        def ask(address: Address, path: str) -> list[Future]:
-            return [pool.submit(fetch, address.url + path, now + ASK_TIME)
-                    for _ in range(address.count_to_ask())]
-
+    def ask_all(self, now: float) -> None:
+        """Ask every process, in parallel, and record what it answers. `now` is a Unix time."""
+        deadline = time.monotonic() + ASK_TIME
         with ThreadPoolExecutor(MAX_THREADS) as pool:
-            asked = {address: (ask(address, "/metrics"), ask(address, "/traces"))
-                     for node in self.nodes for address in node.addresses}
-        spans: list[Span] = []
-        for node in self.nodes:
-            before, node.grown = node.state, Metrics()
-            for address in node.addresses:
-                spans += self._note(node, address, *asked[address], now)
-            node.sum_up(now)
+            answers = [[pool.submit(ask, url, deadline) for url in node.urls_to_ask()]
+                       for node in self.nodes]
+        for node, of_node in zip(self.nodes, answers, strict=True):
+            before = node.state
+            self._note(node, of_node, now)
             if before and node.state != before:
                 kind, text = STATE_EVENTS[node.state]
-                self.tell(time.time(), node.name, kind, f"{node.name} {text}{node.silence}")
-            self._tell_breakers(node)
-        return spans
+                self.tell(now, node.name, kind, f"{node.name} {text}{node.silence}")
+            self._tell_breakers(node, now)
 
-    def _note(self, node: Node, address: Address, metrics: list[Future], traces: list[Future],
-              now: float) -> list[Span]:
-        """Record what an address of a node answered; return the new spans."""
-        spans: list[Span] = []
-        silences: list[str] = []
-        for answer in metrics:
-            with noting_silence(silences):
-                grown, newcomer = address.note(parse_metrics(answer.result().decode()), now)
-                node.grown.add(grown)
-                if newcomer:
-                    self.tell(newcomer.started, node.name, "restarted",
-                              f"{node.name} was started again (pid {newcomer.pid})")
-        is_silent = len(silences) == len(metrics)
-        for answer in traces:
-            with noting_silence(silences):
-                spans += self.traces.note(json.loads(answer.result()))
-        if UNINTELLIGIBLE in silences:
-            address.end_round(UNINTELLIGIBLE, now)
-        else:
-            address.end_round(silences[0] if is_silent else "", now)
-        return spans
+    def _note(self, node: Node, answers: list[Future], now: float) -> None:
+        silences = []
+        for answer in answers:
+            try:
+                process, spans = answer.result()
+            except Silent as silent:
+                silences.append(str(silent))
+                continue
+            self.memory.note(spans)
+            if node.note(process, now) and process.restarts:
+                self.tell(process.started, node.name, "restarted",
+                          f"{node.name} was started again (pid {process.pid})")
+        node.end_round(silences[0] if len(silences) == len(answers) else "", now)
 
-    def _tell_breakers(self, node: Node) -> None:
+    def _tell_breakers(self, node: Node, now: float) -> None:
         """Tell of each change of a circuit breaker; of that to its present state last."""
-        changes = list(node.grown.select("microshop_breaker_changes_total"))
+        changes = node.grown.select("microshop_breaker_changes_total")
         changes.sort(key=lambda change: node.metrics.total(
             "microshop_breaker_state", **change.labels))
-        for labels, count in changes[:MAX_EVENTS]:
-            verb = BREAKER_EVENTS.get(labels.get("state", ""), "changed")
+        for labels, count in changes:
             times = f" ({count:.0f} times)" if count > 1 else ""
-            self.tell(time.time(), node.name, "breaker",
-                      f"{node.name}: the circuit breaker for {labels.get('upstream')} "
-                      f"at {labels.get('server')} {verb}{times}")
-
-
-@contextlib.contextmanager
-def noting_silence(silences: list[str]) -> Iterator[None]:
-    """Add to `silences` what is wrong with the answer that is used within, if anything is."""
-    try:
-        yield
-    except Silent as silent:
-        silences.append(str(silent))
-    except (ValueError, RecursionError):
-        silences.append(UNINTELLIGIBLE)
+            self.tell(now, node.name, "breaker",
+                      f"{node.name}: the circuit breaker for {labels['upstream']} "
+                      f"at {labels['server']} {BREAKER_EVENTS[labels['state']]}{times}")

@@ -1,8 +1,7 @@
 """Metrics are read as they were written, and what is not valid is refused."""
 import unittest
 
-from microshop.chassis import exposition
-from microshop.chassis.exposition import Metrics, Sample, parse_metrics, quantile
+from microshop.chassis.exposition import Sample, add_up, parse_metrics, quantile
 from microshop.chassis.metrics import Family, format_metrics, gauge
 
 
@@ -41,34 +40,25 @@ class ParseTest(unittest.TestCase):
         self.assertEqual(metrics.total("g"), 1e-05)
 
     def test_what_is_not_valid_is_refused(self):
-        for text in ("<html>", "a", "a b", "a 1 x", "a -1", "a NaN", "a +Inf", "a 1e999", "a 1.2.3",
-                     "9a 1", " a 1", 'a{x=1} 1', 'a{x="1} 1', 'a{x="\\q"} 1', 'a{x="1" y="2"} 1',
-                     'a{x="1"},y="2"} 1', 'a_bucket{le="many"} 1', 'a_bucket{le="NaN"} 1',
-                     'a_bucket{le="-1"} 1', f'a{{x="{"y" * 300}"}} 1', "a 1\r",
-                     "a 9007199254740993", "a{" + 'x="y",' * 500 + "} 1"):
+        for text in ("<html>", "a", "a b", "a 1 x", "a NaN", "a +Inf", "a 1.2.3", "9a 1", " a 1",
+                     'a{x=1} 1', 'a{x="1} 1', 'a{x="1" y="2"} 1', 'a{x="1"},y="2"} 1', "a 1\r"):
             with self.subTest(text), self.assertRaises(ValueError, msg=f"{text!r} was accepted"):
                 parse_metrics(text)
-
-    def test_more_than_ten_thousand_samples_are_refused(self):
-        parse_metrics("a 1\n" * exposition.MAX_SAMPLES)
-        with self.assertRaises(ValueError):
-            parse_metrics("a 1\n" * (exposition.MAX_SAMPLES + 1))
 
 
 class SumTest(unittest.TestCase):
     def test_values_of_two_processes_are_added_label_by_label(self):
-        both = Metrics()
-        both.add(parse_metrics('a{x="1"} 1\na{x="2"} 2\n'))
-        both.add(parse_metrics('a{x="2"} 3\nb 4\n'), 2.0)
+        both = add_up([parse_metrics('a{x="1"} 1\na{x="2"} 2\n'),
+                       parse_metrics('a{x="2"} 3\nb 4\n')])
         self.assertEqual([both.total("a", x="1"), both.total("a", x="2"), both.total("b")],
-                         [1, 8, 8])
+                         [1, 5, 4])
 
-    def test_an_increase_counts_new_values_from_zero_and_leaves_out_what_became_less(self):
+    def test_growth_counts_new_values_from_zero_and_leaves_out_what_became_less(self):
         before = parse_metrics('a{x="1"} 5\na{x="2"} 5\n')
         after = parse_metrics('a{x="1"} 7\na{x="2"} 4\na{x="3"} 1\n')
         self.assertEqual(sorted((labels["x"], value)
-                                for labels, value in after.increase_since(before).select("a")),
-                         [("1", 2), ("3", 1)])
+                                for labels, value in after.growth_since(before, 0.5).select("a")),
+                         [("1", 4), ("3", 2)], "per second, in half a second")
 
 
 class QuantileTest(unittest.TestCase):
