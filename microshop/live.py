@@ -38,6 +38,7 @@ MAX_MOVES = 20        # changes of an order's status
 
 PAGE = Path(__file__).with_name("live.html")
 OWN_HOST = re.compile(r"(?:localhost|127\.0\.0\.1|\[::1\])(?::[0-9]{0,5})?", re.I)
+INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.S)  # the page has one of each
 SAFE = [NO_STORE, ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
         ("Cross-Origin-Resource-Policy", "same-origin")]
 
@@ -117,9 +118,9 @@ class Observer:
             for move in moves_in(span):
                 moves.append(move)
                 if span["name"] == "resume order":
+                    text = "order {order} was taken up again: {from} -> {to}".format(**move)
                     self.watch.tell(move["at"], span["localEndpoint"]["serviceName"], "resumed",
-                                    f"order {move['order']} was taken up again: "
-                                    f"{move['from']} -> {move['to']}")
+                                    text)
         self.picture = {"at": now, **draw_topology(self.watch.nodes, now),
                         "saga": draw_saga(self.watch.nodes, moves), "events": self.watch.events,
                         "traces": draw_traces(self.summaries)}
@@ -135,11 +136,9 @@ def content_security_policy(page: str) -> str:
     """
     rules = ["default-src 'none'", "connect-src 'self'", "img-src data:", "base-uri 'none'",
              "form-action 'none'", "frame-ancestors 'none'"]
-    for kind in ("script", "style"):
-        rules.append(f"{kind}-src")
-        for text in re.findall(rf"<{kind}>(.*?)</{kind}>", page, re.S):
-            digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-            rules[-1] += f" 'sha256-{digest}'"
+    for kind, text in INLINE.findall(page):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        rules.append(f"{kind}-src 'sha256-{digest}'")
     return "; ".join(rules)
 
 

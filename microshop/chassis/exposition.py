@@ -3,31 +3,30 @@
 Law: no metric is known here by its name.
 """
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
 NAME = "[a-zA-Z_:][a-zA-Z0-9_:]*"
 LABEL = rf'({NAME})="((?:[^"\\]|\\.)*)"'
-SAMPLE = re.compile(rf"({NAME})(?:\{{(.*)\}})? ([0-9.e+-]+)")  # no NaN, and nothing infinite
-
-Labels = frozenset[tuple[str, str]]
+SAMPLE = re.compile(  # the value is neither NaN nor infinite
+    rf"(?P<name>{NAME})(?:\{{(?P<labels>(?:{LABEL},?)*)\}})? (?P<value>[0-9.e+-]+)")
 
 
 class Sample(NamedTuple):
     """A value, and the labels that tell it from others of the same name."""
 
-    labels: dict[str, str]
+    labels: Mapping[str, str]
     value: float
 
 
-class Metrics(dict[str, dict[Labels, float]]):
-    """Values by name and labels. All of them count or measure something, so none is negative."""
+class Metrics(dict[str, dict[str, float]]):
+    """Values by name and by the text of their labels, which every process writes alike."""
 
     def select(self, name: str, /, **labels: str) -> list[Sample]:
         """Return the samples with this name and these labels."""
-        return [Sample(dict(pairs), value) for pairs, value in self.get(name, {}).items()
-                if labels.items() <= pairs]
+        samples = [Sample(parse_labels(text), value) for text, value in self.get(name, {}).items()]
+        return [sample for sample in samples if labels.items() <= sample.labels.items()]
 
     def total(self, name: str, /, **labels: str) -> float:
         """Return the sum of the samples with this name and these labels."""
@@ -62,20 +61,18 @@ def parse_metrics(text: str) -> Metrics:
             match = SAMPLE.fullmatch(line)
             if not match:
                 raise ValueError(f"a line is not a sample: {line}")
-            metrics.setdefault(match[1], {})[parse_labels(match[2] or "")] = float(match[3])
+            metrics.setdefault(match["name"], {})[match["labels"] or ""] = float(match["value"])
     return metrics
 
 
-@lru_cache(maxsize=5_000)  # they are the same in each answer, so they need no more memory then
-def parse_labels(text: str) -> Labels:
-    """Parse what is between the braces of a sample. Raises ValueError."""
-    if not re.fullmatch(rf"(?:{LABEL},?)*", text):
-        raise ValueError(f"these are not labels: {text}")
-    return frozenset((name, unescape(value)) for name, value in re.findall(LABEL, text))
+@lru_cache(maxsize=5_000)  # they are the same in each answer
+def parse_labels(text: str) -> Mapping[str, str]:
+    """Parse what is between the braces of a sample."""
+    return {name: re.sub(r"\\(.)", unescape, value) for name, value in re.findall(LABEL, text)}
 
 
-def unescape(text: str) -> str:
-    return re.sub(r"\\(.)", lambda match: "\n" if match[1] == "n" else match[1], text)
+def unescape(match: re.Match) -> str:
+    return "\n" if match[1] == "n" else match[1]
 
 
 def quantile(share: float, buckets: Iterable[Sample]) -> float | None:

@@ -4,20 +4,17 @@ The result is for JSON: the nodes, an edge for each direction of calls, and what
 
 Law: what the nodes serve is not known here.
 """
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping
 
-from microshop.chassis.exposition import Sample, quantile
+from microshop.chassis.exposition import quantile
 from microshop.chassis.watch import Node, Process
 
 HEALTH_ROUTES = {"/health", "/health/live"}  # of every Handler; not what its clients want of it
 BREAKER_STATES = ("open", "half-open", "closed")  # several processes may differ: the worst counts
 REJECTIONS = ("breaker", "bulkhead")
 
-Drawing = dict[str, Any]
 
-
-def draw_topology(nodes: Sequence[Node], at: float) -> Drawing:
+def draw_topology(nodes: list[Node], at: float) -> dict:
     """Draw the nodes. Clients call the first one; `at` is in seconds since 1970."""
     calls = [(node, name) for node in nodes for name in upstreams_of(node, nodes)]
     return {"nodes": [draw_node(node, at) for node in nodes],
@@ -25,19 +22,19 @@ def draw_topology(nodes: Sequence[Node], at: float) -> Drawing:
             "upstreams": [draw_guards(*call) for call in calls]}
 
 
-def upstreams_of(node: Node, nodes: Sequence[Node]) -> list[str]:
+def upstreams_of(node: Node, nodes: list[Node]) -> list[str]:
     """Return the names of the nodes that a node calls."""
     called = {labels["upstream"] for labels, _ in node.metrics.select("microshop_calls_total")}
     return [other.name for other in nodes if other.name in called]
 
 
-def draw_node(node: Node, at: float) -> Drawing:
+def draw_node(node: Node, at: float) -> dict:
     drawn = {"name": node.name, "url": node.urls[0], "state": node.state,
              "processes": [draw_process(process, at) for process in node.processes.values()]}
     return {**drawn, "silent": node.silence} if node.silence else drawn
 
 
-def draw_process(process: Process, at: float) -> Drawing:
+def draw_process(process: Process, at: float) -> dict:
     return {"pid": process.pid, "uptime": max(at - process.started, 0.0),
             "restarts": process.restarts,
             "memory": int(process.metrics.total("process_resident_memory_bytes")),
@@ -46,39 +43,37 @@ def draw_process(process: Process, at: float) -> Drawing:
 
 # --- edges: requests per second, the share that fails, and how long they take
 
-def draw_entry(node: Node) -> Drawing:
+def draw_entry(node: Node) -> dict:
     """Draw what clients ask a node for, health checks excepted."""
-    count, buckets = [
-        [one for one in node.rates.select(f"http_server_request_duration_seconds_{part}")
-         if one.labels.get("http_route") not in HEALTH_ROUTES] for part in ("count", "bucket")]
-    return draw_edge("client", node.name, count, buckets)
+    return draw_edge(node, "client", node.name, "http_server_request_duration_seconds")
 
 
-def draw_calls(node: Node, name: str) -> Drawing:
+def draw_calls(node: Node, name: str) -> dict:
     """Draw the calls of a node to another. A call may take several tries."""
+    edge = draw_edge(node, node.name, name, "http_client_request_duration_seconds",
+                     peer_service=name)
+    return {**edge, "asked": node.rates.total("microshop_calls_total", upstream=name)}
+
+
+def draw_edge(node: Node, source: str, target: str, metric: str, **labels: str) -> dict:
     count, buckets = [
-        node.rates.select(f"http_client_request_duration_seconds_{part}", peer_service=name)
-        for part in ("count", "bucket")]
-    asked = node.rates.total("microshop_calls_total", upstream=name)
-    return {**draw_edge(node.name, name, count, buckets), "asked": asked}
-
-
-def draw_edge(source: str, target: str, count: list[Sample], buckets: list[Sample]) -> Drawing:
-    tried = sum(one.value for one in count)
-    failed = sum(one.value for one in count if is_failure(one.labels))
+        [sample for sample in node.rates.select(f"{metric}_{part}", **labels)
+         if sample.labels.get("http_route") not in HEALTH_ROUTES] for part in ("count", "bucket")]
+    tried = sum(sample.value for sample in count)
+    failed = sum(sample.value for sample in count if is_failure(sample.labels))
     return {"from": source, "to": target, "asked": tried, "tried": tried,
             "errors": failed / tried if tried else 0.0,
             "p50": quantile(0.5, buckets), "p99": quantile(0.99, buckets)}
 
 
-def is_failure(labels: dict[str, str]) -> bool:
+def is_failure(labels: Mapping[str, str]) -> bool:
     """Return whether a request got no response, or a 5xx. A 4xx answers what was asked."""
     return labels.get("http_response_status_code", "")[:1] in ("", "5")
 
 
 # --- what guards the calls: bulkhead, retry budget and circuit breakers
 
-def draw_guards(node: Node, name: str) -> Drawing:
+def draw_guards(node: Node, name: str) -> dict:
     def total(metric: str) -> int:
         return int(node.metrics.total(f"microshop_{metric}", upstream=name))
 
@@ -93,7 +88,7 @@ def draw_guards(node: Node, name: str) -> Drawing:
                           for server in servers]}
 
 
-def draw_instance(node: Node, **labels: str) -> Drawing:
+def draw_instance(node: Node, **labels: str) -> dict:
     states = [state for state in BREAKER_STATES
               if node.metrics.total("microshop_breaker_state", state=state, **labels)]
     seconds = [process.metrics.total("microshop_breaker_open_seconds", **labels)

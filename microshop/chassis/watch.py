@@ -14,9 +14,8 @@ import contextlib
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
-from microshop.chassis.connections import Connection, Request
+from microshop.chassis.connections import KeepAliveHandler, Request
 from microshop.chassis.errors import ServiceError
 from microshop.chassis.exposition import Metrics, add_up, parse_metrics
 from microshop.chassis.trace_memory import Span, TraceMemory, parse_spans
@@ -45,10 +44,8 @@ def fetch(url: str, deadline: float) -> bytes:
     request = Request(url, headers={"Connection": "close"})
     request.deadline = deadline
     try:
-        connection = Connection(request.host, max(deadline - time.monotonic(), 0.001))
-        with contextlib.closing(connection):
-            connection.send_request(request)
-            reply, _ = connection.read_reply("GET")
+        with contextlib.closing(KeepAliveHandler()) as connections:
+            reply = connections.http_open(request)
     except TimeoutError:
         raise Silent("no answer in time") from None
     except (OSError, EOFError):
@@ -83,14 +80,16 @@ class Process:
         self.pid = int(info.labels["pid"])
         self.started = metrics.total("process_start_time_seconds")  # a Unix time
         self.restarts = int(metrics.total("microshop_process_restarts_total"))
-        self.metrics = metrics                    # its last answer
-        self.heard_at = 0.0                       # and when it came
-        self.history: dict[float, Metrics] = {}   # its answers, by the times of the rounds
-        self.rates = Metrics()                    # how much each value grows per second
-        self.grown = Metrics()                    # how much each has grown in the last round
+        self.metrics = metrics                   # its last answer
+        self.heard_at = 0.0                      # the Unix time of that
+        self.history: dict[float, Metrics] = {}  # its answers, by their times
+        self.rates = Metrics()                   # how much each value grows per second
+        self.grown = Metrics()                   # how much each grew between the last two rounds
 
     def note(self, metrics: Metrics, now: float) -> None:
-        self.metrics, self.heard_at, self.history[now] = metrics, now, metrics
+        """Keep an answer; if there are two in a round, keep the later one."""
+        self.metrics, self.heard_at = metrics, now
+        self.history[now] = metrics
 
     def measure(self, now: float) -> None:
         """Find out how much each value has grown, as far as there is something to compare with."""
@@ -119,7 +118,7 @@ class Node:
         self.metrics, self.rates, self.grown = Metrics(), Metrics(), Metrics()
 
     def urls_to_ask(self) -> Iterator[str]:
-        """Yield each URL, and so often that each of the processes there is likely to be asked."""
+        """Yield each URL; several times if several processes share it, so that each is asked."""
         for url in self.urls:
             known = sum(process.url == url for process in self.processes.values())
             yield from [url] * (1 if known < 2 else min(known + 1, MAX_ASKED))
@@ -127,7 +126,7 @@ class Node:
     def note(self, told: Process, now: float) -> bool:
         """Record what a process answered; return whether it was not known.
 
-        If it was started after the last round, it has counted from zero since then.
+        If it was started after the last round, it counted from zero since then.
         """
         process = self.processes.setdefault((told.url, told.pid, told.started), told)
         if process is told and told.started > self.heard_at:
@@ -165,7 +164,7 @@ class Watch:
     def __init__(self, nodes: list[Node]):
         self.nodes = nodes
         self.memory = TraceMemory()
-        self.events: list[dict[str, Any]] = []  # the newest first
+        self.events: list[dict] = []  # the newest first
 
     def tell(self, at: float, node: str, kind: str, text: str) -> None:
         """Add an event, which happened `at` this Unix time, unless it was told before."""
