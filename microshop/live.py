@@ -7,7 +7,7 @@ looks, it asks nothing. What it shows is meant for the person at this machine: s
 
 Read from top to bottom: the picture, the page, the routes, the process.
 
-Law: the services are known here by name only; all else is what they answer, and none is trusted.
+Law: the services are known here by name only; all else is what they answer.
 """
 import base64
 import hashlib

@@ -5,10 +5,11 @@ several may answer, each time another one; every answer names its process. So wh
 process is kept by its pid and its start: from its last answers follow the rates of what it counts,
 and from the differences between two rounds follow events.
 
-Memory: of each process, the metrics of the last WINDOW seconds; usually, that is some 30 KiB for
+Memory: of each process, the metrics of the last WINDOW seconds; usually, that is some 60 KiB for
 each round. The size of an answer is limited by connections.MAX_REPLY.
 
-Law: nothing here goes through a circuit breaker or a bulkhead.
+Law: nothing here goes through a circuit breaker or a bulkhead. The processes are trusted to answer
+as the chassis does; a process that does not is found in one place, in ask().
 """
 import contextlib
 import time
@@ -123,8 +124,8 @@ class Node:
             known = sum(process.url == url for process in self.processes.values())
             yield from [url] * (1 if known < 2 else min(known + 1, MAX_ASKED))
 
-    def note(self, told: Process, now: float) -> bool:
-        """Record what a process answered; return whether it was not known.
+    def note(self, told: Process, now: float) -> None:
+        """Record what a process answered.
 
         If it was started after the last round, it counted from zero since then.
         """
@@ -132,7 +133,6 @@ class Node:
         if process is told and told.started > self.heard_at:
             process.history[self.heard_at] = Metrics()
         process.note(told.metrics, now)
-        return process is told
 
     def end_round(self, silence: str, now: float) -> None:
         """Find out the state and the sums. `silence` says how no process answered, "" if one did.
@@ -195,7 +195,8 @@ class Watch:
                 silences.append(str(silent))
                 continue
             self.memory.note(spans)
-            if node.note(process, now) and process.restarts:
+            node.note(process, now)
+            if process.restarts:
                 self.tell(process.started, node.name, "restarted",
                           f"{node.name} was started again (pid {process.pid})")
         node.end_round(silences[0] if len(silences) == len(answers) else "", now)

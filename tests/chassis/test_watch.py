@@ -105,6 +105,12 @@ class RateTest(WatchTest):
         self.assertEqual(self.node.rates.total("a_total"), 0)
         self.hear(metrics(1, "a_total 15"))
         self.assertEqual(self.node.rates.total("a_total"), 5)
+        self.assertEqual(self.node.grown.total("a_total"), 5)
+
+    def test_a_node_that_is_silent_when_the_clock_moves_back_is_down(self):
+        self.hear(metrics(1))
+        self.hear(LATE, after=-3600.0)
+        self.assertEqual(self.node.state, "down")
 
     def test_the_rates_of_a_process_that_is_silent_fade_away(self):
         self.hear(metrics(1, "a_total 0"))
@@ -222,7 +228,8 @@ class StateTest(WatchTest):
         self.assertEqual((self.node.state, self.node.silence), ("down", "refused"))
 
     def test_a_process_that_was_started_again_is_told_of_at_the_first_sight_too(self):
-        self.hear(metrics(1, restarts=2))
+        for _ in range(2):
+            self.hear(metrics(1, restarts=2))
         self.assertEqual(self.told(), [("restarted", "gateway was started again (pid 1)")])
         self.assertEqual(self.watch.events[0]["at"], 1000.0)
 
@@ -276,8 +283,9 @@ class BreakerTest(WatchTest):
             ("breaker", f"{at} opened"),
             ("breaker", f"{at} is half-open: a request probes the instance (2 times)"),
             ("breaker", f"{at} closed")])
-        self.hear(metrics(1, *breakers(3, 4, 3)))
-        self.assertEqual(len(self.told()), 3, "each change is told of once")
+        for answer in (LATE, metrics(1, *breakers(3, 4, 3)), LATE):
+            self.hear(answer)
+            self.assertEqual(len(self.told()), 3, "each change is told of once")
 
     def test_its_present_state_is_told_of_last(self):
         self.hear(metrics(1, *breakers()))
