@@ -284,7 +284,7 @@ class Client:
             except UpstreamUnavailable as failure:  # an earlier failure may say more
                 call.failures.append(failure)
                 pause = None
-                if isinstance(failure, BreakerOpen):
+                if isinstance(failure, BreakerOpen):  # no instance was tried, so none recorded
                     self._record(call.end_try("", make_span_id(), 0, failure.kind))
             else:
                 if call.may_be_own_effect(reply.status):

@@ -6,7 +6,8 @@ http.server is too lenient or too slow, this module replaces it; the comments sa
 
 When something has arrived on a connection, a thread that has a turn calls answer_arrived. For each
 request: handle_one_request -> respond -> read_request, then find_answer -> check_client, then
-dispatch -> the route's method. The gateway overrides check_client and dispatch.
+dispatch -> the route's method; when the answer is sent, note_end logs and records the request. The
+gateway overrides check_client and dispatch.
 
 Law: routes write to no socket; they return or raise. Nothing here knows what a route is about.
 """
@@ -156,7 +157,7 @@ class RequestReader(BaseHTTPRequestHandler):
 
 
 class ConnectionHandler(RequestReader):
-    """What is done with each request of a connection: read it, answer it, log it."""
+    """What is done with each request of a connection: read it, answer it, log and record it."""
 
     disable_nagle_algorithm = True  # Nagle's algorithm may delay an answer by 40 ms
 
