@@ -12,7 +12,7 @@ help:
 	@echo 'make test        run all tests (about a minute)'
 	@echo 'make test-all    run them with every Python from 3.11 on that is found here'
 	@echo 'make lint        check the style, and the types if mypy is installed'
-	@echo 'make conformance let the tools of others judge metrics, traces and API (two minutes)'
+	@echo 'make conformance check metrics, traces and API with other tools (two minutes)'
 	@echo 'make bench       measure the speed beside other frameworks, if available (six minutes)'
 	@echo 'make chaos       inject faults for a minute while clients place orders, and count losses'
 	@echo 'make fuzz        send damaged requests for a minute'

@@ -196,7 +196,7 @@ def expand(row: dict, expansions: list[Expansion]) -> int:
 # --- the published API
 
 def publish_expansions(document: dict, service: str) -> None:
-    """Add ?expand= to the GETs of a service in an OpenAPI document, and to rows what it adds."""
+    """Add ?expand= to the GETs of a service in an OpenAPI document, and its parts to the rows."""
     names = EXPANSIONS[service]
     added = {"missing": schema_of([MISSING])}
     for name, other in names.items():
@@ -375,8 +375,8 @@ class GatewayHandler(GuardedHandler):
     def describe_api(self) -> Answer:
         """Answer with the OpenAPI document of the shop: our routes, and those that we forward.
 
-        Each service publishes its own at the same path. If one cannot be had, the answer is what a
-        forwarded request would get: a part of the API might be taken for the whole. Writes need a
+        Each service publishes its own at the same path. If one does not answer, this fails as a
+        forwarded request would: an incomplete document would look complete. Writes need a
         token; if the gateway has none, an empty requirement makes it optional.
         """
         document = super().describe_api().body

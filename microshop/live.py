@@ -118,7 +118,7 @@ class Observer:
             for move in moves_in(span):
                 moves.append(move)
                 if span["name"] == "resume order":
-                    text = "order {order} was taken up again: {from} -> {to}".format(**move)
+                    text = "order {order} was resumed: {from} -> {to}".format(**move)
                     self.watch.tell(move["at"], span["localEndpoint"]["serviceName"], "resumed",
                                     text)
         self.picture = {"at": now, **draw_topology(self.watch.nodes, now),

@@ -430,11 +430,11 @@ class OrdersHandler(Handler):
                                  optional=["reason"])}
     operations = {
         "GET /orders": Operation("listOrders", {200: ["OrderSummary"]}, parameters=[
-            parameter("query", "status", STATUS, "only these; else all but the rejected ones")]),
+            parameter("query", "status", STATUS, "only these; default: all except rejected")]),
         "POST /orders": Operation(
             "placeOrder", {201: "Order", 202: "Order"}, FIELDS, [409],
             [parameter("header", "Idempotency-Key", KEY_SCHEMA, "repeated, it makes no new order")],
-            "201: it is confirmed; 202: it stays pending for a while; 409 or 422: it is rejected"),
+            "201: it is confirmed; 202: it is still pending; 409 or 422: it is rejected"),
         "GET /orders/{id}": Operation("getOrder", {200: "Order"}),
         "POST /orders/{id}/cancel": Operation(
             "cancelOrder", {200: "Order", 202: "Order"}, errors=[409],

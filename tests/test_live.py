@@ -161,7 +161,7 @@ class ObserverTest(unittest.TestCase):
                  self.moved(3, "new -> pending")]
         self.assertEqual(self.hear(spans=spans)["events"], [
             {"at": 1002.0, "node": "orders", "kind": "resumed",
-             "text": "order 203 was taken up again: pending -> rejected"}])
+             "text": "order 203 was resumed: pending -> rejected"}])
 
     def test_notes_that_are_no_moves_are_not_shown_as_such(self):
         spans = [self.moved(1, "something happened"), span(2, 2, annotations=[

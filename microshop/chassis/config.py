@@ -242,10 +242,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _make_parser(program: str, settings: Sequence[Setting]) -> _Parser:
+    example = settings[0].name
     parser = _Parser(
         prog=f"python -m {program}", allow_abbrev=False,
-        description="Each flag can also be set in the environment, --data as MICROSHOP_DATA. "
-                    "The flag wins.")
+        description=f"Each flag can also be set in the environment, --{example} as "
+                    f"MICROSHOP_{example.upper()}. The flag wins.")
     for setting in settings:
         if setting.secret:
             continue

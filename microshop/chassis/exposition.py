@@ -75,19 +75,23 @@ def unescape(match: re.Match) -> str:
     return "\n" if match[1] == "n" else match[1]
 
 
-def quantile(share: float, buckets: Iterable[Sample]) -> float | None:
+def quantile(share: float, buckets: Iterable[Sample], mean: float) -> float | None:
     """Return the value that this share of a histogram's observations do not exceed, or None.
 
-    A histogram says only how many observations are in each bucket. As usual, we assume that those
-    in one bucket are spread evenly over it. Above the last finite bound, that bound is returned.
+    It is an estimate, since a histogram says only how many observations are in each bucket. As
+    usual, we assume that those in one bucket are spread evenly over it; above the last finite
+    bound, that bound is returned. But if all are in one bucket, their mean says more.
     """
     counts: dict[float, float] = {}  # observations up to each bound; several series are added up
     for labels, value in buckets:
         bound = float(labels["le"])
         counts[bound] = counts.get(bound, 0.0) + value
-    wanted = share * max(counts.values(), default=0.0)
+    total = max(counts.values(), default=0.0)
+    wanted = share * total
     lower, below = 0.0, 0.0
     for bound, count in sorted(counts.items()):
+        if count == total and not below and total:
+            return mean
         if count > below and count >= wanted:
             width = 0.0 if bound == float("inf") else bound - lower
             return lower + width * (wanted - below) / (count - below)

@@ -296,10 +296,10 @@ class RouteHelpers(ConnectionHandler):
     @contextlib.contextmanager
     def changing(self, find: Callable[[Transaction, int], dict],
                  item_id: int) -> Iterator[Transaction]:
-        """Yield a transaction in which an item may be changed, if it is as the client expects it.
+        """Yield a transaction in which an item may be changed, if it still matches If-Match.
 
-        Raises what `find` raises if there is no such item, and PreconditionFailed if the client
-        wants no change in its present state (see check_preconditions).
+        Raises what `find` raises if there is no such item, and PreconditionFailed if the client's
+        preconditions are not met (see check_preconditions).
         """
         with self.server.database.transaction() as transaction:
             item = find(transaction, item_id)
@@ -444,7 +444,7 @@ class Handler(RouteHelpers):
     def check_observer(self) -> None:
         """Raise Forbidden if the client must not see metrics and traces; the gateway does.
 
-        Those who observe must not see themselves, so their requests are not recorded.
+        Such requests are not recorded: otherwise, observers would see mostly themselves.
         """
         self.is_unrecorded = True
 

@@ -72,7 +72,7 @@ class Histogram:
 
     def __init__(self, name: str, help: str, labels_of: Callable[..., Labels]):
         self.name, self.help, self.labels_of = name, help, labels_of
-        # The counts of each key: one for each bucket and one beyond them, and then the sum.
+        # For each key: a count for each bucket, one for longer durations, and the sum of all.
         self._rows: dict[tuple, list] = defaultdict(lambda: [0] * (len(BUCKETS) + 1) + [0.0])
 
     def observe(self, key: tuple, seconds: float) -> None:

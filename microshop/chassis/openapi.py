@@ -8,8 +8,8 @@ validate it. The rest is in a table with an entry for each route:
     operations = {"PUT /things/{id}": Operation("replaceThing", {200: "Thing"}, FIELDS)}
     schemas = {"Thing": resource({"id": ID, **FIELDS})}
 
-describe() turns a route and its entry into a part of the document. Nothing is used here that
-version 3.0 of OpenAPI does not have, so older programs can read the document as well.
+describe() turns a route and its entry into a part of the document. Only features of OpenAPI 3.0 are
+used here, so older programs can read the document as well. (The gateway adds one of 3.1, `null`.)
 
 Law: nothing here sees a request. The document depends only on tables.
 """
@@ -39,8 +39,9 @@ OF_FORWARDING = {429, 502, 503, 504}
 class Operation(NamedTuple):
     """What is published about a route, besides what follows from its method, path and fields.
 
-    Clients call it `name`. `answers` has what the body holds (see schema_of), by status; None for
-    no body. `fields` are those of the request's body; `errors` and `parameters` are additional.
+    `name` is its operationId. `answers` has what the body holds (see schema_of) for each status, or
+    None for no body. `fields` are those of the request's body; `errors` and `parameters` are
+    additional.
     """
 
     name: str
@@ -66,7 +67,7 @@ def without_empty(members: dict) -> dict:
 def resource(fields: Mapping[str, Any], optional: Collection[str] = ()) -> dict:
     """Return the schema of an object: each of its `fields` is a Field, or a schema already.
 
-    It may get more members one day, and clients should ignore those.
+    Members may be added later: clients should ignore those that they do not know.
     """
     properties = {name: field.schema() if isinstance(field, Integer | Text) else field
                   for name, field in fields.items()}
@@ -99,7 +100,7 @@ OWN_SCHEMAS = {"Problem": PROBLEM, "Health": HEALTH}
 # --- parameters and headers
 
 def parameter(place: str, name: str, schema: dict, description: str) -> dict:
-    """Return a parameter in this place: "path", "query" or "header". Arrays have commas."""
+    """Return a parameter in this place: "path", "query" or "header". Arrays are comma-separated."""
     form = {"style": "form", "explode": False} if schema["type"] == "array" else {}
     return {"name": name, "in": place, "required": place == "path", "schema": schema, **form,
             "description": description}
@@ -111,8 +112,8 @@ PAGING = [
     parameter("query", "after", AFTER.schema(), "only rows with a greater id: see Link"),
     parameter("query", "ids", {**schema_of([ID.schema()]), "minItems": 1, "maxItems": MAX_PAGE},
               "only rows with these ids")]
-IF_MATCH = parameter("header", "If-Match", STRING, "an ETag: else the item has changed (412)")
-IF_NONE_MATCH = parameter("header", "If-None-Match", STRING, "an ETag: if it is the same, get 304")
+IF_MATCH = parameter("header", "If-Match", STRING, "an ETag; 412 if the item has changed")
+IF_NONE_MATCH = parameter("header", "If-None-Match", STRING, "an ETag; 304 if it is the same")
 HEADERS = {
     "ETag": {"schema": STRING, "description": "a fingerprint of the content", "required": True},
     "Location": {"schema": STRING, "description": "the path of the item", "required": True},
@@ -131,7 +132,7 @@ OWN_OPERATIONS = {  # of every process
     "GET /traces": Operation("getTraces", {200: schema_of([OBJECT])}, errors=[403],
                              summary="The spans of recent requests, as Zipkin reads them"),
 }
-ERROR = Operation("", {})  # answers what all operations answer with the status of an error
+ERROR = Operation("", {})  # stands for any operation that answers with an error
 
 
 def make_document(title: str, tag: str, routes: Mapping[str, Collection[str]],

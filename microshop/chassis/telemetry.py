@@ -59,7 +59,7 @@ class Telemetry:
         self._rejections: Counter[tuple[str, str]] = Counter()  # by upstream and reason
 
     def digest_overdue(self) -> None:
-        """Do what the log's thread does not do while it is stuck, because nothing reads the log."""
+        """Call digest() if the log's thread does not, because nothing reads the log."""
         if len(self._waiting) > MAX_WAITING:
             self.digest()
 
@@ -91,7 +91,7 @@ class Telemetry:
     def _keep(self, span: Span) -> None:
         if span.trace.flags & SAMPLED:
             self._last.append(span)
-        # An outside client must not be able to hide these by the flag.
+        # A client must not be able to hide these by clearing the sampled flag.
         if span.error:
             self._failed.append(span)
         if span.trace.notes:
@@ -162,8 +162,9 @@ def service_families(service: Any) -> list[Family]:
     labels = {"service": service.name, "pid": str(os.getpid())}
     upstreams = list(service.upstreams.values())
     return [
-        Family("microshop_process_info", "gauge", "Which process this is.", [("", labels, 1)]),
-        counter("microshop_process_restarts_total", "Earlier processes in this one's place.",
+        Family("microshop_process_info", "gauge", "Always 1; the labels name the process.",
+               [("", labels, 1)]),
+        counter("microshop_process_restarts_total", "How often this process was restarted.",
                 service.restarts),
         gauge("microshop_draining", "1 while the process finishes its last requests.",
               int(service.draining)),
@@ -208,14 +209,14 @@ def upstream_families(upstreams: Sequence[Upstream]) -> list[Family]:
                 lambda one: one.bulkhead.count),
         of_each("microshop_retry_budget_used", "Retries made in the last 10 s.",
                 lambda one: one.retry_budget()[0]),
-        of_each("microshop_retry_budget_limit", "Retries that any 10 s may have.",
+        of_each("microshop_retry_budget_limit", "Retries allowed in 10 s.",
                 lambda one: one.retry_budget()[1]),
         Family("microshop_breaker_state", "gauge", "1 for the present state, 0 for the others.", [
             ("", {**labels, "state": state}, int(breaker.state == state))
             for labels, breaker in breakers for state in CircuitBreaker.STATES]),
         Family("microshop_breaker_open_seconds", "gauge", "Seconds until a probe may pass.", [
             ("", labels, breaker.remaining()) for labels, breaker in breakers]),
-        Family("microshop_breaker_changes_total", "counter", "Changes into a state.", [
+        Family("microshop_breaker_changes_total", "counter", "Changes to each state.", [
             ("", {**labels, "state": state}, breaker.changes[state])
             for labels, breaker in breakers for state in CircuitBreaker.STATES]),
     ]

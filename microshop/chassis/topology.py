@@ -56,14 +56,16 @@ def draw_calls(node: Node, name: str) -> dict:
 
 
 def draw_edge(node: Node, source: str, target: str, metric: str, **labels: str) -> dict:
-    count, buckets = [
+    count, seconds, buckets = [
         [sample for sample in node.rates.select(f"{metric}_{part}", **labels)
-         if sample.labels.get("http_route") not in HEALTH_ROUTES] for part in ("count", "bucket")]
+         if sample.labels.get("http_route") not in HEALTH_ROUTES]
+        for part in ("count", "sum", "bucket")]
     tried = sum(sample.value for sample in count)
+    mean = sum(sample.value for sample in seconds) / tried if tried else 0.0
     failed = sum(sample.value for sample in count if is_failure(sample.labels))
     return {"from": source, "to": target, "asked": tried, "tried": tried,
             "errors": failed / tried if tried else 0.0,
-            "p50": quantile(0.5, buckets), "p99": quantile(0.99, buckets)}
+            "p50": quantile(0.5, buckets, mean), "p99": quantile(0.99, buckets, mean)}
 
 
 def is_failure(labels: Mapping[str, str]) -> bool:

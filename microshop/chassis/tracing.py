@@ -25,7 +25,7 @@ MAX_STATE = 512        # characters of a tracestate; longer ones need not be pas
 KNOWN_FLAGS = 0b11     # sampled, and random (level 2); others must not be passed on
 SAMPLED = 0b01         # the caller wants the trace to be kept
 NO_TAGS: Mapping[str, str] = {}
-# A version later than 00 may have more fields after these four; ff is no version.
+# A version later than 00 may have more fields after these four; ff is not a valid version.
 TRACEPARENT = re.compile(
     "(?!ff|00.{54})[0-9a-f]{2}-"
     "(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
@@ -36,7 +36,7 @@ def make_span_id() -> str:
 
 
 class Trace:
-    """The place in a trace of what this process does for one request, or for one task.
+    """This process's position in a trace, while it works on one request or one task.
 
     `span_id` is the id of this work, `parent_id` that of the span it is part of, "" if the trace
     begins here. An invalid traceparent begins a new trace.
@@ -73,7 +73,7 @@ class Trace:
             self.timings.append(text)
 
     def tag(self, name: str, value: str) -> None:
-        """Add a tag to every span of this work, by which a person may find it."""
+        """Add a tag to every span of this work, so that people can search for it."""
         self.tags = {**self.tags, name: value}
 
     def note(self, text: str) -> None:
@@ -158,7 +158,7 @@ KINDS = {ServerSpan: "SERVER", ClientSpan: "CLIENT", TaskSpan: ""}  # in Zipkin'
 def format_span(span: Span, service: str, pid: str) -> dict:
     """Return a span of a process in Zipkin's format (version 2 of its JSON), for JSON."""
     trace = span.trace
-    is_part = isinstance(span, ClientSpan)  # of the work; the other kinds are the whole of it
+    is_part = isinstance(span, ClientSpan)  # of this process's work; the others are all of it
     tags = {**trace.tags, **span.tags(), "error": span.error,
             "request.id": trace.request_id, "pid": pid}
     formatted = {

@@ -176,7 +176,7 @@ class HelpTest(ConfigTest):
                 self.read("--help")
         self.assertEqual(0, caught.exception.code, "the exit status of --help")
         self.assertIn("(default: 3000)", printed.getvalue())
-        self.assertIn("MICROSHOP_DATA", printed.getvalue())
+        self.assertIn("--port as MICROSHOP_PORT", printed.getvalue())
 
 
 if __name__ == "__main__":

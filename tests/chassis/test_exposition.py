@@ -66,22 +66,26 @@ class QuantileTest(unittest.TestCase):
         spread = buckets(le_1=0, le_2=10, le_4=20, le_inf=20)
         for share, expected in ((0.25, 1.5), (0.5, 2.0), (0.75, 3.0), (0.99, 3.96), (1.0, 4.0)):
             with self.subTest(share):
-                self.assertAlmostEqual(quantile(share, spread), expected)
+                self.assertAlmostEqual(quantile(share, spread, mean=9), expected)
 
     def test_the_first_bucket_begins_at_zero(self):
-        self.assertAlmostEqual(quantile(0.5, buckets(le_0_5=4, le_1=4, le_inf=4)), 0.25)
+        self.assertAlmostEqual(quantile(0.5, buckets(le_0_5=8, le_1=9, le_inf=9), mean=9), 0.28125)
+
+    def test_if_all_are_in_one_bucket_their_mean_says_more_than_its_bounds(self):
+        for share in (0.5, 0.99):
+            self.assertEqual(quantile(share, buckets(le_2=0, le_5=0.5, le_inf=0.5), mean=4.9), 4.9)
 
     def test_beyond_the_last_bound_that_bound_is_all_that_is_known(self):
-        self.assertEqual(quantile(0.99, buckets(le_1=1, le_10=1, le_inf=100)), 10.0)
+        self.assertEqual(quantile(0.99, buckets(le_1=1, le_10=1, le_inf=100), mean=9), 10.0)
 
     def test_the_series_of_several_statuses_are_added_up(self):
         self.assertAlmostEqual(
             quantile(0.5, buckets(le_1=10, le_2=10, le_inf=10)
-                     + buckets(le_1=0, le_2=10, le_inf=10)), 1.0)
+                     + buckets(le_1=0, le_2=10, le_inf=10), mean=9), 1.0)
 
     def test_without_observations_there_is_none(self):
         for empty in ([], buckets(le_1=0, le_inf=0)):
-            self.assertIsNone(quantile(0.5, empty))
+            self.assertIsNone(quantile(0.5, empty, mean=0))
 
 
 if __name__ == "__main__":

@@ -75,6 +75,13 @@ class EdgeTest(TopologyTest):
         self.assertEqual(edge, {"from": "client", "to": "gateway", "asked": 10.0, "tried": 10.0,
                                 "errors": 0.2})
 
+    def test_calls_that_all_took_about_as_long_have_their_mean_as_p50_and_p99(self):
+        labels = 'http_route="/users/*",http_response_status_code="504"'
+        self.hear()
+        self.hear(*histogram(SERVER, labels, le_2_5=0, le_5=5),
+                  f"{SERVER}_sum{{{labels}}} 24.5")
+        self.assertEqual((self.edge()["p50"], self.edge()["p99"]), (4.9, 4.9))
+
     def test_errors_of_clients_and_clients_that_went_away_are_no_errors_of_the_shop(self):
         lines = [histogram(SERVER, f'http_response_status_code="{status}",error_type="x"', le_1=10)
                  for status in (404, 499)]
