@@ -64,13 +64,19 @@ def moves_in(span: Span) -> Iterator[dict]:
 
 
 def summarize(spans: list[Span]) -> dict:
-    """Return what the lists show of a trace. Its root is the first span without a known parent."""
+    """Return what the lists show of a trace. Its root is the first span without a known parent.
+
+    A root ends last; until then another span is taken for it, and the trace is not whole. The
+    gateway's answer is a root even if it has a parent: that is a span of the client's.
+    """
     known = {span["id"] for span in spans}
     root = next((span for span in spans if span.get("parentId") not in known), spans[0])
     tags = root["tags"]
+    is_entry = root.get("kind") == "SERVER" and root["localEndpoint"]["serviceName"] == "gateway"
     services = dict.fromkeys(span["localEndpoint"]["serviceName"] for span in spans)
     return {"id": root["traceId"], "name": root["name"], "path": tags.get("http.path", ""),
             "at": root["timestamp"] / 1e6, "duration": root["duration"] / 1e6,
+            "whole": is_entry or "parentId" not in root,
             "status": tags.get("http.status_code", ""), "error": tags.get("error", ""),
             "tries": sum(span["tags"].get("try", "1") != "1" for span in spans),
             "services": list(services), "request": tags.get("request.id", ""),

@@ -15,8 +15,9 @@ from tests.helpers import NOBODY, PATIENCE, ask, exchange, running, together, wa
 from tests.test_run_all import Shop
 
 NUMBER = (int, float)
-SUMMARY = {"id": str, "name": str, "path": str, "at": float, "duration": float, "status": str,
-           "error": str, "tries": int, "services": [str], "request": str, "orders": [str]}
+SUMMARY = {"id": str, "name": str, "path": str, "at": float, "duration": float, "whole": bool,
+           "status": str, "error": str, "tries": int, "services": [str], "request": str,
+           "orders": [str]}
 PICTURE = {  # what live.html relies on; a list has one example
     "at": float,
     "nodes": [{"name": str, "url": str, "state": str, "processes": [
@@ -89,12 +90,23 @@ class SummaryTest(unittest.TestCase):
                  tags={"order": "203"})]
         self.assertEqual(summarize(spans), {
             "id": f"{7:032x}", "name": "post /orders/*", "path": "/orders", "at": 1000.0,
-            "duration": 0.005, "status": "201", "error": "", "tries": 1,
+            "duration": 0.005, "whole": True, "status": "201", "error": "", "tries": 1,
             "services": ["gateway", "orders"], "request": "abc", "orders": ["203"]})
 
     def test_the_root_is_a_span_without_a_known_parent_even_if_its_child_begins_earlier(self):
         summary = summarize([span(7, 2, parent=1, at=999.9), span(7, 1, parent=99, name="root")])
         self.assertEqual(summary["name"], "root")
+
+    def test_a_trace_is_not_whole_while_the_span_that_is_taken_for_its_root_has_a_parent(self):
+        users = {"localEndpoint": {"serviceName": "users"}}
+        for what, spans, whole in [
+                ("work that nothing called", [span(7, 1, kind="", **users)], True),
+                ("an answer of the gateway to a client with a span", [span(7, 1, parent=99)], True),
+                ("an answer of users alone", [span(7, 3, parent=2, **users)], False),
+                ("a call of the gateway, and what it asked for",
+                 [span(7, 2, parent=1, kind="CLIENT"), span(7, 3, parent=2, **users)], False)]:
+            with self.subTest(what):
+                self.assertIs(summarize(spans)["whole"], whole, f"{what}: is the trace whole?")
 
     def test_spans_that_are_each_others_parents_are_summed_up_all_the_same(self):
         self.assertEqual(summarize([span(7, 1, parent=2), span(7, 2, parent=1)])["id"], f"{7:032x}")

@@ -59,7 +59,7 @@ def make_picture() -> dict[str, Any]:
 
 def summary(number: int, path: str, **changes: Any) -> dict[str, Any]:
     return {"id": f"{number:032x}", "name": "get", "path": path, "at": time.time(),
-            "duration": 0.0013, "status": "200", "error": "", "tries": 0,
+            "duration": 0.0013, "whole": True, "status": "200", "error": "", "tries": 0,
             "services": ["gateway"], "request": f"request-{number}", "orders": [], **changes}
 
 
@@ -139,7 +139,8 @@ class StubHandler(BaseHTTPRequestHandler):
         elif parts.path == "/trace" and query["id"] in self.server.traces:
             self.answer_json({"id": query["id"], "spans": self.server.traces[query["id"]]})
         elif parts.path == "/search":
-            self.answer_json({"traces": self.server.found.get(query["q"], [])})
+            known = [summary(0, "", id=query["q"])] if query["q"] in self.server.traces else []
+            self.answer_json({"traces": self.server.found.get(query["q"], known)})
         else:
             self.answer(404, b'{"status":404}', "application/problem+json")
 
@@ -264,7 +265,8 @@ class ShownTest(PageTestCase):
             page.shows("#no-move", "http://127.0.0.1:8765/orders")
             page.shows("#no-event", "kill -9 4001")
             page.shows("#findings", "all processes are up; no requests now")
-            page.shows("[data-edge=gateway-users]", "no calls")
+            labels = "[...document.querySelectorAll('.edge')].map(one => one.textContent).join('')"
+            self.assertEqual(page.evaluate(labels), "", "arrows have no labels without calls")
 
     def test_a_request_appears_as_a_row_and_in_the_figures_of_the_edges(self):
         self.live.picture["traces"]["last"] = [summary(1, "/users/1")]
@@ -295,8 +297,8 @@ class ShownTest(PageTestCase):
         self.live.edge("gateway", "orders", asked=1.0, tried=1.0, p50=2.0, p99=2.5)
         self.live.edge("orders", "products", asked=1.0, tried=1.0, p50=2.0, p99=2.4)
         with self.opened() as page:
-            page.shows("#findings", "▲ products is slow: p50 is 2.0 s")
-            self.assertNotIn("orders is slow", page.text("#findings"))
+            page.shows("#findings", "▲ products slow in the last 10 s: p50 2.0 s")
+            self.assertNotIn("orders slow", page.text("#findings"))
             page.shows("[data-edge=orders-products]", "▲ p99 2.4 s")
 
     def test_an_open_breaker_makes_its_edge_dashed_and_says_how_long(self):
@@ -314,10 +316,19 @@ class ShownTest(PageTestCase):
                 page.evaluate(f"{dashes.format('gateway-orders')}.strokeDasharray"), "none",
                 "the edge of a closed breaker must not be dashed")
 
-    def test_retries_show_as_more_tries_than_calls(self):
+    def test_a_half_open_breaker_says_that_the_next_request_tests_the_service(self):
+        self.live.open_breaker("gateway", "users")
+        for upstream in self.live.picture["upstreams"]:
+            if upstream["to"] == "products":
+                upstream["instances"][0].update(state="half-open")
+        with self.opened() as page:
+            page.shows("#findings", "✕ breaker to users: open in gateway")
+            page.shows("#findings", "◐ breaker half-open: next request tests products")
+
+    def test_retries_show_as_more_requests_sent_than_calls_asked_for(self):
         self.live.edge("gateway", "products", asked=10.0, tried=12.5, errors=0.2, p50=0, p99=0)
         with self.opened() as page:
-            page.shows("[data-edge=gateway-products] .warn", "↻ tried 13/s")
+            page.shows("[data-edge=gateway-products] .warn", "↻ sent 13/s")
             page.shows("[data-edge=gateway-products]", "✕ 20% errors")
 
     def test_the_saga_has_counts_on_boxes_and_arrows_and_its_last_moves(self):
@@ -333,6 +344,37 @@ class ShownTest(PageTestCase):
             page.shows("[data-move=new-pending]", "12")
             page.shows("#move-list", "order 203")
             page.shows("#move-list", "pending → confirmed")
+
+    def test_an_order_that_moved_is_not_denied_while_no_trace_tells_of_its_move(self):
+        for saga in ({"boxes": {"pending": 1, "rejected": 0, "cancelling": 0}, "arrows": []},
+                     {"boxes": {"pending": 0, "rejected": 0, "cancelling": 0},
+                      "arrows": [{"from": "new", "to": "pending", "count": 1}]}):
+            self.live.picture["saga"] = {**saga, "last": []}
+            with self.subTest(saga), self.opened() as page:
+                page.shows("#no-move", "A move is listed here when its request has finished.")
+                self.assertNotIn("No order has moved", page.text("#saga"))
+
+    def test_a_part_of_a_request_is_marked_until_the_request_has_finished(self):
+        part = summary(1, "/users/1", whole=False)
+        self.live.picture["traces"]["last"] = [part]
+        with self.opened() as page:
+            page.evaluate(FAST)
+            page.shows("#trace-list", "… not finished")
+            self.live.picture["traces"]["last"] = [{**part, "whole": True}]
+            page.wait_until("!document.querySelector('#trace-list').textContent"
+                            ".includes('not finished')", "that the request has finished")
+
+    def test_the_signs_of_events_do_not_look_like_slow_requests(self):
+        now = time.time()
+        self.live.picture["events"] = [
+            {"at": now, "node": "users", "kind": "died", "text": "users died"}]
+        self.live.picture["traces"]["last"] = [summary(1, "/users/1", at=now, duration=99.0)]
+        with self.opened() as page:
+            page.shows("#line .mark", "✕")
+            bottom, top = page.evaluate(
+                "[['.mark text', 'bottom'], ['.dots', 'top']].map(([what, edge]) =>"
+                " document.querySelector('#line ' + what).getBoundingClientRect()[edge])")
+            self.assertLess(bottom, top, "an event must be above a request of 10 s, not beside it")
 
     def test_events_and_traces_show_times_in_the_same_format(self):
         at = 1_700_000_000.0
@@ -441,19 +483,37 @@ class DetailsTest(PageTestCase):
         with self.opened("#request=request-7") as page:
             self.assert_waterfall(page)
 
-    def test_what_is_not_known_is_said_so(self):
-        for address in ("#trace=00", "#order=999", "#request=%3Cb%3E"):
-            with self.subTest(address), self.browser_page(address) as page:
-                page.shows("dialog[open]", "Nothing is known of it.")
+    def test_what_is_not_known_is_said_so_and_asked_for_without_an_error_in_the_console(self):
+        for address, what in {"#trace=00": "00", "#order=999": "of order 999",
+                              "#request=%3Cb%3E": "of request <b>"}.items():
+            with self.subTest(address), self.opened(address) as page:
+                page.shows("dialog[open]", f"There is no trace {what}.")
 
-    @contextlib.contextmanager
-    def browser_page(self, address: str) -> Iterator[Page]:
-        """Open the page where the browser may complain about a 404."""
-        page = self.browser.open(self.live.url + address)
-        try:
-            yield page
-        finally:
-            page.close()
+    def test_a_trace_stays_on_the_screen_when_the_shop_has_forgotten_it(self):
+        with self.opened(f"#trace={self.trace['id']}") as page:
+            self.assert_waterfall(page)
+            page.evaluate(FAST)
+            self.live.found = {self.trace["id"]: []}
+            before = self.live.asked
+            wait_until(lambda: self.live.asked > before + 2, "the page to go on asking")
+            self.assert_waterfall(page)
+
+    def test_the_sum_says_where_the_time_went_between_services_and_that_parallel_calls_count(self):
+        spans = [span(1, 0, "SERVER", "gateway", 0, 100_000)]
+        for call in (2, 4):
+            spans += [span(call, 1, "CLIENT", "gateway", 0, 100_000, http_path=f"/{call}",
+                           server="http://127.0.0.1:3003", **{"try": "1"}),
+                      span(call + 1, call, "SERVER", "orders", 60_000, 100_000)]
+        rejected = span(9, 1, "CLIENT", "gateway", 0, 50_000, http_path="/c", error="bulkhead")
+        self.live.traces = {self.trace["id"]: spans[:3]}
+        with self.opened(f"#trace={self.trace['id']}") as page:
+            page.evaluate(FAST)
+            page.shows(".legend", "between gateway and orders (network or queue) 60 ms (60%)")
+            self.assertNotIn("parallel", page.text("dialog"), "there is one call")
+            self.live.traces = {self.trace["id"]: [*spans, rejected]}
+            page.shows(".legend", "call to orders rejected 50 ms")
+            page.shows("dialog h3", "Where the time was spent (calls in parallel count each)")
+            page.shows("dialog p", "No call was retried.")
 
     def test_all_of_it_can_be_used_with_the_keyboard(self):
         with self.opened() as page:
