@@ -250,9 +250,10 @@ class GuardedHandler(Handler):
 
         Traces show what others have asked for.
         """
-        if not (is_local(self.client_address[0], self.headers) or self.has_token()):
-            raise Forbidden("only clients on this machine that use no proxy, or that send the "
-                            "shop's token, may see metrics and traces")
+        own = self.connection.getsockname()[0]
+        if not (is_local(self.client_address[0], own, self.headers) or self.has_token()):
+            raise Forbidden("metrics and traces are for clients on this machine that ask localhost "
+                            "without a proxy, and for those that send the shop's token")
         super().check_observer()
 
     def has_token(self) -> bool:

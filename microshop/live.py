@@ -10,17 +10,20 @@ Read from top to bottom: the picture, the page, the routes, the process.
 Law: the services are known here by name only; all else is what they answer.
 """
 import base64
+import contextlib
 import hashlib
+import ipaddress
 import re
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
 from microshop import GATEWAY_PORT, LIVE_PORT, SERVICES
 from microshop.chassis import config
+from microshop.chassis.admission import OWN_NAMES, host_name
 from microshop.chassis.answer import NO_STORE, Answer
 from microshop.chassis.content import parse_query
 from microshop.chassis.errors import Forbidden, NotFound, excerpt
@@ -37,7 +40,6 @@ MAX_LISTED = 30       # traces in a list
 MAX_MOVES = 20        # changes of an order's status
 
 PAGE = Path(__file__).with_name("live.html")
-OWN_HOST = re.compile(r"(?:localhost|127\.0\.0\.1|\[::1\])(?::[0-9]{0,5})?", re.I)
 INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.S)  # the page has one of each
 SAFE = [NO_STORE, ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
         ("Cross-Origin-Resource-Policy", "same-origin")]
@@ -63,10 +65,18 @@ def moves_in(span: Span) -> Iterator[dict]:
                    "from": before, "to": after, "trace": span["traceId"]}
 
 
-def summarize(spans: list[Span]) -> dict:
-    """Return what the lists show of a trace. Its root is the first span without a known parent.
+def requests_in(trace: list[Span]) -> Iterable[list[Span]]:
+    """Return the spans of each request in a trace: a client may send several with one trace id."""
+    requests: dict[str, list[Span]] = {}
+    for span in trace:
+        requests.setdefault(span["tags"].get("request.id", ""), []).append(span)
+    return requests.values()
 
-    A root ends last; until then another span is taken for it, and the trace is not whole. The
+
+def summarize(spans: list[Span]) -> dict:
+    """Return what the lists show of a request. Its root is the first span without a known parent.
+
+    A root ends last; until then another span is taken for it, and the request is not whole. The
     gateway's answer is a root even if it has a parent: that is a span of the client's.
     """
     known = {span["id"] for span in spans}
@@ -103,7 +113,7 @@ class Observer:
         self.watch = Watch([Node(name, addresses) for name, addresses in urls.items()])
         self.picture: dict = {}
         self.traces: dict[str, list[Span]] = {}  # by their ids
-        self.summaries: list[dict] = []          # of all traces
+        self.summaries: list[dict] = []          # of all requests in them
         self._look_at = 0.0                      # of time.monotonic
         self._lock = threading.Lock()            # held by the one who looks
 
@@ -118,7 +128,8 @@ class Observer:
 
     def _draw(self, now: float) -> None:
         self.traces = self.watch.memory.traces()
-        self.summaries = [summarize(spans) for spans in self.traces.values()]
+        self.summaries = [summarize(spans) for trace in self.traces.values()
+                          for spans in requests_in(trace)]
         moves = []
         for span in chain.from_iterable(self.traces.values()):
             for move in moves_in(span):
@@ -159,7 +170,7 @@ class LiveHandler(Handler):
         A web page of another site may let its own name lead to 127.0.0.1 (DNS rebinding). To the
         browser, what is here would be part of that site, and its scripts could read it.
         """
-        if not OWN_HOST.fullmatch(self.headers.get("host", "")):
+        if host_name(self.headers.get("host", "")) not in OWN_NAMES:
             raise Forbidden("the live picture is shown only at localhost, 127.0.0.1 or [::1]")
         super().check_client()
 
@@ -196,11 +207,19 @@ class LiveHandler(Handler):
 
 # --- the process
 
+def loopback(text: str) -> str:
+    """Return an address that other machines cannot reach. Raises ValueError."""
+    with contextlib.suppress(ValueError):
+        if text == "localhost" or ipaddress.ip_address(text).is_loopback:
+            return text
+    raise ValueError(f"{text!r} is not an address of this machine alone, like 127.0.0.1")
+
+
 class Live(Service):
     name, title, port = "live", "Live picture", LIVE_PORT
     announcement = "{title} at"
     handler = LiveHandler
-    options = [config.HOST, config.TIMEOUT, config.QUIET,
+    options = [config.HOST._replace(parse=loopback), config.TIMEOUT, config.QUIET,
                *[config.service_url(name, port) for name, port in NODES.items()]]
 
     def __init__(self, settings: Namespace):

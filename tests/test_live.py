@@ -11,7 +11,8 @@ from microshop import SERVICES, live
 from microshop.chassis import watch
 from microshop.live import Live, Observer, content_security_policy, draw_traces, summarize
 from tests.chassis.told import Stage, metrics, span
-from tests.helpers import NOBODY, PATIENCE, ask, exchange, running, together, wait_until
+from tests.helpers import (
+    NOBODY, PATIENCE, ask, exchange, process, running, together, wait_until)
 from tests.test_run_all import Shop
 
 NUMBER = (int, float)
@@ -301,6 +302,16 @@ class LiveTest(unittest.TestCase):
                 self.assertEqual([int(trace["id"], 16) for trace in traces], found)
                 self.assertEqual(list(differences(traces, [SUMMARY])), [])
 
+    def test_requests_with_the_same_trace_id_are_told_apart(self):
+        self.stage.answer("http://gateway:1", metrics(1), spans=[
+            span(7, 1, at=1.0, tags={"request.id": "first", "http.status_code": "200"}),
+            span(7, 2, at=2.0, tags={"request.id": "second", "http.status_code": "504",
+                                     "error": "504"})])
+        traces = self.get("/picture").json["traces"]
+        self.assertEqual([trace["status"] for trace in traces["last"]], ["504", "200"])
+        self.assertEqual([trace["request"] for trace in traces["failed"]], ["second"])
+        self.assertEqual(len(self.get("/search?q=second").json["traces"]), 1)
+
     def test_a_hostile_path_stays_text(self):
         path = '/<img src=x onerror="alert(1)">'
         self.stage.answer("http://gateway:1", metrics(1), spans=[span(7, 1, tags={
@@ -315,6 +326,16 @@ class LiveTest(unittest.TestCase):
             picture = ask(alone.server_port, "GET", "/picture").json
         self.assertEqual([(node["state"], node["silent"]) for node in picture["nodes"]],
                          [("down", "refused")] * len(picture["nodes"]))
+
+
+class SettingsTest(unittest.TestCase):
+    def test_it_listens_only_where_no_other_machine_can_reach_it(self):
+        for host in ("0.0.0.0", "::", "192.0.2.2", "shop.example"):
+            with self.subTest(host), process("microshop.live", "--host", host) as live:
+                self.assertEqual(live.status(), 2)
+                self.assertEqual(live.lines, [
+                    f"python -m microshop.live: --host: {host!r} is not an address of this machine "
+                    "alone, like 127.0.0.1 (see --help)"])
 
 
 class RealShopTest(unittest.TestCase):

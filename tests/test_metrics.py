@@ -383,7 +383,8 @@ class AccessTest(unittest.TestCase):
     """Who may see metrics and traces at the gateway."""
 
     PROXIED = ({"X-Forwarded-For": "192.0.2.1"}, {"Forwarded": "for=192.0.2.1"},
-               {"X-Forwarded-For": ""}, {"x-forwarded-for": "127.0.0.1"})
+               {"X-Forwarded-For": ""}, {"x-forwarded-for": "127.0.0.1"},
+               {"Via": "1.1 nginx"}, {"Host": "shop.example"})
 
     def statuses(self, port: int, headers: dict[str, str]) -> set[int]:
         return {ask(port, method, target, headers).status for method in ("GET", "HEAD")

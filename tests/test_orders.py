@@ -37,6 +37,18 @@ class OrdersTest(CollectionTests, unittest.TestCase):
         self.server.database.write(
             "UPDATE orders SET status = 'rejected', reason = ? WHERE id = ?", [reason, order_id])
 
+    def test_counting_unfinished_orders_reads_no_finished_one(self):
+        queries = []
+
+        class Noting:
+            def rows(self, query):
+                queries.append(query)
+                return []
+
+        orders.count_unfinished(Noting())
+        plan = self.server.database.rows(f"EXPLAIN QUERY PLAN {queries[0]}")
+        self.assertIn("USING INDEX orders_due", plan[0]["detail"], "the plan of SQLite")
+
     def test_a_rejected_order_is_listed_only_if_its_status_is_asked_for(self):
         self.reject(201, "stock is short")
         self.assertEqual(self.get("/orders").json, self.summaries[1:])

@@ -90,6 +90,8 @@ class EveryAnswerTest(unittest.TestCase):
             first.send(b"GET /users HTTP/1.1\r\nHost: shop\r\nContent-Length: 9\r\n\r\n")
             wait_until(lambda: users.connections.count_busy() == 1, "the first request")
             self.assert_timed(ask(users.server_port, target="/users"), 503, "users")
+            wait_until(lambda: [span for span in users.telemetry.spans() if span.status == 503],
+                       "the connection that was refused to be recorded")
 
     def test_health_checks_have_it_when_no_service_answers(self):
         with running(Gateway) as gateway:

@@ -7,7 +7,7 @@ from unittest import mock
 from microshop import SERVICES
 from microshop.chassis.resilience import CircuitBreaker
 from microshop.gateway import Gateway
-from microshop.orders import Orders
+from microshop.orders import Orders, Saga, add_order
 from microshop.users import Users
 from tests.formats import parse_traceparent, parse_tracestate
 from tests.helpers import (
@@ -252,6 +252,16 @@ class BackgroundTest(unittest.TestCase):
         self.assertEqual({span["remoteEndpoint"]["serviceName"] for span in calls},
                          {"users", "products"})
         self.assertEqual({span["traceId"] for span in calls}, {resumed["traceId"]})
+
+
+    def test_work_in_the_background_that_fails_has_the_tag(self):
+        with (mock.patch.object(Saga, "advance", side_effect=RuntimeError("a bug")),
+              running(Orders) as service):
+            add_order(service.database, {**BOUGHT, "quantity": 1}, None)
+            service.database.write("UPDATE orders SET due = 0 WHERE status = 'pending'")
+            wait_until(lambda: spans_of(service.server_port), "a span of the work")
+            span = spans_of(service.server_port)[0]
+        self.assertEqual((span["name"], span["tags"].get("error")), ("resume order", "failed"))
 
 
 class KeptTest(unittest.TestCase):

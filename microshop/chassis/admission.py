@@ -5,6 +5,7 @@ gateway do the rest.
 """
 import hmac
 import ipaddress
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -12,6 +13,9 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS", "TRACE"}  # they change nothing: RFC 9110 9.2.1
+
+OWN_NAMES = {"localhost", "127.0.0.1", "::1"}  # of any machine, for itself
+ADDED_BY_PROXIES = {"forwarded", "via", "x-real-ip"}  # besides x-forwarded-for and the like
 
 
 class Rate(NamedTuple):
@@ -64,11 +68,22 @@ def client_of(address: str) -> str:
     return str(host.ipv4_mapped or ipaddress.IPv6Network((int(host) >> 64 << 64, 64)))
 
 
-def is_local(address: str, headers: Mapping[str, str]) -> bool:
-    """Return whether a client is on this machine, and no proxy has passed its request on."""
-    host = ipaddress.ip_address(address)
-    host = getattr(host, "ipv4_mapped", None) or host
-    return host.is_loopback and not {"forwarded", "x-forwarded-for"} & headers.keys()
+def host_name(host: str) -> str:
+    """Return the name in a Host header: without the port, and an IPv6 address without brackets."""
+    return re.sub(":[0-9]*$", "", host).strip("[]").lower()
+
+
+def is_local(client: str, own: str, headers: Mapping[str, str]) -> bool:
+    """Return whether a request came from this machine, not through a proxy, and for this machine.
+
+    `client` is the client's address, and `own` the one at which it has reached us. A request for
+    another name comes from a proxy, or from a web page that lets its own name lead here (DNS
+    rebinding). `headers` have lower-case names.
+    """
+    is_here = client == own or ipaddress.ip_address(client).is_loopback
+    is_proxied = any(name in ADDED_BY_PROXIES or name.startswith("x-forwarded") for name in headers)
+    return is_here and not is_proxied and (
+        host_name(headers.get("host", "localhost")) in {own, *OWN_NAMES})
 
 
 def bearer_token(authorization: str) -> str:

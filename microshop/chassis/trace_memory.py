@@ -3,14 +3,17 @@
 Law: the meaning of a tag is not known here.
 """
 from collections import OrderedDict
+from operator import itemgetter
 from typing import Any
 
 from microshop.chassis.content import parse_json
 
 MAX_SPANS = 5_000      # that are remembered; each is below 2 KiB (see telemetry.py)
-MAX_SPANS_EACH = 200   # in one trace: a client may send the same trace id with every request
+MAX_SPANS_EACH = 500   # in one trace, the last ones: a client may give all its requests one id
 
 MEMBERS = {"traceId", "id", "name", "timestamp", "duration", "localEndpoint", "tags"}  # needed
+
+STARTED = itemgetter("timestamp")
 
 Span = dict[str, Any]
 
@@ -39,13 +42,16 @@ class TraceMemory:
         for span in spans:
             trace = self._traces.setdefault(span["traceId"], {})
             self._traces.move_to_end(span["traceId"])
-            if len(trace) < MAX_SPANS_EACH:
-                trace[span["id"]] = span
+            trace[span["id"]] = span
+        for trace in self._traces.values():
+            if len(trace) > MAX_SPANS_EACH:
+                for oldest in sorted(trace.values(), key=STARTED)[:-MAX_SPANS_EACH]:
+                    del trace[oldest["id"]]
         size = sum(map(len, self._traces.values()))
         while size > MAX_SPANS:
             size -= len(self._traces.popitem(last=False)[1])
 
     def traces(self) -> dict[str, list[Span]]:
         """Return the spans of each trace by its id, in the order of their beginnings."""
-        return {trace_id: sorted(spans.values(), key=lambda span: span["timestamp"])
+        return {trace_id: sorted(spans.values(), key=STARTED)
                 for trace_id, spans in self._traces.items()}

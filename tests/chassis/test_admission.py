@@ -3,7 +3,7 @@ import sys
 import unittest
 
 from microshop.chassis.admission import (
-    Rate, RateLimit, bearer_token, client_of, is_cross_origin, is_same)
+    Rate, RateLimit, bearer_token, client_of, is_cross_origin, is_local, is_same)
 from tests.chassis.test_resilience import Clock
 
 
@@ -75,6 +75,27 @@ class BearerTest(unittest.TestCase):
     def test_a_header_without_a_bearer_token_carries_none(self):
         for shown in ("", "Bearer", "Bearer ", "Basic Og==", "s3cret"):
             self.assertEqual(bearer_token(shown), "", shown)
+
+
+class LocalTest(unittest.TestCase):
+    def test_a_request_is_local_if_it_comes_from_here_without_a_proxy_and_for_a_name_of_ours(self):
+        for expected, client, own, headers in (
+                (True, "127.0.0.1", "127.0.0.1", {"host": "localhost:3000"}),
+                (True, "127.0.0.2", "127.0.0.1", {"host": "127.0.0.1"}),
+                (True, "::1", "::1", {"host": "[::1]:3000"}),
+                (True, "::ffff:127.0.0.1", "::ffff:127.0.0.1", {"host": "LOCALHOST"}),
+                (True, "127.0.0.1", "127.0.0.1", {}),  # HTTP/1.0
+                # under run_all --host 192.0.2.2, live asks from and for that address
+                (True, "192.0.2.2", "192.0.2.2", {"host": "192.0.2.2:3000"}),
+                (False, "192.0.2.3", "192.0.2.2", {"host": "192.0.2.2:3000"}),
+                (False, "192.0.2.3", "192.0.2.2", {"host": "localhost"}),
+                (False, "127.0.0.1", "127.0.0.1", {"host": "shop.example"}),
+                (False, "127.0.0.1", "127.0.0.1", {"host": "127.0.0.1.evil.example:3000"}),
+                *[(False, "127.0.0.1", "127.0.0.1", {"host": "localhost", name: "x"})
+                  for name in ("x-forwarded-for", "forwarded", "via", "x-real-ip",
+                               "x-forwarded-host", "x-forwarded-proto")]):
+            with self.subTest(client=client, own=own, headers=headers):
+                self.assertIs(is_local(client, own, headers), expected)
 
 
 class CrossOriginTest(unittest.TestCase):

@@ -197,6 +197,8 @@ class RetryTest(ClientTest):
         breaker = users.instances[0].breaker
         with mock.patch.object(self.time, "sleep", lambda _: open_breaker(breaker)):
             self.assertRaises(Broken, self.call, users, "PUT")
+        self.assertEqual([(span.attempt, span.failure) for span in self.spans],
+                         [(1, "broken"), (2, "breaker")], "tries that were recorded")
 
 
 class LoadBalancingTest(ClientTest):

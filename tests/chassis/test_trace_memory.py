@@ -46,6 +46,13 @@ class TraceMemoryTest(unittest.TestCase):
             self.memory.note([span(2, number) for number in range(first + 1, first + 501)])
         self.assertEqual(self.counts(), [1, module.MAX_SPANS_EACH])
 
+    def test_of_a_trace_with_many_spans_the_last_are_remembered(self):
+        with mock.patch.object(module, "MAX_SPANS_EACH", 2):
+            self.memory.note([span(1, 1, at=1001.0), span(1, 2, at=1003.0)])
+            self.memory.note([span(1, 1, at=1001.0), span(1, 3, at=1002.0)])
+        [spans] = self.memory.traces().values()
+        self.assertEqual([one["id"][-1] for one in spans], ["3", "2"])
+
 
 class ParseTest(unittest.TestCase):
     def test_spans_are_taken_as_they_were_answered(self):
