@@ -55,6 +55,8 @@ class Instance:
 
     def __init__(self, base_url: str, clock: Clock):
         self.base_url = base_url
+        # Without origin_req_host, which only cookies need, urllib would take time to find it out.
+        self.request = Request(base_url, origin_req_host="")
         self.breaker = CircuitBreaker(clock)
         self.in_flight = 0
         self.last_choice = 0  # Upstream.choices when it was last chosen
@@ -108,8 +110,9 @@ class Upstream:
         circuit breaker is open.
         """
         with self._lock:
-            self._probe_ended.wait_for(
-                lambda: self.admits() or self.is_open(), min(wait, BULKHEAD_TIME))
+            if not self.admits():
+                self._probe_ended.wait_for(
+                    lambda: self.admits() or self.is_open(), min(wait, BULKHEAD_TIME))
             candidates = [one for one in self.instances if one.breaker.admits()]
             if not candidates:
                 raise self._breaker_is_open()
@@ -356,11 +359,9 @@ def find_pause(call: Call) -> float | None:
 
 def make_request(call: Call, instance: Instance, left: float, span_id: str) -> Request:
     """Return the request of a try for urllib. X-Request-Timeout says how many seconds are left."""
-    request = Request(instance.base_url + call.target, call.body, method=call.method,
-                      origin_req_host="")  # needed for cookies only, and slow to find out
-    # Set at once: add_header() would change the names to "X-request-id" and the like, one by one.
-    request.headers = {**call.headers, **call.trace.headers(span_id),
-                       "x-request-timeout": f"{max(left, 0):.3f}"}
+    headers = {**call.headers, **call.trace.headers(span_id),
+               "x-request-timeout": f"{max(left, 0):.3f}"}
+    request = instance.request.to(call.method, call.target, headers, call.body)
     request.deadline = call.deadline
     request.is_retry = bool(call.tried)
     return request

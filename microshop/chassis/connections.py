@@ -58,6 +58,15 @@ class Request(urllib.request.Request):
     is_reuse = False     # whether it was sent on a connection that had been kept
     is_sent = False      # whether the service may have received any of it
 
+    def to(self, method: str, target: str, headers: dict[str, str],
+           body: bytes | None) -> "Request":
+        """Return a request to the same server. It is copied: urllib would parse the URL again."""
+        request = Request.__new__(Request)
+        vars(request).update(vars(self))
+        request.method, request.selector, request.headers = method, target, headers
+        request.data = body  # type: ignore[assignment]
+        return request
+
 
 class KeepAliveHandler(urllib.request.BaseHandler):
     """Open http: URLs as urllib's HTTPHandler does, but keep connections for later requests."""

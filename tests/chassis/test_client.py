@@ -496,7 +496,8 @@ class DeadlineTest(ClientTest):
             self.time.now += 0.4
             return candidates()
 
-        with mock.patch.object(users._probe_ended, "wait_for", wait_for_probe):
+        with (mock.patch.object(users, "admits", side_effect=[False, True]),
+              mock.patch.object(users._probe_ended, "wait_for", wait_for_probe)):
             self.call(users, deadline=self.time.now + 2)
         self.assertEqual(self.left(stub), [1.6])
 
