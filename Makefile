@@ -9,7 +9,7 @@ endif
 
 help:
 	@echo 'make run         start the shop at http://localhost:3000 (Ctrl-C stops it)'
-	@echo 'make test        run all tests (about a minute)'
+	@echo 'make test        run all tests (one to two minutes)'
 	@echo 'make test-all    run them with every Python from 3.11 on that is found here'
 	@echo 'make lint        check the style, and the types if mypy is installed'
 	@echo 'make conformance check metrics, traces and API with other tools (two minutes)'
