@@ -1,4 +1,5 @@
 """The live picture: what it shows of stubs and of a real shop, and who may see it."""
+import contextlib
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ from microshop.live import Live, Observer, content_security_policy, draw_traces,
 from tests.chassis.told import Stage, metrics, span
 from tests.helpers import (
     NOBODY, PATIENCE, ask, exchange, process, running, together, wait_until)
-from tests.test_run_all import Shop
+from tests.test_run_all import Shop, port_of
 
 NUMBER = (int, float)
 SUMMARY = {"id": str, "name": str, "path": str, "at": float, "duration": float, "whole": bool,
@@ -425,14 +426,12 @@ class RealShopTest(unittest.TestCase):
                 {"server": f"http://127.0.0.1:{port}", "state": "closed", "seconds": 0.0}])
 
     def test_looking_is_no_traffic(self):
-        def total():
-            text = ask(self.shop.first, "GET", "/metrics").body.decode()
-            return sum(float(count) for count in re.findall(
-                r"(?m)^http_server_request_duration_seconds_count\S* (\S+)$", text))
-
-        before, first = total(), self.picture()["at"]
+        first = self.picture()["at"]
         self.wait_for(lambda picture: picture["at"] > first, "another picture")
-        self.assertEqual(total(), before)
+        for name in ("gateway", *SERVICES):
+            text = ask(port_of(name, self.shop.first), "GET", "/metrics").body.decode()
+            self.assertNotRegex(text, 'http_route="/(metrics|traces)"', f"requests that {name} "
+                                "counts: those of live must not be among them")
 
     def test_a_service_that_is_killed_is_shown_as_started_again(self):
         self.picture()
@@ -457,8 +456,8 @@ class RealShopTest(unittest.TestCase):
             node = self.wait_for(lambda picture: picture["nodes"][2]["state"] == "down"
                                  and picture["nodes"][2], "products to be down")
             self.assertEqual(node["silent"], "no answer in time")
-            for _ in range(5):
-                self.assertIn(ask(self.shop.first, "GET", "/products").status, (503, 504))
+            answers = together(*[lambda: ask(self.shop.first, "GET", "/products")] * 5)
+            self.assertLessEqual({answer.status for answer in answers}, {503, 504})
             [instance] = self.wait_for(
                 lambda picture: [one for upstream in picture["upstreams"]
                                  for one in upstream["instances"]
@@ -469,7 +468,8 @@ class RealShopTest(unittest.TestCase):
             self.assertIn(failed[0]["error"], ("503", "504"))
             self.assertEqual(failed[0]["path"], "/products")
         finally:
-            os.kill(products, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):  # it was replaced after 10 s without a
+                os.kill(products, signal.SIGCONT)          # heartbeat, if this machine is slow
         self.wait_for(self.events("died", "products"), "the event that products fell silent")
         self.wait_for(self.events("up", "products"), "the event that products answers again")
         breaker = self.wait_for(self.events("breaker", "gateway"), "the events of the breaker")
