@@ -562,7 +562,6 @@ def unprivileged(folder):
     """Take away the right to write in a folder, from the superuser too."""
     for path in (folder, *folder.iterdir()):
         path.chmod(0o555)
-    folder.parent.chmod(0o755)
     is_root = os.geteuid() == 0
     if is_root:
         os.seteuid(65534)
