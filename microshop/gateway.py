@@ -24,7 +24,7 @@ from microshop.chassis.client import Client, Reply, Upstream
 from microshop.chassis.content import PAGE, encode, parse_query
 from microshop.chassis.errors import (
     BadGateway, BadRequest, Forbidden, TooManyRequests, Unauthorized, UpstreamError, excerpt)
-from microshop.chassis.handler import Handler
+from microshop.chassis.handler import HEALTH_PATHS, Handler
 from microshop.chassis.openapi import OBJECT, STRING, Operation, resource, schema_of
 from microshop.chassis.server import Service
 from microshop.chassis.tracing import Trace
@@ -34,7 +34,7 @@ IDEMPOTENT_RECEIVERS = {"orders"}  # services that honor an Idempotency-Key
 EXPANSIONS = {"orders": {"user": "users", "product": "products"}}
 HEALTH_TIME = 0.2  # seconds for the services to answer: health checks often wait 1 s in all
 # Paths that do not count for the rate: a monitor must not be refused.
-MONITORED_PATHS = {"/health", "/health/live", "/metrics", "/traces"}
+MONITORED_PATHS = HEALTH_PATHS | {"/metrics", "/traces"}
 
 # Headers about one connection, not the message, are not forwarded (RFC 9110 7.6.1).
 HOP_BY_HOP = {

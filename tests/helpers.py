@@ -358,7 +358,7 @@ class Process:
 
     def port(self, title: str) -> int:
         """Wait for a process to listen, and return its port."""
-        return int(self.wait_for(rf"{title} listening at http://\S+:(\d+)$")[1])
+        return int(self.wait_for(rf"{title}(?: listening)? at http://\S+:(\d+)$")[1])
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal and return the exit status."""

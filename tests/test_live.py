@@ -347,7 +347,7 @@ class RealShopTest(unittest.TestCase):
         cls.shop = Shop("--fresh", "--timeout", "1")
         cls.addClassCleanup(cls.shop.kill)
         cls.shop.wait_until_ready()
-        cls.live = int(cls.shop.wait_for(r"^live +\| Live picture at http://localhost:(\d+)$")[1])
+        cls.live = cls.shop.port(r"^live +\| Live picture")
 
     def picture(self):
         answer = ask(self.live, "GET", "/picture")

@@ -117,7 +117,7 @@ class NewServiceTest(unittest.TestCase):
                 every_service_is_ok = dict.fromkeys([*SERVICES, NAME], "ok")
                 wait_until(lambda: ask(gateway, "GET", "/health").json["services"]
                            == every_service_is_ok, "the gateway to find all four healthy")
-                live = int(shop.wait_for(r"Live picture at http://localhost:(\d+)$")[1])
+                live = shop.port("Live picture")
                 picture = ask(live, "GET", "/picture").json
         self.assertEqual({node["name"]: node["state"] for node in picture["nodes"]},
                          dict.fromkeys(["gateway", *SERVICES, NAME], "up"), "the nodes of live")

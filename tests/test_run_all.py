@@ -259,7 +259,7 @@ class OpenShopTest(unittest.TestCase):
             port = self.shop.port(rf"^{name} +\| {name.capitalize()} service")
             ports.add(port)
             self.assertEqual(ask(port, target="/health").json["service"], name)
-        live = int(self.shop.wait_for(r"^live +\| Live picture at http://localhost:(\d+)$")[1])
+        live = self.shop.port(r"^live +\| Live picture")
         self.assertEqual(ask(live, target="/health").json["service"], "live")
         self.assertEqual(len({*ports, live}), PORTS)
 

@@ -222,6 +222,10 @@ class Call:
             self.trace, span_id, self.upstream.name, server, self.method[:MAX_METHOD],
             self.target[:MAX_TARGET], attempt, status, failure, time.time(), seconds)
 
+    def end_rejected(self, rejection: UpstreamUnavailable) -> ClientSpan:
+        """Return the span of a try that a policy has rejected."""
+        return self.end_try("", make_span_id(), 0, rejection.kind)
+
     def log_event(self, text: str, kind: str) -> None:
         """Log an event of this call, with its request id."""
         self.log(f"{self.trace.request_id} {text}", kind)
@@ -261,7 +265,7 @@ class Client:
         try:
             upstream.enter(deadline - began, call.log_event)
         except UpstreamUnavailable as rejection:
-            self._record(call.end_try("", make_span_id(), 0, rejection.kind))
+            self._record(call.end_rejected(rejection))
             raise
         try:
             return self._try_until_answered(call)
@@ -288,7 +292,7 @@ class Client:
                 call.failures.append(failure)
                 pause = None
                 if isinstance(failure, BreakerOpen):  # no instance was tried, so none recorded
-                    self._record(call.end_try("", make_span_id(), 0, failure.kind))
+                    self._record(call.end_rejected(failure))
             else:
                 if call.may_be_own_effect(reply.status):
                     raise call.error()

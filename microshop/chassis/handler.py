@@ -49,6 +49,7 @@ REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,64}")
 JSON_TYPE = re.compile(r'application/json(?>[ \t]*;[ \t]*(?:charset="?utf-8"?)?)*', re.I)
 # With an unknown method, the answer is 501, not 405. Python does not know QUERY yet.
 KNOWN_METHODS = {*HTTPMethod, "QUERY"}
+HEALTH_PATHS = {"/health", "/health/live"}  # of every process; asked by monitors
 NO_FIELDS = wire.Fields([])
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -221,13 +222,13 @@ class ConnectionHandler(RequestReader):
         self.close_connection = not is_kept or self.server.draining
         context = self.context()
         answer = represent(answer, context)
+        context.server_timing = self.server_timing()
         return answer.status, format_answer(answer, context)
 
     def context(self) -> RequestContext:
         return RequestContext(
             self.request_id, self.command, self.headers.get("if-match"),
-            self.headers.get("if-none-match", ""), not self.close_connection,
-            self.server_timing())
+            self.headers.get("if-none-match", ""), not self.close_connection)
 
     def to_service_error(self, error: Exception) -> ServiceError:
         """Return the error to send to the client; log the details that it must not see."""

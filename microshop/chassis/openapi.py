@@ -146,9 +146,9 @@ def make_document(title: str, tag: str, routes: Mapping[str, Collection[str]],
         paths[path] = {
             method.lower(): {"tags": [tag], **describe(method, path, methods, operation)}
             for method in methods if (operation := known.get(f"{method} {path}"))}
-    paths = without_empty(paths)
     responses = {component(status): respond("", status, ERROR) for status in ERRORS}
-    return {"openapi": "3.1.0", "info": {"title": title, **INFO}, "paths": paths,
+    return {"openapi": "3.1.0", "info": {"title": title, **INFO},
+            "paths": without_empty(paths),
             "components": {"schemas": {**OWN_SCHEMAS, **schemas}, "responses": responses}}
 
 

@@ -7,11 +7,11 @@ Law: what the nodes serve is not known here.
 from collections.abc import Mapping
 
 from microshop.chassis.exposition import quantile
+from microshop.chassis.handler import HEALTH_PATHS
+from microshop.chassis.telemetry import REJECTIONS
 from microshop.chassis.watch import Node, Process
 
-HEALTH_ROUTES = {"/health", "/health/live"}  # of every Handler; not what its clients want of it
 BREAKER_STATES = ("open", "half-open", "closed")  # several processes may differ: the worst counts
-REJECTIONS = ("breaker", "bulkhead")
 
 
 def draw_topology(nodes: list[Node], at: float) -> dict:
@@ -58,7 +58,7 @@ def draw_calls(node: Node, name: str) -> dict:
 def draw_edge(node: Node, source: str, target: str, metric: str, **labels: str) -> dict:
     count, seconds, buckets = [
         [sample for sample in node.rates.select(f"{metric}_{part}", **labels)
-         if sample.labels.get("http_route") not in HEALTH_ROUTES]
+         if sample.labels.get("http_route") not in HEALTH_PATHS]
         for part in ("count", "sum", "bucket")]
     tried = sum(sample.value for sample in count)
     mean = sum(sample.value for sample in seconds) / tried if tried else 0.0
