@@ -13,16 +13,17 @@ SOURCES = {path.relative_to(HOUSE).as_posix(): path.read_text()
            for path in sorted(HOUSE.rglob("*.py"))}  # by name, like "chassis/wire.py"
 SERVICE_FILES = {name: f"{name}.py" for name in SERVICES if f"{name}.py" in SOURCES}
 PATTERN_FILES = {"__init__.py", "gateway.py", *SERVICE_FILES.values()}
-LAYERS = ("pattern", "chassis", "tools")
+LAYERS = ("pattern", "chassis", "tools", "tour")
 
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
            tokenize.ENCODING, tokenize.ENDMARKER}
 
 
 def layer_of(name: str) -> str:
-    """Return the layer of a file: "pattern", "chassis" or "tools"."""
-    if name.startswith("chassis/"):
-        return "chassis"
+    """Return the layer of a file, one of LAYERS."""
+    folder = name.partition("/")[0]
+    if folder in ("chassis", "tour"):
+        return folder
     return "pattern" if name in PATTERN_FILES else "tools"
 
 

@@ -27,7 +27,8 @@ WRITES_TO_SOCKET = re.compile(
 WRITERS_TO_SOCKETS = {
     "chassis/wire.py", "chassis/server.py", "chassis/listener.py", "chassis/handler.py",
     "chassis/connections.py", "chassis/child.py"}
-READERS_OF_THE_ENVIRONMENT = {"run_all.py", "chassis/config.py"}
+READERS_OF_FILES = ("audit.py", "tour/stage.py")  # of those of all services
+READERS_OF_THE_ENVIRONMENT = {"run_all.py", "chassis/config.py", "tour/own_shop.py"}
 WORDS_OF_THE_SHOP = "|".join([*SERVICES, *(name.removesuffix("s") for name in SERVICES)])
 
 IMPORT_AND_WATCH = """if True:
@@ -75,10 +76,17 @@ class ImportLawTest(LawTestCase):
     def test_a_process_imports_only_the_chassis_and_the_map(self):
         self.assert_none(
             f"microshop/{name} imports {module}: processes share code only through the chassis"
-            for name, source in SOURCES.items() if name != "__main__.py"
+            for name, source in SOURCES.items()
+            if name != "__main__.py" and not name.startswith("tour/")
             for module in imported(source)
             if module.startswith("microshop.") and module.split(".")[1].islower()
             and not module.startswith("microshop.chassis"))
+
+    def test_no_module_outside_the_tour_imports_the_tour(self):
+        self.assert_none(
+            f"microshop/{name} imports {module}: the shop must work without the tour"
+            for name, source in SOURCES.items() if not name.startswith("tour/")
+            for module in imported(source) if module.startswith("microshop.tour"))
 
     def test_another_name_for_run_all_imports_only_that(self):
         found = {module for module in imported(SOURCES.get("__main__.py", ""))
@@ -156,7 +164,7 @@ class RoomLawTest(LawTestCase):
     def test_sql_about_rows_appears_only_in_services_and_the_audit(self):
         for name, source in SOURCES.items():
             with self.subTest(name):
-                is_allowed = name in {*SERVICE_FILES.values(), "audit.py"}
+                is_allowed = name in {*SERVICE_FILES.values(), *READERS_OF_FILES}
                 self.assertEqual(bool(SQL.search(source)), is_allowed,
                                  f"microshop/{name}: SQL belongs in services and the audit")
 
@@ -167,14 +175,19 @@ class RoomLawTest(LawTestCase):
             for section, text in sections(SOURCES[name])
             if not SQL_SECTIONS.search(section) and any(map(SQL.search, strings(text))))
 
-    def test_the_audit_only_reads(self):
-        audit = SOURCES["audit.py"]
-        for text in strings(audit):
-            self.assertNotRegex(text, r"(?i)^\s*(INSERT|UPDATE|DELETE|CREATE|DROP|REPLACE)\b",
-                                "microshop/audit.py must not change a database")
-        self.assertEqual(audit.count("connect("), 1, "microshop/audit.py connects in one place")
-        modes = [text for text in strings(audit) if "mode=" in text]
-        self.assertEqual(modes, ["?mode=ro"], "microshop/audit.py opens files only to read them")
+    def test_the_audit_and_the_tour_only_read_databases(self):
+        for name in READERS_OF_FILES:
+            with self.subTest(name):
+                source = SOURCES[name]
+                for text in strings(source):
+                    self.assertNotRegex(
+                        text, r"(?i)^\s*(INSERT|UPDATE|DELETE|CREATE|DROP|REPLACE)\b",
+                        f"microshop/{name} must not change a database")
+                self.assertEqual(source.count("sqlite3.connect("), 1,
+                                 f"microshop/{name} opens files in one place")
+                modes = [text for text in strings(source) if "mode=" in text]
+                self.assertEqual(modes, ["?mode=ro"],
+                                 f"microshop/{name} opens files only to read them")
 
     def test_only_the_chassis_writes_to_sockets(self):
         found = {name for name, source in SOURCES.items() if WRITES_TO_SOCKET.search(source)}

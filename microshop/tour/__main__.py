@@ -1,0 +1,147 @@
+"""`python -m microshop.tour`: lists the chapters, and runs them.
+
+What was done is remembered in the file .tour of the current folder.
+"""
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from microshop.chassis import surroundings
+from microshop.tour import class_plan, index
+from microshop.tour.chapters import Chapter, all_chapters
+from microshop.tour.drawing import draw_lines, draw_text
+from microshop.tour.own_shop import Different
+from microshop.tour.stage import Tour
+
+COMMAND = "python -m microshop.tour"
+NOTES = Path(".tour")  # the numbers of the chapters that were done here, one on a line
+
+
+def done_before() -> list[int]:
+    """Return the numbers of the chapters that were done, the last one last."""
+    try:
+        return [int(line) for line in NOTES.read_text().split()]
+    except (OSError, ValueError):
+        return []
+
+
+def note_done(number: int) -> None:
+    """Remember that a chapter was done, if files can be written here."""
+    with contextlib.suppress(OSError), NOTES.open("a") as notes:
+        notes.write(f"{number}\n")
+
+
+def list_chapters(chapters: list[Chapter]) -> None:
+    done = done_before()
+    print("Each chapter starts a shop of its own, shows one thing in it, and ends it.\n")
+    for chapter in chapters:
+        print(f"  {'x' if chapter.number in done else ' '} {chapter.number:>2}  {chapter.title}")
+    if done:
+        print(f"\nThe last one you did is chapter {done[-1]}.")
+    following = next((each.number for each in chapters if each.number not in done), 1)
+    print(f"\nNext: {COMMAND} {following}")
+    print(f"All, without questions: {COMMAND} --all. Each pattern's place: {COMMAND} index")
+
+
+def run_chapter(chapter: Chapter, chapters: list[Chapter], *, is_interactive: bool) -> bool:
+    """Run one chapter in a shop of its own; return whether all came out as it says."""
+    title = f"Chapter {chapter.number}: {chapter.title}"
+    print(f"{title}\n{'=' * len(title)}\n")
+    with contextlib.ExitStack() as stack:
+        tour = Tour(stack, is_interactive=is_interactive)
+        try:
+            chapter.function(tour)
+        except Different as different:
+            print(draw_text("This came out differently.", "[!!] "))
+            print(draw_text(f"expected: {different.expected}", "     "))
+            print(draw_lines(f"came: {different.came}", "     "))
+            return False
+        print("\n".join(closing_lines(chapter, chapters)))
+        if tour.watch:
+            print(f"Watch     http://localhost:{tour.port('live')}/{tour.watch}")
+            if is_interactive:
+                input("          (in a browser, now; Enter ends this shop) ")
+    return True
+
+
+def closing_lines(chapter: Chapter, chapters: list[Chapter]) -> Iterable[str]:
+    """Yield where to go from a chapter: to the code, its test, its exercise, the next chapter."""
+    for row in index.rows_of(chapter.name):
+        yield f"Pattern   {row.name}"
+        yield f"  code    {row.location()}"
+        yield f"  test    {row.test_command()}"
+        if row.exercise:
+            yield f"  repair  python -m tests.exercise start {row.exercise}"
+    if chapter is not chapters[-1]:
+        yield f"Next      {COMMAND} {chapter.number + 1}    ({chapters[chapter.number].title})"
+
+
+def run_all_chapters(chapters: list[Chapter]) -> bool:
+    """Run all chapters without questions; return whether all came out as they say."""
+    outcomes = []
+    for chapter in chapters:
+        began = time.monotonic()
+        is_right = run_chapter(chapter, chapters, is_interactive=False)
+        outcomes.append(is_right)
+        print(f"({time.monotonic() - began:.1f} s)\n\n")
+    different = [chapter.number for chapter, right in zip(chapters, outcomes, strict=True)
+                 if not right]
+    print(f"{len(chapters) - len(different)} of {len(chapters)} chapters came out as they say"
+          + (f"; not so: {', '.join(map(str, different))}" if different else ""))
+    return not different
+
+
+def parse_arguments(chapters: list[Chapter]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=COMMAND, description="See each pattern at work in a running shop.")
+    choices = [*(str(chapter.number) for chapter in chapters), "index", "class"]
+    parser.add_argument(
+        "what", nargs="?", choices=choices, metavar="NUMBER | index | class",
+        help="the chapter to run; index: each pattern with its place in the code, its test, "
+             "chapter and exercise; class: plans for teachers; without it: the list of chapters")
+    parser.add_argument("--all", action="store_true",
+                        help="all chapters, without questions; exit status 1 if anything comes out "
+                             "differently")
+    parser.add_argument("--markdown", action="store_true", help="the index as a table in Markdown")
+    return parser.parse_args()
+
+
+def run() -> bool:
+    """Do what the arguments say; return whether all came out as it should."""
+    chapters = all_chapters()
+    arguments = parse_arguments(chapters)
+    if arguments.all:
+        return run_all_chapters(chapters)
+    if arguments.what == "index":
+        print(index.as_markdown() if arguments.markdown else index.as_text())
+    elif arguments.what == "class":
+        print(class_plan.TEXT)
+    elif arguments.what:
+        chapter = chapters[int(arguments.what) - 1]
+        is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        is_right = run_chapter(chapter, chapters, is_interactive=is_terminal)
+        if is_right:
+            note_done(chapter.number)
+        return is_right
+    else:
+        list_chapters(chapters)
+    return True
+
+
+def main() -> None:
+    surroundings.prepare()
+    try:
+        sys.exit(0 if run() else 1)
+    except EOFError:  # instead of Enter
+        sys.exit(0)
+    except BrokenPipeError:  # what read our output has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,2 @@
+"""For teachers: plans for a class."""
+TEXT = ""

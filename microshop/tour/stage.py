@@ -1,0 +1,251 @@
+"""Tour: the verbs that a chapter is written in.
+
+    say         print a paragraph
+    predict     ask the reader a question, and wait for Enter if there is a terminal
+    curl        print a command that can be copied, send the request, print the answer
+    kill, pause, resume, restart        send a signal to a process of the shop
+    show_log, show_trace, show_order, show_audit        show what the shop knows
+    expect      wait until something holds, and say so; Different if it does not
+    trade_off   say why it is made this way, and not the obvious other way
+"""
+import contextlib
+import http.client
+import json
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from microshop import SERVICES
+from microshop.tour import drawing
+from microshop.tour.drawing import Answer
+from microshop.tour.own_shop import PATIENCE, Different, OwnShop, is_wanted, poll
+
+
+class Pending:
+    """A request whose answer has not come yet; `wait` returns it."""
+
+    def __init__(self, command: str, send: Callable[[], Answer]):
+        self.command = command
+        self._answers: list[Answer] = []
+        self._thread = threading.Thread(target=lambda: self._answers.append(send()), daemon=True)
+        self._thread.start()
+
+    def is_answered(self) -> bool:
+        return bool(self._answers)
+
+    def wait(self) -> Answer:
+        self._thread.join(PATIENCE)
+        if not self._answers:
+            raise Different(f"an answer to {self.command}", f"none within {PATIENCE:g} s")
+        return self._answers[0]
+
+
+class Stage:
+    """The verbs that say, do and expect something, in the shop that start_shop() has started.
+
+    If it `is_interactive`, questions wait for Enter.
+    """
+
+    def __init__(self, stack: contextlib.ExitStack, *, is_interactive: bool):
+        self._stack = stack  # ends the shop
+        self.is_interactive = is_interactive
+        self.watch = ""      # the part of the live picture that shows this, like "#order=203"
+        self.shop: OwnShop
+
+    # --- the shop
+
+    def start_shop(self, *flags: str) -> None:
+        """Start a fresh shop, with these flags of run_all, and wait until it is ready."""
+        command = " ".join(["python -m microshop.run_all --fresh --port 0", *flags])
+        self.print(f"$ {command}")
+        self.shop = self._stack.enter_context(OwnShop(*flags))
+        self.shop.await_line(r"\| ready in ")
+        self.shop.port("live")
+        self.print(f"(a shop of your own; its gateway is at http://localhost:{self.port()})\n")
+
+    def port(self, name: str = "gateway") -> int:
+        return self.shop.port(name)
+
+    def kill(self, name: str) -> None:
+        """Kill a process: it has no chance to finish anything."""
+        self._signal(name, signal.SIGKILL)
+
+    def pause(self, name: str) -> None:
+        """Stop a process: it keeps its connections, and does nothing."""
+        self._signal(name, signal.SIGSTOP)
+
+    def resume(self, name: str) -> None:
+        self._signal(name, signal.SIGCONT)
+
+    def restart(self) -> None:
+        """Ask run_all to replace every process (a rolling restart)."""
+        self._signal("run_all", signal.SIGHUP)
+
+    def _signal(self, name: str, number: signal.Signals) -> None:
+        pid = self.shop.signal(name, number)
+        self.print(f"$ kill -{number.name.removeprefix('SIG')} {pid}    # {name}\n")
+
+    # --- words
+
+    def print(self, text: str = "") -> None:
+        print(text, flush=True)
+
+    def say(self, text: str) -> None:
+        self.print(drawing.draw_text(text) + "\n")
+
+    def predict(self, question: str) -> None:
+        self.print(drawing.draw_text(question, "? "))
+        if self.is_interactive:
+            input("  (think first; Enter goes on) ")
+        self.print()
+
+    def trade_off(self, text: str) -> None:
+        self.print(drawing.draw_text("Why not the other way? " + text) + "\n")
+
+    # --- what must come out
+
+    def expect(self, sentence: str, came: Any, wanted: Any) -> Any:
+        """Check that what came is what is wanted: a value, or a function that says yes to it.
+
+        If `came` is a function, it is called until it returns what is wanted. Prints the sentence,
+        and returns what came. Raises Different.
+        """
+        if callable(came):
+            came = poll(sentence, came, wanted)
+        elif not is_wanted(came, wanted):
+            raise Different(sentence, came)
+        self.print(drawing.draw_text(sentence, "[ok] ") + "\n")
+        return came
+
+    # --- requests
+
+    def curl(self, target: str, *, method: str = "", headers: dict[str, str] | None = None,
+             data: Any = None, to: str = "gateway", show: tuple[str, ...] = ()) -> Answer:
+        """Print a command, send its request, and print the answer with the headers in `show`.
+
+        `data` is sent as JSON; `to` is the process that is asked. An answer with status 0 is none.
+        """
+        pending = self.begin_curl(target, method=method, headers=headers, data=data, to=to, end="")
+        return self.finish_curl(pending, show, is_new=True)
+
+    def begin_curl(self, target: str, *, method: str = "", headers: dict[str, str] | None = None,
+                   data: Any = None, to: str = "gateway", end: str = " &") -> Pending:
+        """Print a command and send its request, without waiting for the answer."""
+        body = None if data is None else json.dumps(data, separators=(",", ":"))
+        method = method or ("GET" if body is None else "POST")
+        fields = {"Content-Type": "application/json"} if body is not None else {}
+        fields |= headers or {}
+        port = self.port(to)
+        command = drawing.draw_curl(f"localhost:{port}{target}", method, fields, body)
+        self.print(f"$ {command}{end}")
+        return Pending(command, lambda: send(port, method, target, fields, body))
+
+    def finish_curl(self, pending: Pending, show: tuple[str, ...] = (), *,
+                    is_new: bool = False) -> Answer:
+        """Wait for the answer of a request that was begun, and print it."""
+        answer = pending.wait()
+        if not is_new:
+            self.print(f"(the answer to {pending.command})")
+        self.print(drawing.draw_answer(answer, show) + "\n")
+        self.watch = f"#request={answer.id}" if answer.id else self.watch
+        return answer
+
+    def curl_at_once(self, count: int, target: str, *, to: str = "gateway",
+                     headers: dict[str, str] | None = None) -> list[Answer]:
+        """Send GETs at the same time; print the status and the time of each, as they come."""
+        port, fields = self.port(to), headers or {}
+        command = drawing.draw_curl(f"localhost:{port}{target}", "GET", fields, None)
+        shown = command.replace("curl -i", "curl -so /dev/null -w '%{http_code} %{time_total}\\n'")
+        self.print(f"$ for n in $(seq {count}); do {shown} & done; wait")
+        pending = [Pending(command, lambda: send(port, "GET", target, fields, None))
+                   for _ in range(count)]
+        answers = sorted((each.wait() for each in pending), key=lambda answer: answer.seconds)
+        for answer in answers:
+            self.print(f"{answer.status} {answer.seconds:.3f}")
+        self.print()
+        return answers
+
+
+class Tour(Stage):
+    """What a chapter is given: the verbs of Stage, and those that show what the shop knows."""
+
+    def show_log(self, request_id: str, *processes: str) -> list[str]:
+        """Print the log lines with a request id, as soon as each of the processes has one."""
+        def find() -> list[str]:
+            return [line for line in list(self.shop.lines) if request_id in line]
+
+        def is_there(lines: list[str]) -> bool:
+            labels = {line.partition("|")[0].strip() for line in lines}
+            return bool(lines) and labels.issuperset(processes)
+
+        lines = poll(f"log lines with {request_id} of {', '.join(processes)}", find, is_there)
+        self.print(f"(the log of the shop, lines with {request_id})")
+        self.print(drawing.draw_lines("\n".join(lines)) + "\n")
+        return lines
+
+    def spans(self, request_id: str, services: Sequence[str] = ()) -> list[dict]:
+        """Return the spans of a request, as soon as each of the services has recorded one."""
+        def find() -> list[dict]:
+            return [span for name in ("gateway", *SERVICES)
+                    for span in send(self.port(name), "GET", "/traces", {}, None).json
+                    if span["tags"].get("request.id") == request_id]
+
+        def are_there(spans: list[dict]) -> bool:
+            answered = {span["localEndpoint"]["serviceName"] for span in spans
+                        if span.get("kind") == "SERVER"}
+            return bool(spans) and answered.issuperset(services)
+
+        return poll(f"spans of request {request_id} in {', '.join(services)}", find, are_there)
+
+    def show_trace(self, request_id: str, *services: str) -> list[dict]:
+        """Print a request's trace, as soon as the gateway and these services have recorded it."""
+        spans = self.spans(request_id, ("gateway", *services))
+        self.print(f"(the trace of request {request_id}, from GET /traces of each process)")
+        self.print(drawing.draw_trace(spans) + "\n")
+        self.watch = f"#trace={spans[0]['traceId']}"
+        return spans
+
+    def show_order(self, order_id: int) -> dict:
+        """Print an order's row, as it is on disk now."""
+        [row] = self.rows("orders", "SELECT * FROM orders WHERE id = ?", order_id)
+        self.print(f"(the row of order {order_id} in orders.db)")
+        self.print(drawing.draw_row(row) + "\n")
+        self.watch = f"#order={order_id}"
+        return row
+
+    def rows(self, service: str, query: str, *values: Any) -> list[dict]:
+        """Return rows of a service's database, which is opened only to read it."""
+        path = Path(self.shop.folder(), f"{service}.db")
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+            database.row_factory = sqlite3.Row
+            return [dict(row) for row in database.execute(query, values)]
+
+    def show_audit(self) -> bool:
+        """Run the audit on the shop's databases, print what it says; return whether they agree."""
+        arguments = ["-m", "microshop.audit", "--data", self.shop.folder()]
+        self.print(f"$ python {' '.join(arguments)}")
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+        self.print(drawing.draw_lines(done.stdout + done.stderr) + "\n")
+        return done.returncode == 0
+
+
+def send(port: int, method: str, target: str, headers: dict[str, str],
+         body: str | None) -> Answer:
+    """Send a request on a connection of its own, as curl does. Status 0: there was no answer."""
+    began = time.monotonic()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    with contextlib.closing(connection):
+        try:
+            connection.request(method, target, body, headers)
+            response = connection.getresponse()
+            text = response.read().decode()
+        except (OSError, http.client.HTTPException) as error:
+            return Answer(0, "", {}, f"{type(error).__name__} {error}", time.monotonic() - began)
+        received = {name.lower(): value for name, value in response.getheaders()}
+        return Answer(response.status, response.reason, received, text, time.monotonic() - began)
