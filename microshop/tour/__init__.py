@@ -5,7 +5,7 @@
     own_shop.py      the shop of a chapter: run_all as a subprocess
     drawing.py       how answers, traces and rows look on 80 columns
     chapters.py      all chapters, in their order; they are in first_steps.py, failures.py,
-                     sagas.py and running.py
+                     sagas.py, running.py and textbook_shop.py
     index.py         each pattern with its place in the code, its test, chapter and exercise
     class_plan.py    for teachers: plans for a class, as text
 

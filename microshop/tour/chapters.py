@@ -2,7 +2,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from microshop.tour import failures, first_steps, running, sagas
+from microshop.tour import failures, first_steps, running, sagas, textbook_shop
 from microshop.tour.stage import Tour
 
 
@@ -30,7 +30,7 @@ FUNCTIONS = [
     first_steps.two_editors,
     running.overload,
     running.rolling_restart,
-    running.textbook,
+    textbook_shop.textbook,
 ]
 
 

@@ -1,4 +1,4 @@
-"""The chapters about running a shop, and about the version that textbooks show."""
+"""The chapters about running a shop."""
 from microshop.tour.stage import Tour
 
 
@@ -9,9 +9,4 @@ def overload(tour: Tour) -> None:
 
 def rolling_restart(tour: Tour) -> None:
     """Replace everything while it runs."""
-    raise NotImplementedError
-
-
-def textbook(tour: Tour) -> None:
-    """The textbook version."""
     raise NotImplementedError
