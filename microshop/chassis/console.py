@@ -5,6 +5,7 @@ Law: this module prints, and decides nothing.
 import errno
 import os
 import queue
+import select
 import threading
 from collections.abc import Callable, Sequence
 
@@ -28,8 +29,10 @@ class Console:
 
     def __init__(self, title: str, names: Sequence[str], wants_colours: bool):
         self.title = title
-        self.is_broken = False  # the reader of our output is gone
-        self._lost = 0          # lines that were not printed, and not told of yet
+        self._is_broken = False  # a line could not be printed: the reader of our output is gone
+        self._output = select.poll()
+        self._output.register(STDOUT, 0)  # with 0, it tells only of what has gone
+        self._lost = 0           # lines that were not printed, and not told of yet
         self._losing = threading.Lock()  # held to change _lost
         self._labels = make_labels(title, names, wants_colours and os.isatty(STDOUT))
         self._terminals = [stream for stream in (STDIN, STDOUT) if os.isatty(stream)]
@@ -64,6 +67,13 @@ class Console:
         """Return whether we had a terminal that has been closed."""
         return not all(map(os.isatty, self._terminals))
 
+    def has_lost_reader(self) -> bool:
+        """Return whether the reader of our output is gone, even if there is nothing to print."""
+        # macOS cannot poll some devices, which says nothing: POLLNVAL
+        has_gone = any(event & (select.POLLERR | select.POLLHUP)
+                       for _, event in self._output.poll(0))
+        return self._is_broken or has_gone
+
     def close(self) -> None:
         """Print what is left, if that takes no longer than CLOSE_TIME."""
         self._items.put(None)
@@ -87,7 +97,7 @@ class Console:
         except NotWritten as failure:
             self._note_lost(failure.rest.count(b"\n"))
             if failure.errno in (errno.EPIPE, errno.EIO):  # with others (a full disk), we go on
-                self.is_broken = True
+                self._is_broken = True
 
 
 def make_labels(title: str, names: Sequence[str], coloured: bool) -> dict[str, bytes]:

@@ -197,7 +197,7 @@ class Supervisor:
                     self._note_end(child, process, process.popen.returncode)
 
     def _obey_signals(self) -> None:
-        if self.console.is_broken:
+        if self.console.has_lost_reader():
             self.shutdown.is_unwatched = True
         if self.shutdown.is_requested and not self.shutdown.has_begun:
             self._stop(f"stopping within {self.shutdown.grace:g} s "

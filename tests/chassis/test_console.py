@@ -1,5 +1,6 @@
 """What a person sees of the processes: labels and colours, and every line if it is read."""
 import os
+import tempfile
 import threading
 import unittest
 from unittest import mock
@@ -39,6 +40,34 @@ class LabelTest(unittest.TestCase):
         labels = make_labels("run_all", names, coloured=True)
         first, last = labels[names[0]], labels[names[-1]]
         self.assertEqual(first.partition(b"m")[0], last.partition(b"m")[0])
+
+
+class ReaderTest(unittest.TestCase):
+    """What a console that prints nothing knows of the reader of its output."""
+
+    def has_lost_reader(self, writer: int) -> bool:
+        with mock.patch.object(console, "STDOUT", writer):
+            idle = Console("run_all", ["users"], wants_colours=False)
+            self.addCleanup(idle.close)
+            return idle.has_lost_reader()
+
+    def test_the_end_of_a_pipes_reader_is_noticed_although_nothing_is_printed(self):
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, writer)
+        self.assertFalse(self.has_lost_reader(writer), "the pipe still has a reader")
+        fill(writer)
+        self.assertFalse(self.has_lost_reader(writer), "the pipe is full, but it has a reader")
+        os.close(reader)
+        self.assertTrue(self.has_lost_reader(writer), "nothing can read the pipe any more")
+
+    def test_a_file_and_a_terminal_are_always_read(self):
+        with open(os.devnull, "wb") as null, tempfile.TemporaryFile() as file:
+            ours, theirs = os.openpty()
+            for output in (null.fileno(), file.fileno(), theirs):
+                self.assertFalse(self.has_lost_reader(output))
+            os.close(ours)
+            self.assertTrue(self.has_lost_reader(theirs), "the terminal was closed")
+            os.close(theirs)
 
 
 class UnreadTest(unittest.TestCase):
