@@ -19,7 +19,7 @@ from tests.source import LAYERS, size_of_layers
 
 README = (TOP / "README.md").read_text()
 TOLERANCES = {  # of the stated lines of code; a new service must not need another README for them
-    "pattern": 0.1, "chassis": 0.05, "tools": 0.05}
+    "pattern": 0.1, "chassis": 0.05, "tools": 0.05, "tour": 0.05}
 CURLS = 18        # commands at least, or this test has lost sight of the README's blocks
 
 CURL = ArgumentParser("curl in the README", exit_on_error=False)

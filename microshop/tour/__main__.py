@@ -119,7 +119,7 @@ def run() -> bool:
     if arguments.what == "index":
         print(index.as_markdown() if arguments.markdown else index.as_text())
     elif arguments.what == "class":
-        print(class_plan.TEXT)
+        print(class_plan.__doc__)
     elif arguments.what:
         chapter = chapters[int(arguments.what) - 1]
         is_terminal = sys.stdin.isatty() and sys.stdout.isatty()

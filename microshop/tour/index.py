@@ -1,7 +1,7 @@
 """The index: each pattern, with its place in the code, its test, its chapter and its exercise.
 
-Places are stored as names, like "orders:Saga.release", never as line numbers; where they are is
-found out when they are printed. tests/test_tour_index.py resolves every name.
+A place is stored as a name, like "orders:Saga.release", never as the number of a line, which is
+found out when it is printed. tests/test_tour.py checks that every name leads somewhere.
 """
 import importlib
 import inspect
@@ -10,21 +10,24 @@ from typing import NamedTuple
 
 from microshop.tour.chapters import number_of
 
-TOP = Path(__file__).resolve().parent.parent.parent
+TOP = Path(__file__).parents[2]
 
 
 class Pattern(NamedTuple):
     """A row of the index."""
 
     name: str
-    place: str         # module:name, below microshop
+    place: str         # a module below microshop, and a name in it; "": it is a way to test
     test: str          # below tests
-    chapter: str = ""  # the name of the function of the chapter that shows it
-    exercise: int = 0  # of tests/exercise.py; 0: there is none
+    chapter: str = ""  # the function of the chapter that shows it
+    exercise: int = 0  # its number in tests/exercise.py; 0: there is none
 
     def file(self) -> str:
         """Return the file of the place, like "microshop/orders.py"."""
-        return f"microshop/{self.place.partition(':')[0].replace('.', '/')}.py"
+        if not self.place:
+            return f"tests/{self.test.partition('.')[0]}.py"
+        module = importlib.import_module(f"microshop.{self.place.partition(':')[0]}")
+        return Path(inspect.getfile(module)).relative_to(TOP).as_posix()
 
     def symbol(self) -> str:
         """Return the name within the file; "" for the whole file."""
@@ -32,12 +35,13 @@ class Pattern(NamedTuple):
 
     def location(self) -> str:
         """Return where it is now, like "microshop/orders.py:196 Saga"."""
+        if not self.symbol():
+            return self.file()
         module, _, symbol = self.place.partition(":")
         found = importlib.import_module(f"microshop.{module}")
-        for part in filter(None, symbol.split(".")):
-            found = getattr(found, part)
-        line = inspect.getsourcelines(found)[1]
-        return f"{self.file()}:{max(line, 1)} {symbol}".rstrip()
+        for name in symbol.split("."):
+            found = getattr(found, name)
+        return f"{self.file()}:{inspect.getsourcelines(found)[1]} {symbol}"
 
     def test_command(self) -> str:
         return f"python -m unittest tests.{self.test}"
@@ -45,7 +49,125 @@ class Pattern(NamedTuple):
 
 INDEX = [
     Pattern("API gateway", "gateway:GatewayHandler.forward",
-            "test_gateway.ForwardingTest.test_x", "one_request"),
+            "test_gateway.ForwardingTest."
+            "test_a_response_is_passed_back_unchanged_whatever_its_status", "one_request"),
+    Pattern("Correlation id", "chassis.tracing:Trace.headers",
+            "test_run_all.OpenShopTest."
+            "test_a_request_is_logged_under_one_id_by_the_gateway_and_the_service", "one_request"),
+    Pattern("Distributed tracing", "chassis.tracing:format_span",
+            "chassis.test_tracing.TraceTest."
+            "test_every_try_sends_its_own_id_and_the_request_id", "one_request"),
+    Pattern("Database per service", "chassis.database:Database",
+            "test_laws.RoomLawTest."
+            "test_a_service_uses_only_its_own_tables_and_file", "own_data"),
+    Pattern("API composition", "gateway:GatewayHandler.compose",
+            "test_composition.MissingTest."
+            "test_everything_that_is_missing_is_listed", "own_data"),
+    Pattern("Audit of eventual consistency", "audit:find_violations",
+            "test_audit.ViolationTest."
+            "test_each_kind_of_violation_is_found", "own_data"),
+    Pattern("Supervisor, restart with backoff", "chassis.child:RestartPolicy",
+            "chassis.test_child.RestartPolicyTest."
+            "test_a_child_that_ends_is_started_again_after_a_pause_that_doubles", "service_gone"),
+    Pattern("Timeout", "chassis.client:Client.call",
+            "chassis.test_client.DeadlineTest."
+            "test_a_deadline_may_shorten_the_timeout_but_not_extend_it", "service_hangs"),
+    Pattern("Circuit breaker", "chassis.resilience:CircuitBreaker",
+            "chassis.test_resilience.CircuitBreakerTest."
+            "test_the_state_follows_from_the_history", "service_hangs"),
+    Pattern("Heartbeat", "chassis.server:Heartbeat",
+            "test_run_all.FailingChildTest."
+            "test_a_process_that_hangs_is_killed_and_started_again"),
+    Pattern("Deadline propagation", "chassis.handler:find_deadline",
+            "test_gateway.DeadlineTest."
+            "test_the_service_gets_what_is_left_of_the_time_and_a_client_can_only_shorten_it",
+            "deadline"),
+    Pattern("Bulkhead", "chassis.resilience:Bulkhead",
+            "chassis.test_client.BulkheadTest."
+            "test_a_service_that_hangs_occupies_a_limited_number_of_calls", "bulkhead"),
+    Pattern("Retry with backoff and jitter", "chassis.client:find_pause",
+            "chassis.test_client.RetryTest."
+            "test_a_pause_is_random_between_zero_and_a_limit_that_doubles", "retries"),
+    Pattern("Retry budget", "chassis.resilience:RetryBudget",
+            "chassis.test_client.RetryTest."
+            "test_retries_stop_when_their_budget_is_spent", "retries"),
+    Pattern("Safe retry", "chassis.client:Call.is_idempotent",
+            "chassis.test_client.RetryTest."
+            "test_a_post_or_patch_that_may_have_been_carried_out_is_not_retried", "retries"),
+    Pattern("Idempotency key", "orders:OrdersHandler.create_order",
+            "test_orders.IdempotencyKeyTest."
+            "test_a_repeated_key_replays_the_response_after_changes_and_a_restart_too", "retries"),
+    Pattern("Service discovery by configuration", "chassis.config:service_url",
+            "test_run_all.OpenShopTest."
+            "test_orders_finds_the_services_that_an_order_needs"),
+    Pattern("Client-side load balancing", "chassis.client:Upstream.choose",
+            "chassis.test_client.LoadBalancingTest."
+            "test_the_instance_with_the_fewest_requests_in_flight_is_called"),
+    Pattern("Saga, orchestrated", "orders:Saga",
+            "test_saga.StatusTest."
+            "test_an_order_moves_only_along_the_arrows_of_the_diagram", "saga"),
+    Pattern("Compensating transaction", "orders:Saga.release",
+            "test_orders.CancellingTest."
+            "test_a_repeated_cancellation_gives_the_units_back_once", "saga"),
+    Pattern("Durable saga log", "orders:add_order",
+            "test_saga.InterleavingTest."
+            "test_an_order_is_in_the_file_before_any_service_is_called", "crash"),
+    Pattern("Eventual consistency", "orders:Saga.advance",
+            "test_saga.IndefiniteAnswerTest."
+            "test_an_order_stays_pending_until_both_services_have_accepted_it", "nobody_knows"),
+    Pattern("Idempotent receiver", "products:reserve",
+            "test_products.ReservationTest."
+            "test_a_repeated_reserve_takes_the_units_once", "tombstone"),
+    Pattern("Tombstone", "products:release",
+            "test_products.ReservationTest."
+            "test_a_reserve_that_arrives_after_its_release_is_refused", "tombstone"),
+    Pattern("Optimistic concurrency", "chassis.answer:check_preconditions",
+            "test_products.ProductsTest."
+            "test_an_outdated_if_match_is_412_and_changes_nothing", "two_editors"),
+    Pattern("Load shedding", "chassis.listener:Listener.process_request",
+            "chassis.test_listener.FullServiceTest."
+            "test_without_an_idle_connection_a_newcomer_gets_503_at_once_and_no_thread",
+            "overload"),
+    Pattern("Rate limit", "chassis.admission:RateLimit",
+            "test_gateway.RateLimitTest."
+            "test_a_client_above_the_rate_gets_429_and_other_clients_do_not"),
+    Pattern("Access token", "gateway:GuardedHandler.check_client",
+            "test_gateway.TokenTest."
+            "test_every_write_needs_the_token_whatever_its_path"),
+    Pattern("Health check", "chassis.handler:Handler.health",
+            "test_gateway.HealthTest."
+            "test_health_is_degraded_if_a_service_is_not_ok"),
+    Pattern("Graceful drain", "chassis.server:Service.drain",
+            "chassis.test_server.DrainTest."
+            "test_requests_in_flight_are_finished_and_idle_connections_are_closed",
+            "rolling_restart"),
+    Pattern("Rolling restart", "chassis.supervisor:RollingRestart",
+            "test_run_all.RollingRestartTest."
+            "test_every_process_is_replaced_and_no_request_fails_meanwhile", "rolling_restart"),
+    Pattern("Metrics", "chassis.telemetry:service_families",
+            "test_metrics.CountTest."
+            "test_requests_are_counted_by_method_route_and_status"),
+    Pattern("Problem details", "chassis.errors:ServiceError",
+            "chassis.test_answer.DescribeTest."
+            "test_an_error_is_a_problem_document_with_the_id_of_its_request"),
+    Pattern("Published API (OpenAPI)", "chassis.openapi:make_document",
+            "test_openapi.ServicesTest."
+            "test_each_route_is_published_and_nothing_else"),
+    Pattern("Externalized configuration", "chassis.config:read",
+            "test_run_all.EndedShopTest."
+            "test_a_flag_wins_over_its_environment_variable"),
+    Pattern("Schema version", "chassis.database:Database._upgrade",
+            "chassis.test_database.SchemaTest."
+            "test_an_older_file_is_upgraded"),
+    Pattern("Microservice chassis", "chassis",
+            "test_laws.RoomLawTest."
+            "test_the_chassis_does_not_know_what_the_shop_sells"),
+    Pattern("Consumer-driven contract", "",
+            "test_contracts.ProvidersTest."
+            "test_each_provider_keeps_its_contracts"),
+    Pattern("Chaos test", "",
+            "test_chaos.OneRunTest."
+            "test_every_order_is_stored_once_and_as_its_client_was_answered_and_the_stock_adds_up"),
 ]
 
 
@@ -66,12 +188,13 @@ def as_text() -> str:
 
 
 def as_markdown() -> str:
-    """Return the index as a table for the README."""
-    lines = ["| pattern | in `microshop/` | test, in `tests/` | chapter | exercise |",
+    """Return the index as a table for README.md."""
+    lines = ["| pattern | where | tests, in `tests/` | chapter | exercise |",
              "|---|---|---|---|---|"]
     for row in INDEX:
-        file = row.file().removeprefix("microshop/")
-        place = f"`{file}`: `{row.symbol()}`" if row.symbol() else f"`{file}`"
-        chapter = str(number_of(row.chapter)) if row.chapter else ""
-        lines.append(f"| {row.name} | {place} | `{row.test}` | {chapter} | {row.exercise or ''} |")
+        place = f"`{row.file().removeprefix('microshop/')}`"
+        place += f" `{row.symbol()}`" if row.symbol() else ""
+        tests = row.test.rpartition(".")[0]
+        chapter = number_of(row.chapter) if row.chapter else ""
+        lines.append(f"| {row.name} | {place} | `{tests}` | {chapter} | {row.exercise or ''} |")
     return "\n".join(lines)
