@@ -110,9 +110,10 @@ class OwnShop:
     def signal(self, name: str, number: signal.Signals) -> int:
         """Send a signal to a process, and return its pid."""
         pid = self.pid(name)
+        send_signal(pid, number)
         if number == signal.SIGSTOP:
             self._paused.add(pid)
-        send_signal(pid, number)
+            poll(f"{name} stops", lambda: is_stopped(pid), True)
         return pid
 
 
@@ -120,3 +121,12 @@ def send_signal(pid: int, number: signal.Signals) -> None:
     """Send a signal to a process, if it still runs."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+def is_stopped(pid: int) -> bool:
+    """Return whether a process is stopped, which takes a moment after SIGSTOP, or has ended."""
+    try:
+        found = subprocess.run(["ps", "-o", "state=", "-p", str(pid)], capture_output=True)
+    except FileNotFoundError:  # a system without ps: assume that the moment is over
+        return True
+    return found.stdout.strip()[:1] in (b"T", b"")
