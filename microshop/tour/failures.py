@@ -1,27 +1,296 @@
 """The chapters about calls that fail."""
-from microshop.tour.stage import Tour
+import re
+from typing import Any
 
+from microshop.chassis.child import RestartPolicy
+from microshop.chassis.client import BULKHEAD_TIME, MAX_RETRIES
+from microshop.chassis.config import TIMEOUT
+from microshop.chassis.exposition import Metrics, parse_metrics
+from microshop.chassis.handler import ANSWER_SHARE
+from microshop.chassis.resilience import CircuitBreaker
+from microshop.orders import CALL_TIME
+from microshop.tour.drawing import Answer, draw_answer
+from microshop.tour.own_shop import poll
+from microshop.tour.stage import Pending, Tour, send
+
+# Numbers of the chapters; some are given to the shop as flags. Times are in seconds.
+KILLS = 3            # of users, one after another
+HANG_TIMEOUT = 1.0   # how long a call may take when a service hangs
+CALLERS = CircuitBreaker.IN_A_ROW
+CLIENT_TIME = 1.0    # how long a client waits for an order
+HURRY_TIME = 0.2     # how long a client in a hurry waits
+LIMIT = 2            # calls in flight to each service, in the chapter about bulkheads
+FULL_TIMEOUT = 2.0   # how long a call may take there
+ORDER = {"userId": 1, "productId": 101}
+
+
+# --- what the chapters share
+
+def metrics(tour: Tour) -> Metrics:
+    return parse_metrics(send(tour.port(), "GET", "/metrics", {}, None).body)
+
+
+def in_flight(tour: Tour, service: str) -> int:
+    """Return how many calls of the gateway to a service have not ended yet."""
+    return int(metrics(tour).total("microshop_bulkhead_in_use", upstream=service))
+
+
+def breaker_state(tour: Tour, service: str) -> str:
+    """Return the state of the gateway's circuit breaker for a service."""
+    states = metrics(tour).select("microshop_breaker_state", upstream=service)
+    return next(labels["state"] for labels, is_present in states if is_present)
+
+
+def statuses(answers: list[Answer]) -> list[int]:
+    return sorted(answer.status for answer in answers)
+
+
+def begin_at_paused(tour: Tour, service: str, target: str, *, data: Any = None,
+                    headers: dict[str, str] | None = None) -> Pending:
+    """Pause a service, and begin a request that is sent to it on a connection it has accepted."""
+    tour.curl(f"/{service}?limit=1")  # it leaves such a connection, which the gateway keeps
+    tour.pause(service)
+    pending = tour.begin_curl(target, data=data, headers=headers)
+    poll(f"the gateway sends the request to {service}",  # twice: time enough to send it
+         lambda: [in_flight(tour, service) for _ in range(2)], [1, 1])
+    return pending
+
+
+def kill_and_wait(tour: Tour, service: str) -> None:
+    """Kill a service, and wait until the supervisor has started it again."""
+    pid = tour.shop.pid(service)
+    tour.kill(service)
+    poll(f"run_all starts {service} again", lambda: tour.shop.pid(service), lambda new: new != pid)
+
+
+# --- the chapters
 
 def service_gone(tour: Tour) -> None:
     """A service is gone."""
-    raise NotImplementedError
+    tour.say("""
+        Processes end: they have a bug, or the memory is full, or a person makes a mistake. The
+        supervisor (run_all) starts a service again that has ended. It also keeps the listening
+        socket of the service open. So meanwhile, new connections are not refused: they wait in the
+        queue of that socket.
+
+        Here users gets a request, and is killed before it can answer. To be sure of this order of
+        events, we pause users first.
+        """)
+    tour.start_shop()
+    tour.predict("What does the client that asks for a user get? And what does a client get that "
+                 "asks for a product meanwhile?")
+    pending = begin_at_paused(tour, "users", "/users/1")
+    product = tour.curl("/products/101")
+    tour.expect("products does not need users, and answers", product.status, 200)
+    kill_and_wait(tour, "users")
+    answer = tour.finish_curl(pending)
+    tour.expect("The client gets the user: it has only waited longer", answer.status, 200)
+    tour.say("The gateway noticed that the connection broke, and sent the request once more:")
+    tour.shop.await_line(f"^gateway .*{answer.id} GET /users/1 200")
+    tour.show_log(answer.id, "gateway", "users")
+    tour.predict(f"Now we kill users {KILLS} times more, one after another. How long does the "
+                 "supervisor wait each time before it starts users again?")
+    for _ in range(KILLS):
+        kill_and_wait(tour, "users")
+        tour.curl("/users/1")
+    lines = tour.show_log("users was killed", "run_all")
+    pauses = [float(re.findall("again in ([0-9.]+) s", line)[0]) for line in lines]
+    least = RestartPolicy.FIRST_PAUSE * 2 ** (KILLS - 1)
+    tour.expect(f"The pauses double (backoff): the last one is at least {least:g} s",
+                pauses[-1], lambda pause: pause >= least)
+    tour.trade_off(f"""
+        The supervisor could start a service at once, each time. But some services fail whenever
+        they start, for instance because of a damaged file. They would then start and fail without
+        end, use a whole core, and fill the disk with their logs. So the pause doubles, up to
+        {RestartPolicy.LAST_PAUSE:g} s. A random part of it (jitter) keeps services that failed
+        together from starting together. The price: after many failures, a service stays away for
+        some seconds although it could run again.
+        """)
 
 
 def service_hangs(tour: Tour) -> None:
     """A service hangs."""
-    raise NotImplementedError
+    tour.say(f"""
+        A service that hangs is worse than one that is gone: it accepts requests and answers none.
+        Its callers wait, and each request that waits holds memory and a thread. So every call has
+        a timeout. Here it is {HANG_TIMEOUT:g} s (without the flag: {TIMEOUT.default} s).
+        """)
+    tour.start_shop(f"--timeout={HANG_TIMEOUT:g}")
+    tour.predict(f"users hangs. {CALLERS} clients ask for a user at the same time, and then "
+                 f"{CALLERS} more. How long do the first ones wait, and how long the others?")
+    tour.predict("Later, the gateway has to find out whether users works again. How many requests "
+                 "should it risk?")
+    tour.pause("users")
+    slow = tour.curl_at_once(CALLERS, "/users/1")
+    tour.expect("Each of the first clients waits, and gets 504 (Gateway Timeout)",
+                statuses(slow), [504] * CALLERS)
+    tour.say(f"""
+        The gateway has a circuit breaker for users. It opens after {CircuitBreaker.IN_A_ROW}
+        failures in a row. While it is open, calls to users fail at once:
+        """)
+    quick = tour.curl_at_once(CALLERS, "/users/1")
+    tour.print(draw_answer(quick[0], ("Retry-After",)) + "\n")
+    # All but one, since one may come late, when the circuit breaker is half-open already.
+    tour.expect("The others get 503, and users is not called",
+                statuses(quick)[:CALLERS - 1], [503] * (CALLERS - 1))
+    tour.expect("They wait less than the first ones", quick[CALLERS - 2].seconds,
+                lambda seconds: seconds < slow[0].seconds)
+    show_probe(tour)
+    tour.watch = f"#request={quick[0].id}"
+    tour.trade_off("""
+        Each call could just wait for its timeout. But then every client waits in vain, however
+        often users has failed. And if users hangs because it has too much to do, more requests
+        make that worse. The price of a circuit breaker: while it is open, it also rejects calls
+        that would have worked.
+        """)
+
+
+def show_probe(tour: Tour) -> None:
+    """Show what a half-open circuit breaker lets pass, and how it closes."""
+    tour.say(f"""
+        After {CircuitBreaker.FIRST_PAUSE:g} s, the circuit breaker is half-open: it lets a single
+        request pass, the probe. users still hangs:
+        """)
+    tour.expect("The circuit breaker is half-open", lambda: breaker_state(tour, "users"),
+                "half-open")
+    answers = tour.curl_at_once(CALLERS, "/users/1")
+    tour.expect("Only the probe waits for users; the others get 503",
+                statuses(answers), [503] * (CALLERS - 1) + [504])
+    tour.say("""
+        The probe has failed, so the circuit breaker is open for twice as long. Now users goes on,
+        and the next probe succeeds:
+        """)
+    tour.resume("users")
+    tour.print(f"$ until curl -sf localhost:{tour.port()}/users/1; do sleep 0.1; done\n")
+    tour.expect("users answers again",
+                lambda: send(tour.port(), "GET", "/users/1", {}, None).status, 200)
+    tour.shop.await_line("circuit breaker for users at .* closed")
+    tour.show_log("circuit breaker", "gateway")
 
 
 def deadline(tour: Tour) -> None:
     """Time is passed on."""
-    raise NotImplementedError
+    tour.say(f"""
+        A client does not wait forever. It can say for how long, in seconds, in the header
+        X-Request-Timeout. Each process that works on the request keeps {ANSWER_SHARE:.0%} of its
+        time for the answer, and says in each call to another service how much time is left. So
+        the deadline comes earlier from hop to hop.
+
+        Without such a header, orders waits up to {CALL_TIME:g} s for products. Here products is
+        paused, and the client waits {CLIENT_TIME:g} s for its order.
+        """)
+    tour.start_shop()
+    tour.predict("How long does orders wait for products, and how long does the gateway wait for "
+                 "orders?")
+    tour.pause("products")
+    answer = tour.curl("/orders", data=ORDER, headers={"X-Request-Timeout": f"{CLIENT_TIME:g}"})
+    tour.shop.await_line(f"^orders .*{answer.id} POST /orders")
+    tour.resume("products")
+    spans = tour.show_trace(answer.id, "orders", "products")
+    waited = max(span["duration"] / 1e6 for span in spans if span["name"] == "put products")
+    tour.expect(f"orders waited for products for clearly less than {CALL_TIME:g} s",
+                waited, lambda seconds: seconds < CALL_TIME * 0.9)
+    tour.say("""
+        The order is stored, and orders will try products again. A request whose time is over is
+        not worked on at all. Here we send one to users directly, as the gateway would:
+        """)
+    late = tour.curl("/users/2", method="PUT", data={"name": "Robert"}, to="users",
+                     headers={"X-Request-Timeout": "0"})
+    tour.expect("The late request is refused", late.status, 503)
+    name = tour.curl("/users/2").json["name"]
+    tour.expect("The late request has changed nothing", name, "Bob")
+    show_hurry(tour)
+    tour.trade_off("""
+        The header could give the time of day at which the client stops waiting. But the clocks of
+        two machines differ, often by more than a request takes. The price: a service does not
+        know how long a request has been waiting to be read. In the trace above, products carried
+        out a request after orders had given up: it did not know that it had been paused.
+        """)
+
+
+def show_hurry(tour: Tour) -> None:
+    """Show that clients in a hurry do not open the circuit breaker."""
+    tour.predict(f"users stops for a moment, and {CALLERS} clients in a hurry get no answer within "
+                 f"{HURRY_TIME:g} s. Should the gateway send no more requests to users?")
+    tour.pause("users")
+    tour.curl_at_once(CALLERS, "/users/1", headers={"X-Request-Timeout": f"{HURRY_TIME:g}"})
+    tour.resume("users")
+    tour.expect("The circuit breaker is closed: users had no fair chance to answer",
+                breaker_state(tour, "users"), "closed")
 
 
 def bulkhead(tour: Tour) -> None:
     """A bulkhead keeps the rest quick."""
-    raise NotImplementedError
+    tour.say(f"""
+        Bulkheads divide a ship into parts: if one part is full of water, the ship still floats.
+        Here a bulkhead limits how many calls to one service may be in flight. So if users hangs,
+        only a few requests of the gateway wait for it. In this shop the limit is {LIMIT}, and a
+        call may take {FULL_TIMEOUT:g} s.
+        """)
+    tour.start_shop(f"--max-in-flight={LIMIT}", f"--timeout={FULL_TIMEOUT:g}")
+    tour.predict(f"users hangs, and {LIMIT} requests wait for it. What does the next client that "
+                 "asks for a user get? And one that asks for a product?")
+    tour.pause("users")
+    pending = [tour.begin_curl("/users/1") for _ in range(LIMIT)]
+    tour.print()
+    tour.expect(f"{LIMIT} calls to users are in flight", lambda: in_flight(tour, "users"), LIMIT)
+    rejected = tour.curl("/users/1", show=("Retry-After",))
+    tour.expect("The next request finds no place, and gets 503", rejected.status, 503)
+    product = tour.curl("/products/101")
+    tour.expect("products has a bulkhead of its own, and answers", product.status, 200)
+    tour.say(f"""
+        The request without a place has waited {BULKHEAD_TIME:g} s for one, since most calls are
+        short. Those that hang keep their places until their time is over:
+        """)
+    answers = [tour.finish_curl(each) for each in pending]
+    tour.expect("They get 504", statuses(answers), [504] * LIMIT)
+    tour.resume("users")
+    tour.predict("These calls have failed. Are their places free again?")
+    tour.expect("No call to users is in flight", in_flight(tour, "users"), 0)
+    tour.expect("users gets requests again", tour.curl("/users/1").status, 200)
+    tour.trade_off("""
+        There could be one limit for all services together. But then a service that hangs soon
+        takes every place, and the whole shop hangs with it. The price of a limit for each service:
+        a service that is popular gets no more places than the others, even if those are free.
+        """)
 
 
 def retries(tour: Tour) -> None:
     """Retries only where a repeat is safe."""
-    raise NotImplementedError
+    tour.say(f"""
+        When a connection breaks, the caller cannot know whether the request was carried out. A GET
+        changes nothing, so the gateway sends it again, up to {MAX_RETRIES} times. But a POST that
+        is carried out twice makes two orders. Here a client orders a laptop, and orders is killed
+        before it can answer.
+        """)
+    tour.start_shop()
+    tour.predict("What does the client get?")
+    pending = begin_at_paused(tour, "orders", "/orders", data=ORDER)
+    kill_and_wait(tour, "orders")
+    answer = tour.finish_curl(pending)
+    tour.expect("The gateway says that it does not know, and has not tried again",
+                answer.status, 502)
+    tour.say("""
+        The client does not know either whether it has ordered. If it tries again, it may get two
+        laptops. So a client should choose a key for each order, and send it as Idempotency-Key.
+        orders stores the key with the order, and carries out a request with this key only once.
+        Then a repeat is safe, also for the gateway.
+        """)
+    key = {"Idempotency-Key": "my-first-order"}
+    tour.predict("The same happens to a POST with a key. What does the client get now?")
+    pending = begin_at_paused(tour, "orders", "/orders", data=ORDER, headers=key)
+    kill_and_wait(tour, "orders")
+    answer = tour.finish_curl(pending, ("Location",))
+    tour.expect("The order is placed: the gateway has tried again", answer.status, 201)
+    tour.show_log(answer.id, "gateway", "orders")
+    tour.say("Even the client may repeat it. It gets the same answer, marked as a replay:")
+    again = tour.curl("/orders", data=ORDER, headers=key, show=("Location", "Idempotency-Replayed"))
+    tour.expect("It is the same order", again.headers.get("location"), answer.headers["location"])
+    found = tour.rows("orders", "SELECT id FROM orders WHERE key = ?", *key.values())
+    tour.expect("There is one order with this key", len(found), 1)
+    tour.trade_off("""
+        The gateway could repeat every request. Mostly that works; but now and then a customer
+        gets two laptops, and no log says why. Or it could repeat none: then clients see errors
+        whenever a service restarts. The price of keys: every client must send them, and orders
+        must store them.
+        """)
