@@ -169,8 +169,12 @@ class DeadlineTest(SagaTest):
         self.assertEqual(len(left), 2, "calls, of users and of products")
         for_users, for_products = left
         rounded = 0.001  # it is sent in milliseconds
-        self.assertTrue(
-            900 + rounded >= for_users >= for_products >= 900 - passed - rounded, (left, passed))
+        self.assertLessEqual(for_users, 900 + rounded, "seconds that orders gave to users: its "
+                             "client gave 1000, of which a tenth is for the answer")
+        self.assertLessEqual(for_products, for_users, "seconds that orders gave to products, after "
+                             "it had called users")
+        self.assertGreaterEqual(for_products, 900 - passed - rounded, "seconds that orders gave to "
+                                f"products, when at most {passed} had passed")
 
 
 class DatabaseFaultTest(SagaTest):

@@ -89,6 +89,16 @@ class RestartPolicyTest(unittest.TestCase):
             ([*often, 9.9], ""),
             ([*often, 10.0], "start"))
 
+    def test_the_pauses_of_a_child_that_crashes_as_soon_as_it_is_ready_double(self):
+        pauses = []
+        for _ in range(8):
+            self.policy.note_start()
+            self.policy.note_ready()
+            self.policy.note_end()
+            pauses.append(self.policy.pause)
+        self.assertEqual(pauses, [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0], "seconds that a child "
+                         "stays down each time it crashes, as soon as it is ready")
+
     def test_the_pause_is_short_again_after_a_healthy_time(self):
         often = ["start", "ready", "end"] * 20
         self.assert_actions(

@@ -108,7 +108,10 @@ class RetryTest(ClientTest):
                 orders = self.serve(stub, idempotent_receiver=is_receiver)
                 with self.assertRaises(Broken):
                     self.client.call(orders, method, "/orders", Trace("-"), headers, b"{}")
-                self.assertEqual(len(stub.connections), times, "times that the request was sent")
+                what = f"a {method} with {headers or 'no Idempotency-Key'}"
+                receiver = "an idempotent receiver" if is_receiver else "another service"
+                self.assertEqual(len(stub.connections), times, f"times that {what} was sent to "
+                                 f"{receiver}, which closes the connection without an answer")
 
     def test_any_complete_response_is_final_and_so_is_an_invalid_one(self):
         two_lengths = b"Content-Length: 5\r\nContent-Length: 7\r\n\r\nMallory"
@@ -182,9 +185,11 @@ class RetryTest(ClientTest):
     def test_retries_stop_when_their_budget_is_spent(self):
         with mock.patch.multiple(CircuitBreaker, IN_A_ROW=1000, RECENT=1000):
             _, counts = self.call_in_turn([BROKEN[0]], *["GET"] * 20)
-            self.assertEqual(len(counts), 20 + 3, "20 calls and the least number of retries")
+            self.assertEqual(len(counts), 20 + 3, "requests sent for 20 calls that all failed: "
+                             "the calls, and the least number of retries")
             _, counts = self.call_in_turn([CLOSING] * 80 + [BROKEN[0]], *["GET"] * 100)
-        self.assertEqual(len(counts), 100 + 10, "100 calls and a tenth as many retries")
+        self.assertEqual(len(counts), 100 + 10, "requests sent for 100 calls, of which 20 failed: "
+                         "the calls, and a tenth as many retries")
 
     def test_there_is_no_retry_once_the_circuit_breaker_is_open(self):
         with mock.patch.object(RetryBudget, "AT_LEAST", 100):
@@ -343,7 +348,9 @@ class CircuitBreakerTest(ClientTest):
                 for _ in range(5):
                     deadline = self.time.now + share * TIMEOUT
                     self.assertRaises(GatewayTimeout, self.call, users, deadline=deadline)
-            self.assertEqual(users.instances[0].breaker.state, state, f"with {share} of the time")
+            self.assertEqual(users.instances[0].breaker.state, state,
+                             "state of the circuit breaker after 5 calls in a row that timed out, "
+                             f"and had {share:.0%} of the client's timeout")
 
     def test_a_504_to_a_call_with_little_time_does_not_open_the_circuit_breaker(self):
         users = self.serve(Stub(status(504)))
@@ -409,7 +416,7 @@ class CircuitBreakerTest(ClientTest):
         self.assertEqual(self.call(users).body, b"Alice")
 
     def test_a_faulty_request_of_the_caller_costs_the_service_nothing(self):
-        users = self.serve(Stub(ALICE), max_in_flight=1)
+        users = self.serve(Stub(ALICE))
         for _ in range(10):
             self.assertRaises(ValueError, self.call, users, headers={"X-Note": "1\n"})
         self.assertEqual(self.call(users).body, b"Alice")
@@ -452,6 +459,15 @@ class BulkheadTest(ClientTest):
                 bodies = [call.result(PATIENCE).body for call in hung]
             self.assertEqual(bodies, [b"Alice"] * 3)
         self.assertEqual(users.instances[0].breaker.state, "closed")
+
+    def test_a_call_that_fails_gives_its_place_in_the_bulkhead_back(self):
+        for response, headers, error in (
+                (BROKEN[0], {}, Broken), (b"SSH-2.0\r\n\r\n", {}, BadGateway),
+                (ALICE, {"X-Note": "1\n"}, ValueError)):
+            users = self.serve(Stub(response))
+            self.assertRaises(error, self.call, users, "POST", headers=headers)
+            self.assertEqual(users.bulkhead.in_use, 0, "calls that still have a place, after the "
+                             f"only call has ended with {error.__name__}")
 
     def test_a_call_waits_for_the_bulkhead_no_longer_than_its_limit_and_its_deadline_allow(self):
         users = self.serve(Stub(ALICE))

@@ -96,9 +96,12 @@ class CircuitBreakerTest(unittest.TestCase):
 
     def test_a_half_open_breaker_lets_one_probe_pass_at_a_time(self):
         self.replay(["-----", 0.5])
-        ticket = self.breaker.begin()
+        [ticket, *others] = [self.breaker.begin() for _ in range(10) if self.breaker.admits()]
+        self.assertEqual(len(others), 0, "calls that were let through beside the probe, when 10 "
+                         "came after the pause")
         self.clock.now += 100
-        self.assertFalse(self.breaker.admits(), "a second probe was let through")
+        self.assertEqual(self.breaker.admits(), False, "another call is let through, although the "
+                         "probe has not ended")
         self.assertEqual(self.breaker.state, "half-open")
         self.breaker.end(ticket, Outcome.UNKNOWN)  # so another call may probe
         self.assertEqual((self.breaker.admits(), self.breaker.state), (True, "half-open"))
