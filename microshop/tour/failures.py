@@ -7,7 +7,7 @@ from microshop.chassis.client import BULKHEAD_TIME, MAX_RETRIES
 from microshop.chassis.config import TIMEOUT
 from microshop.chassis.exposition import Metrics, parse_metrics
 from microshop.chassis.handler import ANSWER_SHARE
-from microshop.chassis.resilience import CircuitBreaker
+from microshop.chassis.resilience import CircuitBreaker, RetryBudget
 from microshop.orders import CALL_TIME
 from microshop.tour.drawing import Answer, draw_answer
 from microshop.tour.own_shop import poll
@@ -88,6 +88,19 @@ def service_gone(tour: Tour) -> None:
     tour.say("The gateway noticed that the connection broke, and sent the request once more:")
     tour.shop.await_line(f"^gateway .*{answer.id} GET /users/1 200")
     tour.show_log(answer.id, "gateway", "users")
+    show_backoff(tour)
+    tour.trade_off(f"""
+        The supervisor could start a service at once, each time. But some services fail whenever
+        they start, for instance because of a damaged file. They would then start and fail without
+        end, use a whole core, and fill the disk with their logs. So the pause doubles, up to
+        {RestartPolicy.LAST_PAUSE:g} s. A random part of it (jitter) keeps services that failed
+        together from starting together. The price: after many failures, a service stays away for
+        some seconds although it could run again.
+        """)
+
+
+def show_backoff(tour: Tour) -> None:
+    """Show how long a service that is killed again and again stays away."""
     tour.predict(f"Now we kill users {KILLS} times more, one after another. How long does the "
                  "supervisor wait each time before it starts users again?")
     for _ in range(KILLS):
@@ -98,14 +111,6 @@ def service_gone(tour: Tour) -> None:
     least = RestartPolicy.FIRST_PAUSE * 2 ** (KILLS - 1)
     tour.expect(f"The pauses double (backoff): the last one is at least {least:g} s",
                 pauses[-1], lambda pause: pause >= least)
-    tour.trade_off(f"""
-        The supervisor could start a service at once, each time. But some services fail whenever
-        they start, for instance because of a damaged file. They would then start and fail without
-        end, use a whole core, and fill the disk with their logs. So the pause doubles, up to
-        {RestartPolicy.LAST_PAUSE:g} s. A random part of it (jitter) keeps services that failed
-        together from starting together. The price: after many failures, a service stays away for
-        some seconds although it could run again.
-        """)
 
 
 def service_hangs(tour: Tour) -> None:
@@ -129,6 +134,7 @@ def service_hangs(tour: Tour) -> None:
         failures in a row. While it is open, calls to users fail at once:
         """)
     quick = tour.curl_at_once(CALLERS, "/users/1")
+    tour.print("(one of these answers)")
     tour.print(draw_answer(quick[0], ("Retry-After",)) + "\n")
     # All but one, since one may come late, when the circuit breaker is half-open already.
     tour.expect("The others get 503, and users is not called",
@@ -276,21 +282,33 @@ def retries(tour: Tour) -> None:
         orders stores the key with the order, and carries out a request with this key only once.
         Then a repeat is safe, also for the gateway.
         """)
-    key = {"Idempotency-Key": "my-first-order"}
-    tour.predict("The same happens to a POST with a key. What does the client get now?")
-    pending = begin_at_paused(tour, "orders", "/orders", data=ORDER, headers=key)
-    kill_and_wait(tour, "orders")
-    answer = tour.finish_curl(pending, ("Location",))
-    tour.expect("The order is placed: the gateway has tried again", answer.status, 201)
-    tour.show_log(answer.id, "gateway", "orders")
-    tour.say("Even the client may repeat it. It gets the same answer, marked as a replay:")
-    again = tour.curl("/orders", data=ORDER, headers=key, show=("Location", "Idempotency-Replayed"))
-    tour.expect("It is the same order", again.headers.get("location"), answer.headers["location"])
-    found = tour.rows("orders", "SELECT id FROM orders WHERE key = ?", *key.values())
-    tour.expect("There is one order with this key", len(found), 1)
+    show_key(tour)
     tour.trade_off("""
         The gateway could repeat every request. Mostly that works; but now and then a customer
         gets two laptops, and no log says why. Or it could repeat none: then clients see errors
         whenever a service restarts. The price of keys: every client must send them, and orders
         must store them.
         """)
+
+
+def show_key(tour: Tour) -> None:
+    """Show that a request with a key may be repeated, by the gateway and by the client."""
+    key = {"Idempotency-Key": "my-first-order"}
+    tour.predict("The same happens to a POST with a key. What does the client get now?")
+    pending = begin_at_paused(tour, "orders", "/orders", data=ORDER, headers=key)
+    kill_and_wait(tour, "orders")
+    answer = tour.finish_curl(pending, ("Location",))
+    tour.expect("The order is placed: the gateway has tried again", answer.status, 201)
+    tour.shop.await_line(f"^gateway .*{answer.id} POST /orders 201")
+    tour.show_log(answer.id, "gateway", "orders")
+    budget = RetryBudget
+    tour.say(f"""
+        A retry is more work for a service that may have too much of it already. So the gateway has
+        a retry budget: it retries at most {budget.SHARE:.0%} of the calls of the last
+        {budget.WINDOW} s (but always {budget.AT_LEAST}). The client may repeat its request, too.
+        It gets the same answer, marked as a replay:
+        """)
+    again = tour.curl("/orders", data=ORDER, headers=key, show=("Location", "Idempotency-Replayed"))
+    tour.expect("It is the same order", again.headers.get("location"), answer.headers["location"])
+    tour.expect("No other order came after it", tour.curl("/orders").json[-1]["id"],
+                answer.json["id"])
