@@ -1,22 +1,241 @@
-"""The chapters about orders."""
-from microshop.tour.stage import Tour
+"""The chapters about orders: what can happen between two steps of an order."""
+from microshop.orders import CALL_TIME, RETRY_LAST
+from microshop.tour.drawing import draw_row
+from microshop.tour.own_shop import poll
+from microshop.tour.stage import Pending, Tour, send
+
+LAPTOP, UNITS = 101, 3
+RESERVATION = {"productId": LAPTOP, "quantity": UNITS}
+ORDER = {"userId": 1, **RESERVATION}
+KEY = "monday-7"
+WITH_KEY = {"Idempotency-Key": KEY}
+TIMEOUT = 20  # seconds for a request: the gateway waits longer than orders on a slow machine, too
 
 
 def saga(tour: Tour) -> None:
     """An order is a saga."""
-    raise NotImplementedError
+    tour.say("""
+        An order needs three services: users knows whether the user exists, products has the stock,
+        and orders stores the order. Each has a database of its own, and no transaction spans them.
+
+        So an order is a saga: a sequence of small steps, each of them a transaction in one
+        database. If the order cannot be completed, or is cancelled, a compensating transaction
+        undoes what an earlier step has done.
+        """)
+    tour.start_shop()
+    before = stock(tour)
+    tour.predict(f"A client orders {UNITS} laptops. Which services does the orders service call, "
+                 "and what has changed in which database when the answer comes?")
+    placed = tour.curl("/orders", data=ORDER)
+    tour.show_trace(placed.id, "orders", "users", "products")
+    tour.say("""
+        GET asks users, and changes nothing. PUT reserves: products takes the units out of its
+        stock and stores a reservation. Then orders moves the order from pending to confirmed.
+        """)
+    tour.expect(f"The answer is 201, and {before - UNITS} of {before} laptops are free",
+                (placed.status, stock(tour)), (201, before - UNITS))
+    tour.say("If a service refuses, the order is rejected. It is stored, too, with the reason:")
+    rejected = tour.curl("/orders", data={**ORDER, "quantity": before})
+    tour.expect("The answer is 409, and the stock has not changed",
+                (rejected.status, stock(tour)), (409, before - UNITS))
+    cancel_slowly(tour, placed.json["id"])
+    tour.expect(f"All {before} laptops are free again, and the databases agree",
+                (tour.show_audit(), stock(tour)), (True, before))
+    tour.trade_off("""
+        A transaction over three databases (two-phase commit) would never show an order between two
+        steps. But then each database holds its locks until the slowest one has answered, and if the
+        coordinator fails, the locks stay. A saga holds no lock while it waits. Its price: clients
+        see statuses like cancelling, and each step needs another one that undoes it.
+        """)
+
+
+def cancel_slowly(tour: Tour, order_id: int) -> None:
+    """Cancel an order while products is paused, so that the reader sees it between two steps."""
+    tour.say("""
+        Cancelling takes two steps: products gives the units back (this is the compensating
+        transaction), and orders marks the order as cancelled. To look between the two, we pause
+        products.
+        """)
+    tour.pause("products")
+    tour.predict("Orders waits for products now. What is the status of the order meanwhile: "
+                 "confirmed, cancelled, or another one?")
+    pending = tour.begin_curl(f"/orders/{order_id}/cancel", method="POST")
+    await_call(tour, pending)
+    row = tour.show_order(order_id)
+    tour.expect("The order is not called cancelled before its units are given back",
+                row["status"], "cancelling")
+    tour.resume("products")
+    tour.finish_curl(pending)
+    tour.expect("Now it is cancelled", lambda: status(tour, order_id), "cancelled")
 
 
 def crash(tour: Tour) -> None:
     """A crash in the middle of an order."""
-    raise NotImplementedError
+    tour.say("""
+        A process can end at any moment: it runs out of memory, or the power fails. What was in its
+        memory is lost. What matters is what is on disk, and what other services have done already.
+        """)
+    tour.start_shop()
+    before = stock(tour)
+    order_id = kill_between_steps(tour)
+    tour.expect(f"Order {order_id} is confirmed", lambda: status(tour, order_id), "confirmed")
+    tour.expect(f"{UNITS} laptops have left the stock, not {2 * UNITS}",
+                before - stock(tour), UNITS)
+    tour.say("A client that got no answer can send its request again, with the same key:")
+    again = tour.curl("/orders", data=ORDER, headers=WITH_KEY, show=("Idempotency-Replayed",))
+    tour.expect("It gets the same order, and not a second one",
+                (again.status, again.json["id"]), (201, order_id))
+    tour.expect("The databases agree", tour.show_audit(), True)
+    tour.trade_off("""
+        Orders could call the other services first, and store an order only when all have agreed.
+        Then no order would ever be pending. But after a crash units would be reserved, and no
+        database would say for which order. And instead of asking for a key, orders could recognize
+        a repeat by its content. But a client may want two equal orders.
+        """)
+
+
+def kill_between_steps(tour: Tour) -> int:
+    """Place an order, and kill orders while it waits for products; return the order's id."""
+    tour.say("""
+        We kill the orders service at the worst moment: it has asked products to reserve units, and
+        has no answer yet. To have time for that, we pause products first.
+        """)
+    tour.pause("products")
+    pending = tour.begin_curl("/orders", data=ORDER, headers=WITH_KEY)
+    await_call(tour, pending)
+    stored = tour.rows("orders", "SELECT id, status FROM orders WHERE key = ?", KEY)
+    tour.expect("The order is on disk, with its key, before products has answered",
+                [row["status"] for row in stored], ["pending"])
+    row = tour.show_order(stored[0]["id"])
+    tour.predict("Now orders is killed, and products goes on. Does products still reserve the "
+                 "units? Which process finishes the order? How many units leave the stock?")
+    tour.kill("orders")
+    tour.resume("products")
+    answer = tour.finish_curl(pending, ("Idempotency-Replayed",))
+    tour.say("""
+        The connection to orders broke. The request has a key, so the gateway may send it again.
+        The new orders process finds the key in its database, and resumes the order. Without a
+        repeated request, it resumes each unfinished order as well: the column due says when.
+        """)
+    tour.show_trace(answer.id, "products")
+    tour.say("""
+        Compare the two PUTs at products. The killed process sent the first: products reserved the
+        units (201), but no process was left to read the answer. The new one sent the same again,
+        with the same reservation id, and products changed nothing (200).
+        """)
+    return row["id"]
 
 
 def nobody_knows(tour: Tour) -> None:
-    """Nobody knows yet."""
-    raise NotImplementedError
+    """A call without an answer."""
+    tour.say(f"""
+        The orders service asks products to reserve units, and no answer comes within
+        {CALL_TIME:g} s. Was the request lost? Was it carried out, and only the answer was lost? Or
+        will it be carried out later? Orders cannot know.
+        """)
+    tour.start_shop(f"--timeout={TIMEOUT}")
+    before = stock(tour)
+    tour.pause("products")
+    tour.predict("Which answer to the client is true: 201 (confirmed), 409 (refused), 504 (no "
+                 "answer in time), or another one?")
+    answer = tour.curl("/orders", data=ORDER, headers=WITH_KEY, show=("Location", "Retry-After"))
+    tour.expect("The answer is 202: the order is accepted, but not decided", answer.status, 202)
+    row = tour.show_order(answer.json["id"])
+    tour.resume("products")
+    tour.say("Products runs again, finds the request, and carries it out. No process waits for "
+             "the answer any more.")
+    target = f"PUT /reservations/{row['reservation']}"
+    tour.expect("Products has reserved the units, and orders does not know it",
+                lambda: log_lines(tour, f"{target} 201"), bool)
+    tour.say(f"""
+        Orders asks again in the background, after a wait that grows with each attempt, up to
+        {RETRY_LAST:g} s (backoff). It sends the same reservation id, so products recognizes the
+        repeat.
+        """)
+    tour.expect(f"Order {row['id']} is confirmed, without any request from the client",
+                lambda: status(tour, row["id"]), "confirmed")
+    tour.show_log(target, "products")
+    tour.expect(f"Products was asked twice, and {UNITS} laptops have left the stock, not "
+                f"{2 * UNITS} (products is an idempotent receiver)", before - stock(tour), UNITS)
+    again = tour.curl("/orders", data=ORDER, headers=WITH_KEY, show=("Idempotency-Replayed",))
+    tour.expect("The client repeats its request, and gets the final answer: 201",
+                again.status, 201)
+    tour.trade_off("""
+        Orders could take silence as a refusal, and answer 504. That is simple, but whenever the
+        units were reserved all the same, they are lost to the shop. Or orders could let the client
+        wait until products answers, which may take hours. 202 is true at once. Its price: the
+        client has to ask again.
+        """)
 
 
 def tombstone(tour: Tour) -> None:
     """The release that overtakes its reservation."""
-    raise NotImplementedError
+    tour.say("""
+        Requests can overtake each other on their way. Here a request to reserve units is late.
+        Meanwhile orders rejects the order, and asks products to release what was reserved for it.
+        Both requests arrive at products. Which one comes first?
+        """)
+    tour.start_shop(f"--timeout={TIMEOUT}")
+    before = stock(tour)
+    tour.pause("products")
+    answer = tour.curl("/orders", data={**ORDER, "userId": 2})
+    tour.expect("Products does not answer, so the order is pending (202)", answer.status, 202)
+    tour.say("Now the user is deleted. Orders finds that out when it resumes the order:")
+    tour.curl("/users/2", method="DELETE")
+    order_id = answer.json["id"]
+    tour.expect(f"Order {order_id} is rejected", lambda: status(tour, order_id), "rejected")
+    row = tour.show_order(order_id)
+    tour.predict("Products goes on now, and gets the PUT that reserves and the DELETE that "
+                 "releases, in any order. What must it do if the DELETE comes first?")
+    tour.resume("products")
+    target = f"/reservations/{row['reservation']}"
+    poll("products logs the late PUT", lambda: log_lines(tour, f"PUT {target} "), bool)
+    poll(f"order {order_id} needs no more steps",
+         lambda: find(tour, "orders", "orders", order_id)["due"], None)
+    tour.expect(f"All {before} laptops are free", stock(tour), before)
+    poll("products logs the DELETE", lambda: log_lines(tour, f"DELETE {target} "), bool)
+    tour.show_log(target, "products")
+    tour.say("If the network had held the PUT back for longer, it would arrive now. We send it:")
+    late = tour.curl(target, method="PUT", data=RESERVATION, to="products")
+    tour.expect("Products refuses it (409), although there are enough laptops", late.status, 409)
+    tour.say("A release leaves a marker, called a tombstone, even if nothing was reserved yet. It "
+             "is a row with the reservation's id, and without a product or a quantity:")
+    marker = find(tour, "products", "reservations", row["reservation"])
+    tour.print(draw_row(marker) + "\n")
+    tour.expect("The databases agree", tour.show_audit(), True)
+    tour.trade_off("""
+        A release could delete the reservation, and the table would stay small. But then a late PUT
+        looks like a new one, and takes units for an order that has ended: no process would ever
+        release them. The price of tombstones: one small row for each release, kept forever.
+        """)
+
+
+def await_call(tour: Tour, pending: Pending) -> None:
+    """Wait until orders is calling products, or the request is answered (on a slow machine)."""
+    def is_calling() -> bool:
+        metrics = send(tour.port("orders"), "GET", "/metrics", {}, None).body
+        in_use = 'microshop_bulkhead_in_use{upstream="products"} 1' in metrics.splitlines()
+        return in_use or pending.is_answered()
+
+    poll("orders calls products", is_calling, True)
+    tour.print()
+
+
+def log_lines(tour: Tour, text: str) -> list[str]:
+    """Return the log lines of products that contain a text."""
+    return [line for line in list(tour.shop.lines) if line.startswith("products") and text in line]
+
+
+def status(tour: Tour, order_id: int) -> str:
+    return find(tour, "orders", "orders", order_id)["status"]
+
+
+def stock(tour: Tour) -> int:
+    """Return how many laptops are free to reserve."""
+    return find(tour, "products", "products", LAPTOP)["stock"]
+
+
+def find(tour: Tour, service: str, table: str, number: int) -> dict:
+    """Return the row with this id from a service's database."""
+    [row] = tour.rows(service, f"SELECT * FROM {table} WHERE id = ?", number)
+    return row
