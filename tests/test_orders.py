@@ -255,6 +255,11 @@ class IdempotencyKeyTest(ShopTest):
         self.assertEqual(again.headers.get("idempotency-replayed"), "true")
         self.assertNotIn("idempotency-replayed", first.headers)
 
+    def test_a_repeated_key_makes_no_second_order(self):
+        places = [self.post(LAPTOPS, Idempotency_Key="k").headers["location"] for _ in range(2)]
+        self.assertEqual(places, ["/orders/203", "/orders/203"],
+                         "Location of two equal POST /orders with Idempotency-Key: k")
+
     def test_a_repeated_key_replays_the_response_after_changes_and_a_restart_too(self):
         contents = {"confirmed": LAPTOPS, "short": TOO_MANY, "absent": NO_SUCH_USER}
         first = {key: self.post(content, Idempotency_Key=key)

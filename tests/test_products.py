@@ -99,7 +99,8 @@ class ReservationTest(unittest.TestCase):
         for status in (201, 200, 200):
             answer = self.reserve(7, 30)
             reservation = {"id": 7, "productId": 101, "quantity": 30}
-            self.assertEqual((answer.status, answer.json), (status, reservation))
+            self.assertEqual((answer.status, answer.json), (status, reservation),
+                             "PUT /reservations/7, sent three times: 201, then 200")
             self.assertEqual(self.shop.stock(), 70)
 
     def test_a_reservation_cannot_be_changed_to_another_product_or_quantity(self):
@@ -147,7 +148,9 @@ class ReservationTest(unittest.TestCase):
 
     def test_a_reserve_that_arrives_after_its_release_is_refused(self):
         self.assertEqual(self.release(7).status, 204)
-        self.assert_refused(self.reserve(7), 409, "was released before", 100)
+        late = self.reserve(7)
+        self.assertEqual(late.status, 409, "PUT /reservations/7, after DELETE /reservations/7")
+        self.assert_refused(late, 409, "was released before", 100)
         self.release(7)
         self.assertEqual(self.shop.stock(), 100)
 

@@ -275,6 +275,24 @@ class IndefiniteAnswerTest(SagaTest):
                 self.wait_for("confirmed", order)
             self.assertEqual(self.shop.stock(), before - 3 * len(pending))
 
+    def test_an_order_whose_reservation_gets_no_answer_stays_pending(self):
+        self.products.mood = b""
+        answer = self.post()
+        self.assertEqual((answer.status, self.shop.status(203)), (202, "pending"),
+                         "POST /orders, while products closes each connection without an answer")
+        self.products.mood = "well"
+        self.wait_for("confirmed")
+
+    def test_an_order_is_not_cancelled_before_its_units_are_released(self):
+        self.post()
+        self.products.mood = b""
+        answer = self.cancel()
+        self.assertEqual(
+            (answer.status, self.shop.status(203)), (202, "cancelling"),
+            "POST /orders/203/cancel, while products closes each connection without an answer")
+        self.products.mood = "well"
+        self.wait_for("cancelled")
+
     def test_an_order_stays_in_cancelling_until_products_has_released_its_units(self):
         cancelling = []
         moods = {**INDEFINITE, "answers 404": status(404), "answers 409": status(409)}
@@ -689,6 +707,15 @@ class InterleavingTest(SagaTest):
         self.assertEqual(reserved, 2 if status == "confirmed" else 0, "units reserved")
         self.assertIsNone(self.due(self.newest()), "it needs no more steps")
 
+    def test_a_worker_that_is_too_late_does_not_confirm_a_cancelled_order(self):
+        confirm_and_cancel = partial(self.another_worker_confirms_and_the_client_cancels, LAPTOPS)
+        with self.interrupted("after", "PUT", confirm_and_cancel):
+            self.post()
+        self.assertEqual(
+            self.shop.status(203), "cancelled",
+            "order 203: while one worker waited for products, another one confirmed the order, and "
+            "the client cancelled it; then the first worker went on")
+
     def test_whatever_happens_between_two_steps_of_a_cancellation_units_come_back_once(self):
         for action in (self.another_worker_is_faster,
                        self.another_worker_confirms_and_the_client_cancels):
@@ -728,7 +755,8 @@ class InterleavingTest(SagaTest):
 
         with self.interrupted("before", "GET", renew_reserve_and_delete_the_user):
             self.assertEqual(self.post(order).status, 422)
-        self.assertEqual(self.shop.stock(), 100, "all units are free again")
+        self.assertEqual(self.shop.stock(), 100,
+                         "laptops that are free, after the only order for them was rejected")
 
     def test_an_order_is_in_the_file_before_any_service_is_called(self):
         def look():
@@ -740,7 +768,8 @@ class InterleavingTest(SagaTest):
         seen = []
         with self.interrupted("before", "GET", look):
             self.post(Idempotency_Key="k")
-        self.assertEqual(seen, [(203, "pending", "k")])
+        self.assertEqual(seen, [(203, "pending", "k")],
+                         "new rows in orders.db when orders calls the first other service")
 
     def test_an_order_is_confirmed_although_its_client_hangs_up(self):
         body = json.dumps(LAPTOPS).encode()
