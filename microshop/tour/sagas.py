@@ -57,8 +57,8 @@ def cancel_slowly(tour: Tour, order_id: int) -> None:
         products.
         """)
     tour.pause("products")
-    tour.predict("Orders waits for products now. What is the status of the order meanwhile: "
-                 "confirmed, cancelled, or another one?")
+    tour.predict("Orders will have to wait for products. What is the status of the order "
+                 "meanwhile: confirmed, cancelled, or another one?")
     pending = tour.begin_curl(f"/orders/{order_id}/cancel", method="POST")
     await_call(tour, pending)
     row = tour.show_order(order_id)

@@ -104,7 +104,7 @@ EXERCISES: list[Exercise] = [
         chapter="nobody_knows"),
     Exercise(
         title="The order that left no trace",
-        pattern="Saga",
+        pattern="Crash recovery",
         minutes=15,
         file="orders.py",
         old="""
@@ -183,7 +183,7 @@ EXERCISES: list[Exercise] = [
         chapter="saga"),
     Exercise(
         title="The worker that came too late",
-        pattern="Optimistic concurrency",
+        pattern="Compare and set",
         minutes=30,
         file="orders.py",
         old='"answer = coalesce(:answer, answer) WHERE id = :id AND status = :previous",',
