@@ -226,6 +226,11 @@ class Tour(Stage):
             database.row_factory = sqlite3.Row
             return [dict(row) for row in database.execute(query, values)]
 
+    def find(self, service: str, table: str, **wanted: Any) -> list[dict]:
+        """Return the rows of a table whose columns have these values, like id=203."""
+        conditions = " AND ".join(f"{column} = ?" for column in wanted)
+        return self.rows(service, f"SELECT * FROM {table} WHERE {conditions}", *wanted.values())
+
     def show_audit(self) -> bool:
         """Run the audit on the shop's databases, print what it says; return whether they agree."""
         arguments = ["-m", "microshop.audit", "--data", self.shop.folder()]
