@@ -103,7 +103,7 @@ def kill_between_steps(tour: Tour) -> int:
     tour.pause("products")
     pending = tour.begin_curl("/orders", data=ORDER, headers=WITH_KEY)
     await_call(tour, pending)
-    stored = tour.rows("orders", "SELECT id, status FROM orders WHERE key = ?", KEY)
+    stored = tour.find("orders", "orders", key=KEY)
     tour.expect("The order is on disk, with its key, before products has answered",
                 [row["status"] for row in stored], ["pending"])
     row = tour.show_order(stored[0]["id"])
@@ -127,7 +127,7 @@ def kill_between_steps(tour: Tour) -> int:
 
 
 def nobody_knows(tour: Tour) -> None:
-    """A call without an answer."""
+    """Nobody knows yet."""
     tour.say(f"""
         The orders service asks products to reserve units, and no answer comes within
         {CALL_TIME:g} s. Was the request lost? Was it carried out, and only the answer was lost? Or
@@ -191,7 +191,7 @@ def tombstone(tour: Tour) -> None:
     target = f"/reservations/{row['reservation']}"
     poll("products logs the late PUT", lambda: log_lines(tour, f"PUT {target} "), bool)
     poll(f"order {order_id} needs no more steps",
-         lambda: find(tour, "orders", "orders", order_id)["due"], None)
+         lambda: tour.find("orders", "orders", id=order_id)[0]["due"], None)
     tour.expect(f"All {before} laptops are free", stock(tour), before)
     poll("products logs the DELETE", lambda: log_lines(tour, f"DELETE {target} "), bool)
     tour.show_log(target, "products")
@@ -200,7 +200,7 @@ def tombstone(tour: Tour) -> None:
     tour.expect("Products refuses it (409), although there are enough laptops", late.status, 409)
     tour.say("A release leaves a marker, called a tombstone, even if nothing was reserved yet. It "
              "is a row with the reservation's id, and without a product or a quantity:")
-    marker = find(tour, "products", "reservations", row["reservation"])
+    [marker] = tour.find("products", "reservations", id=row["reservation"])
     tour.print(draw_row(marker) + "\n")
     tour.expect("The databases agree", tour.show_audit(), True)
     tour.trade_off("""
@@ -227,15 +227,11 @@ def log_lines(tour: Tour, text: str) -> list[str]:
 
 
 def status(tour: Tour, order_id: int) -> str:
-    return find(tour, "orders", "orders", order_id)["status"]
+    [order] = tour.find("orders", "orders", id=order_id)
+    return order["status"]
 
 
 def stock(tour: Tour) -> int:
     """Return how many laptops are free to reserve."""
-    return find(tour, "products", "products", LAPTOP)["stock"]
-
-
-def find(tour: Tour, service: str, table: str, number: int) -> dict:
-    """Return the row with this id from a service's database."""
-    [row] = tour.rows(service, f"SELECT * FROM {table} WHERE id = ?", number)
-    return row
+    [laptop] = tour.find("products", "products", id=LAPTOP)
+    return laptop["stock"]

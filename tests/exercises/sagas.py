@@ -26,7 +26,7 @@ EXERCISES: list[Exercise] = [
         chapter="tombstone"),
     Exercise(
         title="Rejected, and still reserved",
-        pattern="Compensation",
+        pattern="Compensating transaction",
         minutes=20,
         file="orders.py",
         old="""
@@ -55,7 +55,7 @@ EXERCISES: list[Exercise] = [
         chapter="tombstone"),
     Exercise(
         title="Silence taken as a refusal",
-        pattern="Saga",
+        pattern="Eventual consistency",
         minutes=15,
         file="orders.py",
         old="except (Conflict, UnprocessableContent) as refusal:",
@@ -104,7 +104,7 @@ EXERCISES: list[Exercise] = [
         chapter="nobody_knows"),
     Exercise(
         title="The order that left no trace",
-        pattern="Crash recovery",
+        pattern="Durable saga log",
         minutes=15,
         file="orders.py",
         old="""
@@ -156,7 +156,7 @@ EXERCISES: list[Exercise] = [
         chapter="crash"),
     Exercise(
         title="Cancelled, but not given back",
-        pattern="Compensation",
+        pattern="Compensating transaction",
         minutes=10,
         file="orders.py",
         old="""
@@ -183,7 +183,7 @@ EXERCISES: list[Exercise] = [
         chapter="saga"),
     Exercise(
         title="The worker that came too late",
-        pattern="Compare and set",
+        pattern="Saga, orchestrated",
         minutes=30,
         file="orders.py",
         old='"answer = coalesce(:answer, answer) WHERE id = :id AND status = :previous",',
