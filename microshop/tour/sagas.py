@@ -1,4 +1,8 @@
-"""The chapters about orders: what can happen between two steps of an order."""
+"""The chapters about orders: what can happen between two steps of an order.
+
+Questions come before a process is paused: a reader may think for longer than run_all waits for a
+process that hangs.
+"""
 from microshop.orders import CALL_TIME, RETRY_LAST
 from microshop.tour.drawing import draw_row
 from microshop.tour.own_shop import poll
@@ -54,11 +58,11 @@ def cancel_slowly(tour: Tour, order_id: int) -> None:
     tour.say("""
         Cancelling takes two steps: products gives the units back (this is the compensating
         transaction), and orders marks the order as cancelled. To look between the two, we pause
-        products.
+        products, so that orders has to wait for it.
         """)
+    tour.predict("What is the status of the order while orders waits for products: confirmed, "
+                 "cancelled, or another one?")
     tour.pause("products")
-    tour.predict("Orders will have to wait for products. What is the status of the order "
-                 "meanwhile: confirmed, cancelled, or another one?")
     pending = tour.begin_curl(f"/orders/{order_id}/cancel", method="POST")
     await_call(tour, pending)
     row = tour.show_order(order_id)
@@ -98,8 +102,10 @@ def kill_between_steps(tour: Tour) -> int:
     """Place an order, and kill orders while it waits for products; return the order's id."""
     tour.say("""
         We kill the orders service at the worst moment: it has asked products to reserve units, and
-        has no answer yet. To have time for that, we pause products first.
+        has no answer yet. To have time for that, we pause products first, and resume it afterwards.
         """)
+    tour.predict("Will products reserve the units, though orders is gone? Which process finishes "
+                 "the order? How many units leave the stock?")
     tour.pause("products")
     pending = tour.begin_curl("/orders", data=ORDER, headers=WITH_KEY)
     await_call(tour, pending)
@@ -107,8 +113,6 @@ def kill_between_steps(tour: Tour) -> int:
     tour.expect("The order is on disk, with its key, before products has answered",
                 [row["status"] for row in stored], ["pending"])
     row = tour.show_order(stored[0]["id"])
-    tour.predict("Now orders is killed, and products goes on. Does products still reserve the "
-                 "units? Which process finishes the order? How many units leave the stock?")
     tour.kill("orders")
     tour.resume("products")
     answer = tour.finish_curl(pending, ("Idempotency-Replayed",))
@@ -131,13 +135,13 @@ def nobody_knows(tour: Tour) -> None:
     tour.say(f"""
         The orders service asks products to reserve units, and no answer comes within
         {CALL_TIME:g} s. Was the request lost? Was it carried out, and only the answer was lost? Or
-        will it be carried out later? Orders cannot know.
+        will it be carried out later? Orders cannot know. To see it, we pause products.
         """)
     tour.start_shop(f"--timeout={TIMEOUT}")
     before = stock(tour)
-    tour.pause("products")
-    tour.predict("Which answer to the client is true: 201 (confirmed), 409 (refused), 504 (no "
+    tour.predict("Which answer to the client is true then: 201 (confirmed), 409 (refused), 504 (no "
                  "answer in time), or another one?")
+    tour.pause("products")
     answer = tour.curl("/orders", data=ORDER, headers=WITH_KEY, show=("Location", "Retry-After"))
     tour.expect("The answer is 202: the order is accepted, but not decided", answer.status, 202)
     row = tour.show_order(answer.json["id"])
@@ -171,12 +175,13 @@ def nobody_knows(tour: Tour) -> None:
 def tombstone(tour: Tour) -> None:
     """The release that overtakes its reservation."""
     tour.say("""
-        Requests can overtake each other on their way. Here a request to reserve units is late.
-        Meanwhile orders rejects the order, and asks products to release what was reserved for it.
-        Both requests arrive at products. Which one comes first?
+        Requests can overtake each other on their way. Here products is paused, so that a PUT, which
+        reserves units, is late. Meanwhile orders rejects the order, and sends a DELETE, which
+        releases what was reserved for it. When products goes on, it gets both, in any order.
         """)
     tour.start_shop(f"--timeout={TIMEOUT}")
     before = stock(tour)
+    tour.predict("What must products do if the DELETE comes first?")
     tour.pause("products")
     answer = tour.curl("/orders", data={**ORDER, "userId": 2})
     tour.expect("Products does not answer, so the order is pending (202)", answer.status, 202)
@@ -185,8 +190,6 @@ def tombstone(tour: Tour) -> None:
     order_id = answer.json["id"]
     tour.expect(f"Order {order_id} is rejected", lambda: status(tour, order_id), "rejected")
     row = tour.show_order(order_id)
-    tour.predict("Products goes on now, and gets the PUT that reserves and the DELETE that "
-                 "releases, in any order. What must it do if the DELETE comes first?")
     tour.resume("products")
     target = f"/reservations/{row['reservation']}"
     poll("products logs the late PUT", lambda: log_lines(tour, f"PUT {target} "), bool)
