@@ -64,8 +64,8 @@ EXERCISES: list[Exercise] = [
              "test_an_order_whose_reservation_gets_no_answer_stays_pending",
         story="""
             At noon, products was slow for a minute. Every customer who ordered in that minute got
-            an error, 502 or 504, and the order was rejected for good, although there were enough
-            laptops. One minute later all was well again, but the sales of that minute are lost.
+            an error, 502 or 504, and the order was rejected, although there were enough laptops.
+            A minute later products was fine again, but the sales of that minute are lost.
             """,
         hints=("What may a service conclude from a call that got no answer? Look at how an order "
                "is decided in microshop/orders.py.",
