@@ -74,8 +74,8 @@ def closing_lines(chapter: Chapter, chapters: list[Chapter]) -> Iterable[str]:
         yield f"Pattern   {row.name}"
         yield f"  code    {row.location()}"
         yield f"  test    {row.test_command()}"
-        if row.exercise:
-            yield f"  repair  python -m tests.exercise start {row.exercise}"
+        for number in row.exercises:
+            yield f"  repair  python -m tests.exercise start {number}"
     if chapter is not chapters[-1]:
         yield f"Next      {COMMAND} {chapter.number + 1}    ({chapters[chapter.number].title})"
 

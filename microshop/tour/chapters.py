@@ -25,7 +25,7 @@ FUNCTIONS = [
     failures.retries,
     sagas.saga,
     sagas.crash,
-    sagas.nobody_knows,
+    sagas.no_answer,
     sagas.tombstone,
     first_steps.two_editors,
     running.overload,

@@ -61,7 +61,7 @@ What each chapter needs
    7  Retries only where a repeat is safe       chapter 3; idempotent methods
    8  An order is a saga                        chapter 2; what a transaction is
    9  A crash in the middle of an order         chapter 8
-  10  Nobody knows yet                          chapter 8; chapter 4 helps
+  10  A call without an answer                  chapter 8; chapter 4 helps
   11  The release that overtakes its reservation  chapter 8
   12  Two editors                               HTTP headers
   13  Overload and slow clients                 sockets, a little

@@ -17,10 +17,10 @@ class Pattern(NamedTuple):
     """A row of the index."""
 
     name: str
-    place: str         # a module below microshop, and a name in it; "": it is a way to test
-    test: str          # below tests
-    chapter: str = ""  # the function of the chapter that shows it
-    exercise: int = 0  # its number in tests/exercise.py; 0: there is none
+    place: str                       # a module below microshop, and a name in it; "": in tests
+    test: str                        # below tests
+    chapter: str = ""                # the function of the chapter that shows it
+    exercises: tuple[int, ...] = ()  # their numbers in tests/exercise.py
 
     def file(self) -> str:
         """Return the file of the place, like "microshop/orders.py"."""
@@ -68,35 +68,37 @@ INDEX = [
             "test_each_kind_of_violation_is_found", "own_data"),
     Pattern("Supervisor, restart with backoff", "chassis.child:RestartPolicy",
             "chassis.test_child.RestartPolicyTest."
-            "test_a_child_that_ends_is_started_again_after_a_pause_that_doubles", "service_gone"),
+            "test_the_pauses_of_a_child_that_crashes_as_soon_as_it_is_ready_double",
+            "service_gone", (6,)),
     Pattern("Timeout", "chassis.client:Client.call",
             "chassis.test_client.DeadlineTest."
             "test_a_deadline_may_shorten_the_timeout_but_not_extend_it", "service_hangs"),
     Pattern("Circuit breaker", "chassis.resilience:CircuitBreaker",
             "chassis.test_resilience.CircuitBreakerTest."
-            "test_the_state_follows_from_the_history", "service_hangs"),
+            "test_the_state_follows_from_the_history", "service_hangs", (3, 4)),
     Pattern("Heartbeat", "chassis.server:Heartbeat",
             "test_run_all.FailingChildTest."
             "test_a_process_that_hangs_is_killed_and_started_again"),
     Pattern("Deadline propagation", "chassis.handler:find_deadline",
             "test_gateway.DeadlineTest."
             "test_the_service_gets_what_is_left_of_the_time_and_a_client_can_only_shorten_it",
-            "deadline"),
+            "deadline", (5,)),
     Pattern("Bulkhead", "chassis.resilience:Bulkhead",
             "chassis.test_client.BulkheadTest."
-            "test_a_service_that_hangs_occupies_a_limited_number_of_calls", "bulkhead"),
+            "test_a_service_that_hangs_occupies_a_limited_number_of_calls", "bulkhead", (2,)),
     Pattern("Retry with backoff and jitter", "chassis.client:find_pause",
             "chassis.test_client.RetryTest."
             "test_a_pause_is_random_between_zero_and_a_limit_that_doubles", "retries"),
     Pattern("Retry budget", "chassis.resilience:RetryBudget",
             "chassis.test_client.RetryTest."
-            "test_retries_stop_when_their_budget_is_spent", "retries"),
+            "test_retries_stop_when_their_budget_is_spent", "retries", (7,)),
     Pattern("Safe retry", "chassis.client:Call.is_idempotent",
             "chassis.test_client.RetryTest."
-            "test_a_post_or_patch_that_may_have_been_carried_out_is_not_retried", "retries"),
-    Pattern("Idempotency key", "orders:OrdersHandler.create_order",
+            "test_a_post_with_an_idempotency_key_is_retried_at_an_idempotent_receiver_only",
+            "retries", (1,)),
+    Pattern("Idempotency key", "orders:add_order",
             "test_orders.IdempotencyKeyTest."
-            "test_a_repeated_key_replays_the_response_after_changes_and_a_restart_too", "retries"),
+            "test_a_repeated_key_makes_no_second_order", "crash", (13,)),
     Pattern("Service discovery by configuration", "chassis.config:service_url",
             "test_run_all.OpenShopTest."
             "test_orders_finds_the_services_that_an_order_needs"),
@@ -106,21 +108,24 @@ INDEX = [
     Pattern("Saga, orchestrated", "orders:Saga",
             "test_saga.StatusTest."
             "test_an_order_moves_only_along_the_arrows_of_the_diagram", "saga"),
+    Pattern("Compare and set", "orders:move_order",
+            "test_saga.InterleavingTest."
+            "test_a_worker_that_is_too_late_does_not_confirm_a_cancelled_order", "", (15,)),
     Pattern("Compensating transaction", "orders:Saga.release",
-            "test_orders.CancellingTest."
-            "test_a_repeated_cancellation_gives_the_units_back_once", "saga"),
+            "test_saga.IndefiniteAnswerTest."
+            "test_an_order_is_not_cancelled_before_its_units_are_released", "saga", (14, 9)),
     Pattern("Durable saga log", "orders:add_order",
             "test_saga.InterleavingTest."
-            "test_an_order_is_in_the_file_before_any_service_is_called", "crash"),
+            "test_an_order_is_in_the_file_before_any_service_is_called", "crash", (12,)),
     Pattern("Eventual consistency", "orders:Saga.advance",
             "test_saga.IndefiniteAnswerTest."
-            "test_an_order_stays_pending_until_both_services_have_accepted_it", "nobody_knows"),
+            "test_an_order_whose_reservation_gets_no_answer_stays_pending", "no_answer", (10,)),
     Pattern("Idempotent receiver", "products:reserve",
             "test_products.ReservationTest."
-            "test_a_repeated_reserve_takes_the_units_once", "tombstone"),
+            "test_a_repeated_reserve_takes_the_units_once", "no_answer", (11,)),
     Pattern("Tombstone", "products:release",
             "test_products.ReservationTest."
-            "test_a_reserve_that_arrives_after_its_release_is_refused", "tombstone"),
+            "test_a_reserve_that_arrives_after_its_release_is_refused", "tombstone", (8,)),
     Pattern("Optimistic concurrency", "chassis.answer:check_preconditions",
             "test_products.ProductsTest."
             "test_an_outdated_if_match_is_412_and_changes_nothing", "two_editors"),
@@ -181,7 +186,7 @@ def as_text() -> str:
     blocks = []
     for row in INDEX:
         also = [f"chapter {number_of(row.chapter)}"] if row.chapter else []
-        also += [f"exercise {row.exercise}"] if row.exercise else []
+        also += [f"exercise {number}" for number in row.exercises]
         head = f"{row.name} ({', '.join(also)})" if also else row.name
         blocks.append(f"{head}\n    {row.location()}\n    {row.test_command()}")
     return "\n".join(blocks)
@@ -196,5 +201,6 @@ def as_markdown() -> str:
         place += f" `{row.symbol()}`" if row.symbol() else ""
         tests = row.test.rpartition(".")[0]
         chapter = number_of(row.chapter) if row.chapter else ""
-        lines.append(f"| {row.name} | {place} | `{tests}` | {chapter} | {row.exercise or ''} |")
+        exercises = ", ".join(map(str, row.exercises))
+        lines.append(f"| {row.name} | {place} | `{tests}` | {chapter} | {exercises} |")
     return "\n".join(lines)

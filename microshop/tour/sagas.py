@@ -130,8 +130,8 @@ def kill_between_steps(tour: Tour) -> int:
     return row["id"]
 
 
-def nobody_knows(tour: Tour) -> None:
-    """Nobody knows yet."""
+def no_answer(tour: Tour) -> None:
+    """A call without an answer."""
     tour.say(f"""
         The orders service asks products to reserve units, and no answer comes within
         {CALL_TIME:g} s. Was the request lost? Was it carried out, and only the answer was lost? Or

@@ -153,7 +153,8 @@ class Stage:
         if not is_new:
             self.print(f"(the answer to {pending.command})")
         self.print(drawing.draw_answer(answer, show) + "\n")
-        self.watch = f"#request={answer.id}" if answer.id else self.watch
+        if answer.id and not self.watch.startswith(("#trace", "#order")):  # which show more
+            self.watch = f"#request={answer.id}"
         return answer
 
     def curl_at_once(self, count: int, target: str, *, to: str = "gateway",

@@ -73,7 +73,7 @@ EXERCISES: list[Exercise] = [
                "that its answer is unknown? See the classes in microshop/chassis/errors.py.",
                "Only Conflict and UnprocessableContent are refusals. Let an UpstreamError pass: "
                "advance() catches it, leaves the order as it is, and puts it off."),
-        chapter="nobody_knows"),
+        chapter="no_answer"),
     Exercise(
         title="Reserved twice",
         pattern="Idempotent receiver",
@@ -101,7 +101,7 @@ EXERCISES: list[Exercise] = [
                "microshop/orders.py do if it gets 409 without `available`?",
                "If the row that is found is the one that is wanted, there is nothing to do, and no "
                "conflict. The docstring says what to return then."),
-        chapter="nobody_knows"),
+        chapter="no_answer"),
     Exercise(
         title="The order that left no trace",
         pattern="Durable saga log",
@@ -183,7 +183,7 @@ EXERCISES: list[Exercise] = [
         chapter="saga"),
     Exercise(
         title="The worker that came too late",
-        pattern="Saga, orchestrated",
+        pattern="Compare and set",
         minutes=30,
         file="orders.py",
         old='"answer = coalesce(:answer, answer) WHERE id = :id AND status = :previous",',
