@@ -4,17 +4,19 @@
     predict     ask the reader a question, and wait for Enter if there is a terminal
     curl        print a command that can be copied, send the request, print the answer
     kill, pause, resume, restart        send a signal to a process of the shop
-    show_log, show_trace, show_order, show_audit        show what the shop knows
+    show_log, show_lines, show_trace, show_order, show_audit    show what the shop knows
     expect      wait until something holds, and say so; Different if it does not
     trade_off   say why it is made this way, and not the obvious other way
 """
 import contextlib
 import http.client
 import json
+import re
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -86,6 +88,10 @@ class Stage:
     def restart(self) -> None:
         """Ask run_all to replace every process (a rolling restart)."""
         self._signal("run_all", signal.SIGHUP)
+
+    def own_folder(self) -> Path:
+        """Return a new folder, which is removed when the chapter ends."""
+        return Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="tour-")))
 
     def _signal(self, name: str, number: signal.Signals) -> None:
         pid = self.shop.signal(name, number)
@@ -189,6 +195,12 @@ class Tour(Stage):
         self.print(f"(the log of the shop, lines with {request_id})")
         self.print(drawing.draw_lines("\n".join(lines)) + "\n")
         return lines
+
+    def show_lines(self, pattern: str, since: int = 0) -> None:
+        """Print the lines of the log that match a regular expression, without the first `since`."""
+        lines = [line for line in self.shop.lines[since:] if re.search(pattern, line)]
+        self.print(f"(the log of the shop, lines like {pattern!r})")
+        self.print(drawing.draw_lines("\n".join(lines)) + "\n")
 
     def spans(self, request_id: str, services: Sequence[str] = ()) -> list[dict]:
         """Return the spans of a request, as soon as each of the services has recorded one."""
