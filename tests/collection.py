@@ -304,9 +304,10 @@ class WritableCollectionTests(CollectionTests):
         self.assertEqual(changed.status, 200)
         before = self.stored()
         for method, content in (("PUT", self.content), ("DELETE", None)):
-            with self.subTest(method):
-                answer = self.ask(method, target, content, If_Match=seen)
-                self.assert_refused(answer, 412, before)
+            answer = self.ask(method, target, content, If_Match=seen)
+            self.assertEqual(answer.status, 412, f"{method} {target} with If-Match: {seen}, which "
+                             f"was its ETag before the last change, got {answer.body}")
+            self.assert_refused(answer, 412, before)
         fresh = self.get(target).headers["etag"]
         self.assertNotEqual(fresh, seen)
         self.assertEqual(self.ask("DELETE", target, If_Match=fresh).status, 204)
@@ -340,7 +341,9 @@ class WritableCollectionTests(CollectionTests):
         edited, deleted = answers[:5], answers[5:]
         if any(answer.status == 200 for answer in edited):
             statuses = sorted(answer.status for answer in answers)
-            self.assertEqual(statuses, [200] + [412] * 9)
+            self.assertEqual(statuses, [200] + [412] * 9, f"5 PUTs and 5 DELETEs of {target}, all "
+                             f"at once and with If-Match: {seen}. After the first change, this is "
+                             "not its ETag any more, so all others must get 412")
             winner, = (answer for answer in edited if answer.status == 200)
             self.assertEqual(self.get(target).body, winner.body)
         else:

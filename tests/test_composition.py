@@ -221,7 +221,8 @@ class CallTest(CompositionTest):
         request_id = self.ask("/orders?expand=user,product").headers["x-request-id"]
         heads = self.orders.heads + self.users.heads + self.products.heads
         counts = [head.count(f"\r\nx-request-id: {request_id}\r\n") for head in heads]
-        self.assertEqual(counts, [1, 1, 1])
+        self.assertEqual(counts, [1, 1, 1], f"the client's answer has X-Request-Id: {request_id}. "
+                         "How often does the call to orders, users and products have it?")
         parents = [re.search("traceparent: 00-(.{32})-(.{16})-01\r", head) for head in heads]
         self.assertEqual(len({match[1] for match in parents}), 1, "traces")
         self.assertEqual(len({match[2] for match in parents}), 3, "spans, one for each call")
@@ -239,8 +240,10 @@ class MissingTest(CompositionTest):
     """If a call fails, the order still comes, and says what is missing and why."""
 
     def assert_user_is_missing(self, status: int, detail: str) -> None:
-        answer = self.ask("/orders/201?expand=user,product")
-        self.assertEqual(answer.status, 200, answer.body)
+        target = "/orders/201?expand=user,product"
+        answer = self.ask(target)
+        self.assertEqual(answer.status, 200, f"GET {target}, of which only the user cannot be "
+                         f"fetched, was answered with {answer.body}")
         order = answer.json
         self.assertEqual(order["user"], None)
         self.assertEqual(order["product"], {"id": 101, "name": "Thing 101"})

@@ -384,7 +384,8 @@ class RealServiceTest(GatewayTest):
         headers = {**self.JSON, "If-Match": tag}
         statuses = [self.ask("PUT", "/users/1", headers, b'{"name":"Al"}').status
                     for _ in range(2)]
-        self.assertEqual(statuses, [200, 412], "the first PUT changed the ETag")
+        self.assertEqual(statuses, [200, 412], f"two PUTs of /users/1, both with If-Match: {tag}, "
+                         "which is not its ETag any more after the first")
         self.assertEqual(self.ask("DELETE", "/users/1").status, 204)
         self.assertEqual(self.ask("GET", "/users/1").status, 404)
 
@@ -531,7 +532,8 @@ class RateLimitTest(GatewayTest):
         self.open({"rate": Rate(1, 3600)}, users=Stub())
         for target in ("/health", "/health/", "/health?verbose", "/health/live"):
             statuses = [self.ask("GET", target).status for _ in range(2)]
-            self.assertEqual(statuses, [200, 200], target)
+            self.assertEqual(statuses, [200, 200], f"GET {target}, twice, of a client that may "
+                             "send 1 request an hour")
         self.assertEqual([self.ask("GET", "/users").status for _ in range(2)], [200, 429])
 
     def test_there_is_no_limit_unless_one_is_set(self):

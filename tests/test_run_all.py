@@ -912,8 +912,10 @@ class RollingRestartTest(ShopTestCase):
         before = shop.children()
         for times in (1, 2):  # the second request shows that the first one has ended
             shop.popen.send_signal(signal.SIGHUP)
-            shop.wait_for("^run_all .*users ended with exit status 1 before it was ready; "
-                          "the old process keeps running, and no other is replaced", times)
+            end = shop.wait_for(
+                "^run_all .*users ended with exit status 1 before it was ready; (.*)", times)
+            self.assertEqual(end[1], "the old process keeps running, and no other is replaced",
+                             "what run_all says after the new process of users has failed")
             shop.wait_for("^run_all .*replacing every process", times)
         self.assert_serves(shop)
         self.assertEqual(len(shop.started("users")), 3, "one start, and one try for each request")

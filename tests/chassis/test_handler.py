@@ -535,6 +535,23 @@ class SlowClientTest(ConnectionsTest):
                 silent = send_slowly(begin + b"x" * 97, (1100, b"x"))
                 self.assertEqual(silent, 408, "so it is if much came before the silence")
 
+    def test_the_time_for_a_body_does_not_begin_again_with_each_byte(self):
+        self.enterContext(mock.patch.multiple(handler, BODY_TIME=1000, BODY_RATE=1))
+        clock = self.enterContext(stopped_clock(handler, wire))
+        service = self.enterContext(running(Things))
+        connection = self.connect(service)
+        connection.send(POST + b"Content-Length: 5\r\n\r\n[")
+        for size in (1, 2):
+            self.await_body(service, size)
+            clock.now += 600
+            connection.send(b"1")
+        wait_until(lambda: service.handlers[0].body_size in (3, 0),  # 0: it was given up
+                   "the service to receive the third byte")
+        connection.send(b"1]")
+        status = self.read(connection, "POST, with a byte every 600 s,").status
+        self.assertEqual(status, 408, "answer to a POST whose body came in 1200 s, although there "
+                         "are 1000 s for it, and 1 s more for each byte")
+
     def test_a_client_that_does_not_read_its_answer_is_given_up(self):
         with (contextlib.redirect_stderr(io.StringIO()) as log,
               mock.patch.object(handler, "SEND_TIME", 0.05),

@@ -300,7 +300,9 @@ class FullServiceTest(ConnectionsTest):
                 newcomer.send(GET)  # is not read, but must not reset the connection either
                 answer = self.read(newcomer, "GET /things of a newcomer")
                 headers = [answer.headers.get(name) for name in ("retry-after", "connection")]
-                self.assertEqual((answer.status, headers), (503, ["1", "close"]))
+                self.assertEqual((answer.status, headers), (503, ["1", "close"]),
+                                 "status, Retry-After and Connection of the answer to a newcomer, "
+                                 "while there are as many busy connections as there may be, 2")
                 self.assertEqual(answer.json["requestId"], answer.headers["x-request-id"])
                 self.assert_closed(newcomer, "a rejected connection")
                 self.send_more(newcomer)

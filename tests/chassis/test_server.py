@@ -292,13 +292,15 @@ class DrainTest(ConnectionsTest):
     """The end of a service: no new clients, and those that are there get their answers."""
 
     def start_draining(self, service: Things) -> threading.Thread:
-        """Stop accepting, start to drain, and wait until open connections were looked at once."""
+        """Stop accepting, and start to drain; return when that waits for connections, or ends."""
         close_idle = self.enterContext(mock.patch.object(
             service.connections, "close_idle", wraps=service.connections.close_idle))
         stop_accepting(service)
         draining = threading.Thread(target=service.drain)
         draining.start()
-        wait_until(lambda: close_idle.called or not draining.is_alive(), "the drain to begin")
+        # As long as it waits, it looks for idle connections again and again.
+        wait_until(lambda: close_idle.call_count > 1 or not draining.is_alive(),
+                   "the drain to begin")
         return draining
 
     def finish(self, draining: threading.Thread) -> None:
@@ -310,8 +312,10 @@ class DrainTest(ConnectionsTest):
         service = self.enterContext(running(Things, grace=PATIENCE))
         [idle], busy = self.keep(service, 1), self.hold(service)
         draining = self.start_draining(service)
+        if not draining.is_alive():
+            self.fail("drain() has returned although GET /wait is in flight, and only a moment of "
+                      f"the grace period of {PATIENCE:g} s is over")
         self.assert_closed(idle, "the idle connection")
-        self.assertTrue(draining.is_alive(), "it did not wait for GET /wait, which is in flight")
         service.go_on.set()
         answer = self.read(busy, "GET /wait")
         self.assertEqual(answer.json, "waited")
