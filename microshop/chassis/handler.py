@@ -260,11 +260,11 @@ class ConnectionHandler(RequestReader):
         """Log the request, and record it as a span: unless it asked for metrics or traces."""
         if self.is_unrecorded:
             return
-        seconds = time.perf_counter() - self.started
+        seconds, ended = time.perf_counter() - self.started, time.time()
         self.server.log.request(self.request_id, self.command, self.path, status, seconds)
         self.server.telemetry.record(ServerSpan(
             self.trace(), self.command[:MAX_METHOD], self.path[:MAX_TARGET], self.route, status,
-            time.time(), seconds))
+            ended, seconds))
 
 
 class RouteHelpers(ConnectionHandler):

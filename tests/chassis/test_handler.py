@@ -2,6 +2,7 @@
 import contextlib
 import io
 import socket
+import time
 import unittest
 from unittest import mock
 
@@ -620,6 +621,21 @@ class LogTest(unittest.TestCase):
         self.assertEqual(len(set(made)), 5, f"each new id should be another: {made}")
         for request_id in made:
             self.assertRegex(request_id, "^[0-9a-f]{16}$")
+
+    def test_the_time_to_log_a_request_is_not_part_of_its_span(self):
+        with running(Things) as service:
+            logged = []
+
+            def log(*_: object) -> None:
+                logged.append(time.time())
+                wait_until(lambda: time.time() > logged[0], "the clock to go on")
+
+            with mock.patch.object(service.log, "request", log):
+                ask(service.server_port, "GET", "/things")
+                wait_until(service.telemetry.spans, "a span to be recorded")
+            [span] = service.telemetry.spans()
+        self.assertLessEqual(span.ended, logged[0], "the span of GET /things ended before its log "
+                                                    "line was written, but says: later")
 
 
 if __name__ == "__main__":
