@@ -198,6 +198,14 @@ class DifferentTest(unittest.TestCase):
         self.assertIn("[ok] The answer is 200", printed)
         self.assertIn("1 of 2 chapters came out as they say; not so: 1", printed)
 
+    def test_an_answer_that_lacks_something_is_different_too(self):
+        def wrong(tour: Tour) -> None:
+            tour.expect("It is order 203", {"status": 500}["id"], 203)
+
+        is_right, printed = self.run_command(wrong)
+        self.assertFalse(is_right)
+        self.assertRegex(printed, r"\[!!\] [^@]*came: KeyError\('id'\)")
+
     def test_all_that_come_out_right_are_counted(self):
         def right(tour: Tour) -> None:
             tour.expect("The answer is below 300", 200, lambda status: status < 300)

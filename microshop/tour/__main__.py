@@ -5,10 +5,12 @@ What was done is remembered in the file .tour of the current folder.
 import argparse
 import contextlib
 import os
+import sqlite3
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from microshop.chassis import surroundings
 from microshop.tour import class_plan, index
@@ -56,16 +58,23 @@ def run_chapter(chapter: Chapter, chapters: list[Chapter], *, is_interactive: bo
         try:
             chapter.function(tour)
         except Different as different:
-            print(draw_text("This came out differently.", "[!!] "))
-            print(draw_text(f"expected: {different.expected}", "     "))
-            print(draw_lines(f"came: {different.came}", "     "))
-            return False
+            return tell_difference(different.expected, different.came)
+        except (LookupError, ValueError, sqlite3.Error) as error:
+            return tell_difference("what the chapter needs is in each answer", repr(error))
         print("\n".join(closing_lines(chapter, chapters)))
         if tour.watch:
             print(f"Watch     http://localhost:{tour.port('live')}/{tour.watch}")
             if is_interactive:
                 input("          (in a browser, now; Enter ends this shop) ")
     return True
+
+
+def tell_difference(expected: str, came: Any) -> bool:
+    """Say that a chapter came out differently; return False."""
+    print(draw_text("This came out differently.", "[!!] "))
+    print(draw_text(f"expected: {expected}", "     "))
+    print(draw_lines(f"came: {came}", "     "))
+    return False
 
 
 def closing_lines(chapter: Chapter, chapters: list[Chapter]) -> Iterable[str]:
