@@ -1,9 +1,11 @@
 """The source of microshop, for the tests that read it: its files, its layers and their size."""
 import ast
 import io
+import shutil
 import tokenize
 from collections.abc import Iterator
 from itertools import chain
+from pathlib import Path
 
 from microshop import SERVICES
 from tests.helpers import TOP
@@ -13,10 +15,20 @@ SOURCES = {path.relative_to(HOUSE).as_posix(): path.read_text()
            for path in sorted(HOUSE.rglob("*.py"))}  # by name, like "chassis/wire.py"
 SERVICE_FILES = {name: f"{name}.py" for name in SERVICES if f"{name}.py" in SOURCES}
 PATTERN_FILES = {"__init__.py", "gateway.py", *SERVICE_FILES.values()}
+COPIED = ("microshop", "tests", "README.md", "Makefile", "setup.cfg")  # what a copy consists of
 LAYERS = ("pattern", "chassis", "tools", "tour")
 
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
            tokenize.ENCODING, tokenize.ENDMARKER}
+
+
+def copy_project(top: Path) -> None:
+    """Copy the project into a folder that exists."""
+    for name in COPIED:
+        if (TOP / name).is_dir():
+            shutil.copytree(TOP / name, top / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(TOP / name, top)
 
 
 def layer_of(name: str) -> str:

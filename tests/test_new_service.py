@@ -5,7 +5,6 @@ Here a copy of the project gets a fourth service, made from the users service by
 import ast
 import contextlib
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from microshop import SERVICES
-from tests.helpers import TOP, Process, ask, wait_until
+from tests.helpers import Process, ask, wait_until
+from tests.source import copy_project
 
 # As long as "users", so that renaming makes no line wider.
 NAME = next(name for name in ("notes", "carts", "gifts") if name not in SERVICES)
@@ -59,13 +59,6 @@ def add_service(top: Path) -> None:
     for part in PARTS:
         add_part(top, part)
     add_line_in_readme(top)
-
-
-def copy_project(top: Path) -> None:
-    for name in ("microshop", "tests"):
-        shutil.copytree(TOP / name, top / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("README.md", "Makefile", "setup.cfg"):
-        shutil.copy(TOP / name, top)
 
 
 @contextlib.contextmanager
