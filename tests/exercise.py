@@ -18,7 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +98,12 @@ class Copy:
 
     # --- the files
 
-    def make(self, edits: tuple) -> None:
-        """Copy the project here, changed by these edits, or leave nothing behind."""
+    def make(self, change: Callable[[Path], None]) -> None:
+        """Copy the project here and change it, or leave nothing behind."""
         self.folder.mkdir(parents=True)
         try:
             copy_project(self.folder)
-            for edit in edits:
-                edit.apply(self.folder)
+            change(self.folder)
         except BaseException:
             shutil.rmtree(self.folder)
             raise
@@ -189,7 +188,7 @@ def start(copy: Copy) -> Iterator[str]:
     if folder.exists():
         raise Refused(f"exercise {number} was started before: go on in {folder}, or delete that "
                       "folder to begin again")
-    copy.make(exercise.edits())
+    copy.make(exercise.prepare)
     copy.note()
     title = f"Exercise {number}: {exercise.title}"
     yield f"{title}\n{'=' * len(title)}\n"

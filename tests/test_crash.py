@@ -87,8 +87,7 @@ class CrashTests:
         cls.enterClassContext(mock.patch.object(server, "LAST_LOOK", 0))
         cls.users = cls.enterClassContext(running(Users, data=cls.folder))
         with running(Products, data=cls.folder) as products:
-            laptop = {"name": "Laptop", "stock": 10**6}
-            Shop(cls.users, products, None).ask("PUT", "/products/101", laptop)
+            Shop(cls.users, products, None).set_stock(101, 10**6)
         cls.settings = {
             "port": cls.enterClassContext(held_port()), "users_url": [cls.users.url],
             "timeout": PATIENCE}

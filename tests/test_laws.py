@@ -16,7 +16,7 @@ from tests.source import (
 WIDTH = 100                # columns
 CLASS_LINES = 150
 FUNCTION_LINES = 40
-PATTERN_CODE_LINES = 900
+PATTERN_CODE_LINES = 300 * len(SERVICES)  # the services and the gateway
 
 SQL = re.compile(
     r"(?i)\b(SELECT .* FROM|INSERT (OR|INTO)|REPLACE INTO|UPDATE \w+ SET|DELETE FROM"

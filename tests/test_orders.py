@@ -273,7 +273,7 @@ class IdempotencyKeyTest(ShopTest):
 
         assert_all_are_replayed()
         self.assertEqual((len(self.stored()), self.shop.stock()), (5, 97))
-        self.shop.ask("PUT", "/products/102", {"name": "Mouse", "stock": 1000})
+        self.shop.set_stock(102, 1000)
         self.cancel(203)
         assert_all_are_replayed()
         with self.shop.with_orders_restarted() as self.shop:

@@ -376,7 +376,7 @@ class IndefiniteAnswerTest(SagaTest):
             self.assert_accepted(self.post({**LAPTOPS, "userId": 2}), "pending")
             self.assert_accepted(self.post({**LAPTOPS, "productId": 102}), "pending")
             self.shop.ask("DELETE", "/users/2")
-            self.shop.ask("PUT", "/products/102", {"name": "Mouse", "stock": 2})
+            self.shop.set_stock(102, 2)
         self.wait_for("rejected", 203)
         self.wait_for("rejected", 204)
         reasons = [self.shop.ask("GET", f"/orders/{order}").json["reason"] for order in (203, 204)]
@@ -667,7 +667,7 @@ class InterleavingTest(SagaTest):
         self.advance(self.newest())
 
     def the_stock_is_emptied_and_another_worker_is_faster(self, order):
-        self.shop.ask("PUT", f"/products/{order['productId']}", {"name": "Lamp", "stock": 0})
+        self.shop.set_stock(order["productId"], 0)
         self.advance(self.newest())
 
     def another_worker_confirms_and_the_client_cancels(self, order):
@@ -787,7 +787,7 @@ class InterleavingTest(SagaTest):
         self.assertEqual(self.shop.stock(), 97)
 
     def test_of_eight_simultaneous_buyers_of_the_last_unit_one_gets_it(self):
-        self.shop.ask("PUT", "/products/102", {"name": "Mouse", "stock": 1})
+        self.shop.set_stock(102, 1)
         answers = together(*[partial(self.post, {"userId": 2, "productId": 102})] * 8)
         self.assertEqual(sorted(answer.status for answer in answers), [201] + [409] * 7)
         self.assertEqual(self.shop.stock(102), 0)

@@ -4,24 +4,17 @@ Each is one small edit of the present source, so the present source is its solut
 adding.py go the other way: the learner adds something, and a model solution comes with them.
 tests/exercise.py runs the exercises, and tests/proofs.py checks that each does what it says.
 """
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 
-class Edit(NamedTuple):
-    """A change in a copy of the project: `old` becomes `new`; without `old`, a new file."""
-
-    file: str  # below the top folder
-    old: str   # occurs once in the file
-    new: str
-
-    def apply(self, top: Path) -> None:
-        """Make the change. Raises ValueError if `old` does not occur exactly once."""
-        path = top / self.file
-        before = path.read_text() if self.old else self.old
-        if self.old and (count := before.count(self.old)) != 1:
-            raise ValueError(f"{self.file} has this {count} times instead of once: {self.old}")
-        path.write_text(before.replace(self.old, self.new) if self.old else self.new)
+def edit(path: Path, old: str, new: str) -> None:
+    """Change a file. Raises ValueError if `old` does not occur exactly once in it."""
+    before = path.read_text()
+    if (count := before.count(old)) != 1:
+        raise ValueError(f"{path} has this {count} times instead of once: {old}")
+    path.write_text(before.replace(old, new))
 
 
 class Exercise(NamedTuple):
@@ -40,11 +33,13 @@ class Exercise(NamedTuple):
 
     task = "Find the fault in that folder, and repair it"
     may_change = ()  # files of tests/ that the learner may edit
-    solution = ()    # edits of the present source: none, it is right
 
-    def edits(self) -> tuple[Edit, ...]:
-        """Return what makes the learner's copy out of the present source."""
-        return (Edit(f"microshop/{self.file}", self.old, self.new),)
+    def prepare(self, top: Path) -> None:
+        """Make the learner's copy out of a fresh copy of the project: take the protection out."""
+        edit(top / "microshop" / self.file, self.old, self.new)
+
+    def solve(self, top: Path) -> None:
+        """Solve the exercise in a fresh copy of the project, which is right as it is."""
 
     def further_tests(self) -> tuple[str, ...]:
         """Return what must pass besides the test: the rest of its module."""
@@ -57,18 +52,21 @@ class Addition(NamedTuple):
     title: str
     pattern: str
     minutes: int
-    test: str                    # fails until it is added
-    further: tuple[str, ...]     # tests that must pass then, besides
+    test: str                          # fails until it is added
+    further: tuple[str, ...]           # tests that must pass then, besides
     may_change: tuple[str, ...]
-    solution: tuple[Edit, ...]   # a model solution
+    solution: Callable[[Path], None]   # adds it to a fresh copy of the project
     story: str
     hints: tuple[str, ...]
     chapter: str = ""
 
     task = "Add it in that folder"
 
-    def edits(self) -> tuple[Edit, ...]:
-        return ()
+    def prepare(self, top: Path) -> None:
+        """Leave a fresh copy of the project as it is."""
+
+    def solve(self, top: Path) -> None:
+        self.solution(top)
 
     def further_tests(self) -> tuple[str, ...]:
         return self.further
