@@ -116,6 +116,7 @@ class WholeShopTest(unittest.TestCase):
 
     def test_buckets_are_those_of_opentelemetry_after_three_smaller_ones(self):
         for name in ("gateway", *SERVICES):  # live has answered no request
+            ask(self.shop.ports[name], target="/no-such-path")
             found: dict[tuple, list[float]] = {}
             for labels, _ in metrics_of(self.shop.ports[name]).find(f"{SERVED}_bucket"):
                 bound = float(labels.pop("le"))

@@ -163,7 +163,7 @@ EXERCISES: list[Addition] = [
                "demo rows, and README.md needs one line with the name and the port.")),
     Addition(
         title="A new field: what a product costs",
-        pattern="Database per service",
+        pattern="Schema version",
         minutes=40,
         test="exercises.checks.PriceTest."
              "test_the_products_of_an_old_database_are_kept_and_cost_0_until_they_get_a_price",
