@@ -59,6 +59,7 @@ class Stage:
         self.is_interactive = is_interactive
         self.watch = ""      # the part of the live picture that shows this, like "#order=203"
         self.shop: OwnShop
+        self.also: dict[str, int] = {}  # ports of processes beside the shop, by name
 
     # --- the shop
 
@@ -72,7 +73,7 @@ class Stage:
         self.print(f"(a shop of your own; its gateway is at http://localhost:{self.port()})\n")
 
     def port(self, name: str = "gateway") -> int:
-        return self.shop.port(name)
+        return self.also[name] if name in self.also else self.shop.port(name)
 
     def kill(self, name: str) -> None:
         """Kill a process: it has no chance to finish anything."""
@@ -149,7 +150,7 @@ class Stage:
         fields |= headers or {}
         port = self.port(to)
         command = drawing.draw_curl(f"localhost:{port}{target}", method, fields, body)
-        self.print(f"$ {command}{end}")
+        self.print(f"$ {command}{end}" + (f"    # {to}" if to in self.also else ""))
         return Pending(command, lambda: send(port, method, target, fields, body))
 
     def finish_curl(self, pending: Pending, show: tuple[str, ...] = (), *,
