@@ -50,14 +50,12 @@ class OwnShop:
     """A shop that belongs to one chapter. `lines` are what run_all has printed so far."""
 
     def __init__(self, *flags: str):
-        environment = {name: value for name, value in os.environ.items()
-                       if not name.startswith("MICROSHOP_")}
         self.lines: list[str] = []
         self._paused: set[int] = set()
         self.run_all = subprocess.Popen(
             [sys.executable, "-m", "microshop.run_all", "--fresh", "--port=0", *flags],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=environment, start_new_session=True, text=True, errors="replace")
+            env=plain_environment(), start_new_session=True, text=True, errors="replace")
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -115,6 +113,12 @@ class OwnShop:
             self._paused.add(pid)
             poll(f"{name} stops", lambda: is_stopped(pid), True)
         return pid
+
+
+def plain_environment() -> dict[str, str]:
+    """Return our environment without settings of a shop, and without proxies."""
+    return {name: value for name, value in os.environ.items()
+            if not name.startswith("MICROSHOP_") and not name.lower().endswith("_proxy")}
 
 
 def send_signal(pid: int, number: signal.Signals) -> None:
