@@ -5,13 +5,15 @@ PYTHON := $(shell for name in python python3 python3.13 python3.12 python3.11; d
 	then echo $$name; exit; fi; done; echo python3)
 endif
 
-.PHONY: help run test test-all lint conformance bench chaos fuzz soak clean
+.PHONY: help run test test-all lint tour prove conformance bench chaos fuzz soak clean
 
 help:
 	@echo 'make run         start the shop at http://localhost:3000 (Ctrl-C stops it)'
 	@echo 'make test        run all tests (one to two minutes)'
 	@echo 'make test-all    run them with every Python from 3.11 on that is found here'
 	@echo 'make lint        check the style, and the types if mypy is installed'
+	@echo 'make tour        run all chapters of the tour, without questions (two minutes)'
+	@echo 'make prove       prove that each exercise fails and can be solved (three minutes)'
 	@echo 'make conformance check metrics, traces and API with other tools (two minutes)'
 	@echo 'make bench       measure the speed beside other frameworks, if available (six minutes)'
 	@echo 'make chaos       inject faults for a minute while clients place orders, and count losses'
@@ -45,6 +47,12 @@ lint:
 		ruff check --line-length 100 --select E,F,W,B,UP --ignore E701 microshop tests; \
 	else echo 'ruff is not installed; the width of lines is checked by tests/test_laws.py'; fi
 	@if command -v mypy >/dev/null; then mypy microshop; else echo 'mypy is not installed'; fi
+
+tour:
+	$(PYTHON) -m microshop.tour --all
+
+prove:
+	$(PYTHON) -m tests.proofs
 
 conformance:
 	$(PYTHON) -m tests.conformance $(FLAGS)

@@ -13,9 +13,11 @@ Where to look:
     browser.py                  drives a real browser, if there is one: for test_live_page.py
     chassis/told.py             what processes show of themselves, written by hand
     journal.py                  remembers requests and log lines, and shows them with a failure
+    exercise.py exercises/      exercises for learners; proofs.py proves that each does what it says
     lanes.py                    runs the whole suite in several processes at once
     chaos.py fuzz.py soak.py bench.py conformance.py    longer runs; `make help` lists them
-    peers.py aiohttp_pair.py textbook.py    what bench.py compares the shop with
+    peers.py aiohttp_pair.py textbook.py    what bench.py compares the shop with; the tour shows
+                                textbook.py, too
 
 One module alone: `python -m unittest tests.test_users`. The assignments below are the hooks of
 journal.py and lanes.py: unittest prints results with the class, and calls the package's

@@ -211,9 +211,10 @@ def shop_with(count: int, stack: contextlib.ExitStack) -> Ports:
 
 
 def fill_stock(ports: Ports) -> None:
-    content = json.dumps({"name": "Laptop", "stock": 10**9}).encode()
+    laptop = {**ask(ports["gateway"], target="/products/101").json, "stock": 10**9}
+    del laptop["id"]
     json_type = {"Content-Type": "application/json"}
-    ask(ports["gateway"], "PUT", "/products/101", json_type, content)
+    ask(ports["gateway"], "PUT", "/products/101", json_type, json.dumps(laptop).encode())
 
 
 def fill(service: type[Service], folder: str, insert: str, ids: range) -> None:

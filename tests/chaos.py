@@ -439,11 +439,19 @@ class Run:
         self.clients = [Client(number, self.port, seed, self.ending, self.over)
                         for number in range(clients)]
 
+    def buy_mice(self) -> bool:
+        """Set the stock of product 102, and nothing else of it; return whether that was done."""
+        found = ask(self.port, "GET", "/products/102")
+        if not found or found.status != 200:
+            return False
+        mice = {**found.json, "stock": MOUSE_STOCK}
+        del mice["id"]
+        changed = ask(self.port, "PUT", "/products/102", mice)
+        return changed is not None and changed.status == 200
+
     def run(self) -> Report:
         try:
-            mice = {"name": "Mouse", "stock": MOUSE_STOCK}
-            wait_until(lambda: bool(ask(self.port, "PUT", "/products/102", mice)),
-                       "PUT /products/102 to be answered")
+            wait_until(self.buy_mice, "the stock of product 102 to be set")
             for client in self.clients:
                 client.start()
             self.inject_faults()

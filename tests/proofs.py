@@ -24,7 +24,7 @@ AT_ONCE = 3  # most of the time they wait
 WIDTH = 70   # of a message that is shown
 BARE = re.compile(  # messages that say neither what was sent nor what was expected
     r"(True is not false|False is not true|.* is not (true|false)|None is not .*|.* is not None"
-    r"|unexpectedly None.*|\d+ != \d+|\(no message\)|)")
+    r"|unexpectedly None.*|\d+ != \d+|None|)")
 
 
 class Proof:

@@ -181,7 +181,8 @@ EXERCISES: list[Addition] = [
             list of products stays as it is, and the published API knows the new field.
 
             The tests of products know all fields of a product, so you may change them here:
-            tests/test_products.py and tests/test_openapi.py.
+            tests/test_products.py and tests/test_openapi.py. (The commands in README.md show
+            products, too, and run as tests. Leave them as they are in this exercise.)
             """,
         hints=("Everything is in microshop/products.py: SCHEMA, the two tables of fields, and the "
                "queries that read, insert and update a product. SCHEMA is a list of versions: what "

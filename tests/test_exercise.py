@@ -1,0 +1,268 @@
+"""The exercises: their data fits the present source, and the runner does what learners are told.
+
+That each exercise fails and can be solved takes minutes; `make prove` shows it (proofs.py).
+"""
+import contextlib
+import importlib
+import io
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+from microshop.tour.chapters import all_chapters
+from microshop.tour.index import INDEX
+from tests import exercise
+from tests.exercise import EXERCISES, Copy, Failure
+from tests.exercises import Exercise
+from tests.helpers import PATIENCE, TOP, wait_until
+from tests.proofs import BARE
+from tests.source import COPIED
+
+FAULT = Exercise(
+    title="The doubled price", pattern="Addition", minutes=5,
+    file="price.py", old="return a + b", new="return a + b + b",
+    test="test_price.PriceTest.test_a_price_is_the_sum_of_its_parts",
+    story="A customer has paid too much.",
+    hints=("Look at the price.", "What does add() return?"))
+FILES = [name for name in COPIED if (TOP / name).is_file()]
+SHOP = {
+    "microshop/__init__.py": "",
+    "microshop/price.py": "def add(a, b):\n    return a + b\n",
+    "tests/__init__.py": "",
+    "tests/test_price.py": """\
+import unittest
+from microshop.price import add
+
+class PriceTest(unittest.TestCase):
+    def test_a_price_is_the_sum_of_its_parts(self):
+        self.assertEqual(add(3, 4), 7, "the price of 3 and 4")
+
+    def test_nothing_costs_nothing(self):
+        self.assertEqual(add(0, 0), 0, "the price of 0 and 0")
+"""}
+
+
+def write(top: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (top / name).parent.mkdir(parents=True, exist_ok=True)
+        (top / name).write_text(text)
+
+
+class DataTest(unittest.TestCase):
+    """What can be checked of each exercise at once."""
+
+    def test_what_is_taken_out_occurs_once_and_the_rest_compiles(self):
+        for number, found in enumerate(EXERCISES, start=1):
+            with self.subTest(number=number, title=found.title), contextlib.ExitStack() as stack:
+                if not isinstance(found, Exercise):
+                    continue
+                top = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                name = Path("microshop", found.file)
+                write(top, {str(name): (TOP / name).read_text()})
+                found.prepare(top)
+                compile((top / name).read_text(), name, "exec")
+
+    def test_a_model_solution_can_be_made_from_the_present_source(self):
+        for number, found in enumerate(EXERCISES, start=1):
+            with self.subTest(number=number, title=found.title), contextlib.ExitStack() as stack:
+                if isinstance(found, Exercise):
+                    continue
+                top = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                shutil.copytree(TOP / "microshop", top / "microshop")
+                shutil.copytree(TOP / "tests", top / "tests")
+                found.solve(top)
+
+    def test_its_test_exists_and_so_do_the_others_that_a_check_runs(self):
+        for number, found in enumerate(EXERCISES, start=1):
+            with self.subTest(number=number, title=found.title):
+                module, case, method = f"tests.{found.test}".rsplit(".", 2)
+                cases = vars(importlib.import_module(module))
+                self.assertIn(case, cases, f"a class in {module}")
+                self.assertTrue(hasattr(cases[case], method), f"{case} has no {method}")
+
+    def test_its_pattern_is_in_the_index_and_its_chapter_in_the_tour(self):
+        patterns = {row.name for row in INDEX}
+        chapters = {chapter.name for chapter in all_chapters()}
+        for number, found in enumerate(EXERCISES, start=1):
+            with self.subTest(number=number, title=found.title):
+                self.assertIn(found.pattern, patterns, "patterns in microshop/tour/index.py")
+                self.assertIn(found.chapter, {"", *chapters}, "chapters of the tour")
+
+    def test_it_tells_a_story_and_gives_two_or_three_hints(self):
+        for number, found in enumerate(EXERCISES, start=1):
+            with self.subTest(number=number, title=found.title):
+                self.assertTrue(found.story.strip(), "it tells no story")
+                self.assertIn(len(found.hints), (2, 3), "hints")
+                self.assertIn(found.minutes, range(5, 46), "minutes")
+                if isinstance(found, Exercise):
+                    self.assertNotIn(found.file, found.story, "the story must not name the file")
+
+    def test_titles_are_different(self):
+        titles = [found.title for found in EXERCISES]
+        self.assertEqual(len(set(titles)), len(titles), f"titles: {sorted(titles)}")
+
+
+class RunnerTest(unittest.TestCase):
+    """The commands, in a project that consists of one function and its tests."""
+
+    def setUp(self):
+        self.top = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        write(self.top, {**{name: "" for name in FILES}, **SHOP})
+        self.enterContext(contextlib.chdir(self.top))
+        self.enterContext(mock.patch("tests.exercise.TOP", self.top))
+        self.enterContext(mock.patch("tests.source.TOP", self.top))
+        self.enterContext(mock.patch("tests.exercise.EXERCISES", [FAULT]))
+        self.code = self.top / ".exercises/1/microshop/price.py"
+
+    def run_command(self, *arguments: str) -> tuple[int, str]:
+        """Return the exit status and what was printed, as `python -m tests.exercise` would."""
+        status, printed = 0, io.StringIO()
+        with (mock.patch.object(sys, "argv", ["exercise", *arguments]),
+              mock.patch("microshop.chassis.surroundings.prepare"),
+              contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed)):
+            try:
+                exercise.main()
+            except SystemExit as end:
+                status = end.code
+        return status, printed.getvalue()
+
+    def assert_prints(self, arguments: str, status: int, *expected: str) -> str:
+        found, printed = self.run_command(*arguments.split())
+        self.assertEqual(found, status, f"exit status of {arguments!r}, which printed:\n{printed}")
+        for text in expected:
+            self.assertIn(text, printed, f"what {arguments!r} prints")
+        return printed
+
+    def assert_is_one_line(self, arguments: str, expected: str) -> None:
+        printed = self.assert_prints(arguments, 2, expected)
+        self.assertEqual(printed.count("\n"), 1, f"lines of {printed!r}")
+
+    def repair(self) -> None:
+        self.code.write_text(SHOP["microshop/price.py"].replace("a + b", "b + a"))
+
+    def test_start_makes_a_copy_with_the_fault_and_says_what_to_do(self):
+        printed = self.assert_prints(
+            "start 1", 0, "A customer has paid too much.", f"tests.{FAULT.test}",
+            "check 1", "hint 1")
+        self.assertNotIn("price.py", printed, "it must not name the file of the fault")
+        self.assertIn("a + b + b", self.code.read_text())
+        self.assertNotIn("a + b + b", (self.top / "microshop/price.py").read_text())
+
+    def test_a_second_start_is_refused_and_changes_nothing(self):
+        self.run_command("start", "1")
+        self.code.write_text("# my work")
+        self.assert_is_one_line("start 1", "delete that folder to begin again")
+        self.assertEqual(self.code.read_text(), "# my work")
+
+    def test_check_shows_the_message_of_the_test_until_the_fault_is_repaired(self):
+        self.run_command("start", "1")
+        self.assert_prints("check 1", 1, "Not yet", "a price is the sum of its parts",
+                           "11 != 7 : the price of 3 and 4")
+        self.assert_prints("diff 1", 2, "is not done yet")
+        self.repair()
+        self.assert_prints("check 1", 0, "Done", "All exercises are done.")
+        self.assert_prints("", 0, "[done]")
+        self.assert_prints("diff 1", 0, "-    return a + b\n+    return b + a")
+
+    def test_check_also_runs_the_rest_of_the_module(self):
+        self.run_command("start", "1")
+        self.code.write_text("def add(a, b):\n    return 7\n")
+        self.assert_prints("check 1", 1, "Almost", "nothing costs nothing", "7 != 0")
+        self.assert_prints("", 0, "[started]")
+
+    def test_a_mistake_in_python_is_shown_as_such(self):
+        self.run_command("start", "1")
+        self.code.write_text("def add(a, b)\n    return a\n")
+        self.assert_prints("check 1", 1, "SyntaxError")
+
+    def test_an_edited_or_deleted_test_does_not_count(self):
+        self.run_command("start", "1")
+        test = self.top / ".exercises/1/tests/test_price.py"
+        test.write_text(SHOP["tests/test_price.py"].replace("7", "11"))
+        command = "cp tests/test_price.py .exercises/1/tests/test_price.py"
+        self.assert_prints("check 1", 1, "not its tests", command)
+        test.unlink()
+        self.assert_prints("check 1", 1, "not its tests", command)
+
+    def test_hints_come_one_by_one_and_the_last_one_stays(self):
+        self.run_command("start", "1")
+        self.assert_prints("hint 1", 0, "Hint 1 of 2: Look at the price.")
+        for _ in range(2):
+            self.assert_prints("hint 1", 0, "Hint 2 of 2: What does add() return?", "diff 1")
+
+    def test_a_wrong_command_is_answered_with_one_line_and_status_2(self):
+        self.assert_is_one_line("begin 1", "start, check, hint, diff")
+        self.assert_is_one_line("start", "start, check, hint, diff")
+        self.assert_is_one_line("start 2", "there is no exercise 2")
+        self.assert_is_one_line("check 1", "was not started")
+
+    def test_inside_a_copy_it_says_where_to_go(self):
+        self.run_command("start", "1")
+        with mock.patch("tests.exercise.TOP", self.top / ".exercises/1"):
+            self.assert_is_one_line("check 1", "go to the top folder first")
+
+    def test_an_interrupted_check_leaves_no_process(self):
+        write(self.top, {"tests/test_price.py": "import time\nopen('begun', 'w')\ntime.sleep(600)"})
+        self.run_command("start", "1")
+        copy = Copy(1, FAULT, self.top / ".exercises/1")
+
+        def interrupt(popen: subprocess.Popen) -> None:
+            wait_until((copy.folder / "begun").exists, "the test to begin")
+            raise KeyboardInterrupt
+
+        with (mock.patch.object(subprocess.Popen, "communicate", interrupt),
+              self.assertRaises(KeyboardInterrupt)):
+            copy.find_failure(FAULT.test)
+        self.assertEqual(copy.running.wait(PATIENCE), -signal.SIGINT, "how the test has ended")
+
+
+class FailureTest(unittest.TestCase):
+    def failure_of(self, test) -> Failure:
+        """Return what is found in the output of a test."""
+        printed = io.StringIO()
+        case = type("ShopTest", (unittest.TestCase,), {"test_the_shop_is_open": test})
+        unittest.TextTestRunner(printed).run(case("test_the_shop_is_open"))
+        return Failure(printed.getvalue())
+
+    def test_a_failed_assertion_has_the_kind_fail_and_its_message(self):
+        failure = self.failure_of(lambda case: case.assertEqual(404, 200, "status of GET /users"))
+        self.assertEqual((failure.kind, failure.sentence, failure.message),
+                         ("FAIL", "the shop is open", "404 != 200 : status of GET /users"))
+
+    def test_any_other_exception_has_the_kind_error_and_its_name(self):
+        failure = self.failure_of(lambda case: {}["users"])
+        self.assertEqual((failure.kind, failure.message), ("ERROR", "KeyError: 'users'"))
+
+    def test_the_last_of_several_exceptions_counts(self):
+        def test(case):
+            try:
+                raise ConnectionError("refused")
+            except ConnectionError:
+                case.fail("GET /users: no answer")
+
+        self.assertEqual(self.failure_of(test).message, "GET /users: no answer")
+
+    def test_a_subtest_is_named(self):
+        def test(case):
+            with case.subTest(status=500):
+                case.fail("GET /users: 500")
+
+        self.assertIn("the shop is open (status=500):", self.failure_of(test).shortened())
+
+    def test_a_message_that_says_nothing_is_not_proof_enough(self):
+        for assertion in (lambda case: case.assertTrue(False), lambda case: case.assertIsNone(7),
+                          lambda case: case.assertFalse([1]), lambda case: case.fail(),
+                          lambda case: case.assertIsNotNone(None),
+                          lambda case: case.assertEqual(1, 2)):
+            message = self.failure_of(assertion).message
+            self.assertTrue(BARE.fullmatch(message), f"this should not do: {message!r}")
+        self.assertFalse(BARE.fullmatch("404 != 200 : status of GET /users"))
+
+
+if __name__ == "__main__":
+    unittest.main()
