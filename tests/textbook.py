@@ -1,6 +1,6 @@
-"""A service and a gateway as textbooks write them, for tests/bench.py to compare with.
+"""A service and a gateway as textbooks write them: http.server and urlopen as they are.
 
-They use http.server and urlopen as they are.
+tests/bench.py compares the shop's speed with theirs; the tour shows them under the same faults.
 
     python -m tests.textbook users 0
     python -m tests.textbook http://localhost:3001 0
