@@ -63,9 +63,14 @@ class Failure:
             message = message.removeprefix("AssertionError: ")
         self.message = message.strip()
 
+    def lines(self) -> list[str]:
+        """Return the lines of the message. What the test itself says is the first."""
+        compared, _, own = self.message.rpartition(" : ")  # unittest puts it last, after a diff
+        return [*own.splitlines(), *compared.splitlines()]
+
     def shortened(self) -> str:
         """Return the test's sentence and the message, for a page 80 columns wide."""
-        lines = draw_lines(self.message, "    ").splitlines()
+        lines = draw_lines("\n".join(self.lines()), "    ").splitlines()
         if len(lines) > MESSAGE_LINES:
             lines[MESSAGE_LINES:] = ["    ..."]
         return "\n".join([draw_text(f"{self.sentence}{self.case}:", "  "), *lines])

@@ -162,7 +162,7 @@ class RunnerTest(unittest.TestCase):
     def test_check_shows_the_message_of_the_test_until_the_fault_is_repaired(self):
         self.run_command("start", "1")
         self.assert_prints("check 1", 1, "Not yet", "a price is the sum of its parts",
-                           "11 != 7 : the price of 3 and 4")
+                           "    the price of 3 and 4\n    11 != 7\n")
         self.assert_prints("diff 1", 2, "is not done yet")
         self.repair()
         self.assert_prints("check 1", 0, "Done", "All exercises are done.")
@@ -233,6 +233,13 @@ class FailureTest(unittest.TestCase):
         failure = self.failure_of(lambda case: case.assertEqual(404, 200, "status of GET /users"))
         self.assertEqual((failure.kind, failure.sentence, failure.message),
                          ("FAIL", "the shop is open", "404 != 200 : status of GET /users"))
+
+    def test_what_the_test_says_comes_before_a_long_comparison(self):
+        failure = self.failure_of(
+            lambda case: case.assertEqual(list(range(50)), [], "users in GET /users"))
+        first, second = failure.shortened().splitlines()[1:3]
+        self.assertEqual(first, "    users in GET /users")
+        self.assertTrue(second.startswith("    Lists differ: [0, 1, 2"), f"then comes {second}")
 
     def test_any_other_exception_has_the_kind_error_and_its_name(self):
         failure = self.failure_of(lambda case: {}["users"])
