@@ -12,7 +12,7 @@ help:
 	@echo 'make test        run all tests (one to two minutes)'
 	@echo 'make test-all    run them with every Python from 3.11 on that is found here'
 	@echo 'make lint        check the style, and the types if mypy is installed'
-	@echo 'make tour        run all chapters of the tour, without questions (two minutes)'
+	@echo 'make tour        run all chapters of the tour, without questions (one minute)'
 	@echo 'make prove       prove that each exercise fails and can be solved (one minute)'
 	@echo 'make conformance check metrics, traces and API with other tools (two minutes)'
 	@echo 'make bench       measure the speed beside other frameworks, if available (six minutes)'

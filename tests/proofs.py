@@ -17,8 +17,9 @@ from pathlib import Path
 
 from microshop.chassis import surroundings
 from microshop.tour.chapters import number_of
-from tests.exercise import EXERCISES, Copy, Failure
+from tests.exercise import EXERCISES
 from tests.exercises import Exercise
+from tests.exercises.copies import Copy, Failure
 
 AT_ONCE = 3  # most of the time they wait
 WIDTH = 150  # of a message that is shown

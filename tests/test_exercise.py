@@ -17,8 +17,9 @@ from unittest import mock
 from microshop.tour.chapters import all_chapters
 from microshop.tour.index import INDEX
 from tests import exercise
-from tests.exercise import EXERCISES, Copy, Failure
+from tests.exercise import EXERCISES
 from tests.exercises import Exercise
+from tests.exercises.copies import Copy, Failure
 from tests.helpers import PATIENCE, TOP, wait_until
 from tests.proofs import BARE
 from tests.source import COPIED
@@ -114,8 +115,8 @@ class RunnerTest(unittest.TestCase):
         self.top = Path(self.enterContext(tempfile.TemporaryDirectory()))
         write(self.top, {**{name: "" for name in FILES}, **SHOP})
         self.enterContext(contextlib.chdir(self.top))
-        self.enterContext(mock.patch("tests.exercise.TOP", self.top))
-        self.enterContext(mock.patch("tests.source.TOP", self.top))
+        for module in ("exercise", "exercises.copies", "source"):
+            self.enterContext(mock.patch(f"tests.{module}.TOP", self.top))
         self.enterContext(mock.patch("tests.exercise.EXERCISES", [FAULT]))
         self.code = self.top / ".exercises/1/microshop/price.py"
 

@@ -32,6 +32,7 @@ class Exercise(NamedTuple):
     chapter: str = ""       # the tour's chapter (its function's name) that shows the fault
 
     task = "Find the fault in that folder, and repair it"
+    answer = "The original is in the top folder."
     may_change = ()  # files of tests/ that the learner may edit
 
     def prepare(self, top: Path) -> None:
@@ -61,6 +62,7 @@ class Addition(NamedTuple):
     chapter: str = ""
 
     task = "Add it in that folder"
+    answer = "A model solution is in tests/exercises/adding.py."
 
     def prepare(self, top: Path) -> None:
         """Leave a fresh copy of the project as it is."""

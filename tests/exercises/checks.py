@@ -56,8 +56,8 @@ class ReviewsTest(AskingTestCase):
 
     def start_shop(self) -> None:
         """Start a shop, if the service has all its parts."""
-        self.assertIn("reviews", SERVICES, "microshop.SERVICES does not name it yet: add the line "
-                                           "\"reviews\": 3004 in microshop/__init__.py")
+        self.assertIn("reviews", SERVICES, "microshop.SERVICES does not name reviews yet: add "
+                                           "its line, with port 3004, in microshop/__init__.py")
         if missing := list(missing_parts("reviews")):
             self.fail("\n".join(["these parts of the service are missing:", *missing]))
         shop = self.enterContext(process("microshop.run_all", "--fresh", "--port", "0"))
