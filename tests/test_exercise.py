@@ -21,7 +21,7 @@ from tests.exercise import EXERCISES
 from tests.exercises import Exercise
 from tests.exercises.copies import Copy, Failure
 from tests.helpers import PATIENCE, TOP, wait_until
-from tests.proofs import BARE
+from tests.proofs import BARE, Proof
 from tests.source import COPIED
 
 FAULT = Exercise(
@@ -103,13 +103,20 @@ class DataTest(unittest.TestCase):
                 if isinstance(found, Exercise):
                     self.assertNotIn(found.file, found.story, "the story must not name the file")
 
+    def test_the_index_gives_an_exercise_only_to_its_own_pattern(self):
+        for row in INDEX:
+            for number in row.exercises:
+                with self.subTest(row.name, number=number):
+                    self.assertEqual(EXERCISES[number - 1].pattern, row.name,
+                                     f"pattern of exercise {number}, in microshop/tour/index.py")
+
     def test_titles_are_different(self):
         titles = [found.title for found in EXERCISES]
         self.assertEqual(len(set(titles)), len(titles), f"titles: {sorted(titles)}")
 
 
-class RunnerTest(unittest.TestCase):
-    """The commands, in a project that consists of one function and its tests."""
+class SmallProject(unittest.TestCase):
+    """A project that consists of one function and its tests."""
 
     def setUp(self):
         self.top = Path(self.enterContext(tempfile.TemporaryDirectory()))
@@ -117,6 +124,13 @@ class RunnerTest(unittest.TestCase):
         self.enterContext(contextlib.chdir(self.top))
         for module in ("exercise", "exercises.copies", "source"):
             self.enterContext(mock.patch(f"tests.{module}.TOP", self.top))
+
+
+class RunnerTest(SmallProject):
+    """The commands."""
+
+    def setUp(self):
+        super().setUp()
         self.enterContext(mock.patch("tests.exercise.EXERCISES", [FAULT]))
         self.code = self.top / ".exercises/1/microshop/price.py"
 
@@ -220,6 +234,37 @@ class RunnerTest(unittest.TestCase):
               self.assertRaises(KeyboardInterrupt)):
             copy.find_failure(FAULT.test)
         self.assertEqual(copy.running.wait(PATIENCE), -signal.SIGINT, "how the test has ended")
+
+
+class ProofTest(SmallProject):
+    """What the proofs find."""
+
+    def problems_of(self, **changes) -> str:
+        """Prove the exercise with these changes; return the problems."""
+        with mock.patch("tests.proofs.EXERCISES", [FAULT._replace(**changes)]):
+            return "\n".join(Proof(1, self.top / "proofs").run().problems)
+
+    def test_an_exercise_whose_test_fails_and_whose_solution_passes_is_proven(self):
+        self.assertEqual(self.problems_of(), "")
+
+    def test_a_fault_that_its_test_does_not_find_is_a_problem(self):
+        self.assertRegex(self.problems_of(new="return b + a"), "passes, but should fail")
+
+    def test_an_exception_in_place_of_a_failure_is_a_problem(self):
+        self.assertRegex(self.problems_of(new="return a + c"), "must fail, not raise: NameError")
+
+    def test_a_message_that_says_nothing_is_a_problem(self):
+        test = SHOP["tests/test_price.py"]
+        write(self.top, {"tests/test_price.py": test.replace(', "the price of 3 and 4"', "")})
+        self.assertRegex(self.problems_of(), "should say more than: 11 != 7")
+
+    def test_a_test_that_fails_without_the_fault_is_a_problem(self):
+        test = SHOP["tests/test_price.py"]
+        write(self.top, {"tests/test_price.py": test.replace("4), 7", "4), 8")})
+        self.assertRegex(self.problems_of(), "with the solution, .* fails: 7 != 8")
+
+    def test_an_edit_that_does_not_fit_the_source_is_a_problem(self):
+        self.assertRegex(self.problems_of(old="return a - b"), "has this 0 times instead of once")
 
 
 class FailureTest(unittest.TestCase):
