@@ -168,10 +168,10 @@ INDEX = [
             "test_a_flag_wins_over_its_environment_variable"),
     Pattern("Schema version", "chassis.database:Database._upgrade",
             "chassis.test_database.SchemaTest."
-            "test_an_older_file_is_upgraded"),
+            "test_an_older_file_is_upgraded", "", (26,)),
     Pattern("Microservice chassis", "chassis",
             "test_laws.RoomLawTest."
-            "test_the_chassis_does_not_know_what_the_shop_sells"),
+            "test_the_chassis_does_not_know_what_the_shop_sells", "", (25,)),
     Pattern("Consumer-driven contract", "",
             "test_contracts.ProvidersTest."
             "test_each_provider_keeps_its_contracts"),
