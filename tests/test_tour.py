@@ -20,6 +20,7 @@ from microshop.tour import drawing, index
 from microshop.tour.chapters import Chapter, all_chapters
 from microshop.tour.own_shop import Different
 from microshop.tour.stage import Stage, Tour
+from tests.exercise import EXERCISES
 from tests.helpers import PATIENCE, TOP, clean_environment, wait_until
 from tests.source import SOURCES
 
@@ -168,11 +169,15 @@ class CommandTest(unittest.TestCase):
                 self.assertEqual(done.returncode, 2, f"tour {word}: {done.stdout}")
                 self.assertIn(f"invalid choice: '{word}'", done.stderr)
 
-    def test_the_plans_for_a_class_name_every_chapter(self):
+    def test_the_plans_for_a_class_name_every_chapter_and_every_exercise(self):
         with own_folder() as folder:
             printed = run_tour(folder, "class").stdout
         for chapter in all_chapters():
-            self.assertRegex(printed, rf"(?m)^ *{chapter.number} +{chapter.title}")
+            self.assertRegex(printed, rf"(?m)^ *{chapter.number} +{chapter.title}  +\w")
+        for number, exercise in enumerate(EXERCISES, start=1):
+            self.assertRegex(
+                printed, rf"(?m)^ *{number} +{exercise.title} +{exercise.minutes} min  \w")
+        self.assertEqual([line for line in printed.splitlines() if len(line) > 80], [])
 
 
 class DifferentTest(unittest.TestCase):
@@ -268,6 +273,11 @@ class IndexTest(unittest.TestCase):
         shown = {row.chapter for row in index.INDEX if row.chapter}
         self.assertLessEqual(shown, chapters, "chapters in the index that do not exist")
         self.assertLessEqual(chapters - shown, {"textbook"}, "chapters that the index lacks")
+
+    def test_every_exercise_is_listed_with_its_pattern(self):
+        listed = {number: row.name for row in index.INDEX for number in row.exercises}
+        self.assertEqual(listed, {number: exercise.pattern for number, exercise
+                                  in enumerate(EXERCISES, start=1)})
 
     def test_the_readme_has_the_index(self):
         readme = (TOP / "README.md").read_text()

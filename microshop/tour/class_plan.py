@@ -7,7 +7,7 @@ Windows, in WSL (Ubuntu's python3 will do). Each learner needs two terminals, a
 browser, and curl.
 
     See it      python -m microshop.tour N           one pattern at work
-    Break it    python -m tests.exercise start N     a copy without one protection
+    Break it    python -m tests.exercise start N     a copy with one fault
     Repair it   python -m tests.exercise check N     says what is still wrong
     Watch it    the live picture of a running shop   run_all prints its address
 
@@ -32,23 +32,23 @@ Prior knowledge: HTTP (methods, statuses, headers) and some Python.
   25-45   In front: chapters 3 and 4; let the class predict before you press
           Enter. Ask: which is worse, a service that is gone or one that hangs?
   45-55   In front: chapters 8 and 9. Ask before the kill: where is the order?
-  55-80   In pairs: a five-minute exercise, then one about orders (see below).
-          Let them first see the fault with the exercise's chapter.
+  55-80   In pairs: exercise 1, then 16 or 17. Let them first see the fault:
+          they run the exercise's chapter in their copy.
   80-90   Chapter 15, the version that most of us write first. Ask: which of its
           faults did your last project have? What is not shown here (see below)?
 
 Six sessions of a term
 ----------------------
 Each: 15 minutes in front, 45 minutes of chapters and exercises, 15 minutes in
-which one learner explains a diff to the others. Homework: the named file.
+which a learner explains a diff to the others. Homework: read the named file.
 
-  1  Processes and requests    chapters 1, 2, 15     read users.py
-  2  Calls that fail           chapters 3, 4         read chassis/resilience.py
-  3  Time, limits, retries     chapters 5, 6, 7      read chassis/client.py
-  4  Sagas                     chapters 8, 9         read orders.py
-  5  Who knows what            chapters 10, 11, 12   read products.py
-  6  Running it                chapters 13, 14       read chassis/supervisor.py
-     Project for the last session: the exercise that adds a fourth service.
+  1  Requests and data      chapters 1, 2, 15    exercises 1, 2      users.py
+  2  Calls that fail        chapters 3, 4        exercises 7, 8, 10  resilience.py
+  3  Time, limits, retries  chapters 5, 6, 7     exercises 5, 6, 9   client.py
+  4  Sagas                  chapters 8, 9        exercises 16-18     orders.py
+  5  Who knows what         chapters 10, 11, 12  exercises 3, 12-15  products.py
+  6  Running it             chapters 13, 14      exercises 20-24     supervisor.py
+     Projects: exercises 25 and 26; for those who are quick, 4, 11 and 19.
 
 What each chapter needs
 -----------------------
@@ -70,6 +70,32 @@ What each chapter needs
 
 What each exercise needs
 ------------------------
+   1  Two logs, two ids                          5 min  chapter 1
+   2  All or nothing                            15 min  chapter 2
+   3  The lost count                            10 min  chapter 12
+   4  Ten winners                               25 min  chapter 12; threads
+   5  Two laptops                               10 min  chapter 7
+   6  Fewer and fewer places                    10 min  chapter 6; exceptions
+   7  The breaker that does not notice          15 min  chapter 4
+   8  A stampede after every pause              10 min  chapter 4
+   9  Work for a client that has left           15 min  chapter 5
+  10  The service that never stops starting     20 min  chapter 3
+  11  Three times the load, when it hurts most  15 min  chapter 7
+  12  The late request                          10 min  chapter 11; SQL
+  13  Rejected, and still reserved              20 min  chapters 8, 11
+  14  Silence taken as a refusal                15 min  chapter 10; exceptions
+  15  Reserved twice                            15 min  chapter 10; SQL
+  16  The order that left no trace              15 min  chapter 9
+  17  One click, two orders                     10 min  chapter 9; SQL
+  18  Cancelled, but not given back             10 min  chapter 8
+  19  The worker that came too late             30 min  chapter 9; SQL, threads
+  20  The monitor that is too curious            5 min  chapter 13
+  21  A byte now and then                       20 min  chapter 13; sockets
+  22  Always room for one more                  15 min  chapter 13; sockets
+  23  Cut off in the middle of a sentence       20 min  chapter 14; threads
+  24  The king is dead before there is another  30 min  chapter 14; processes
+  25  A fourth service: reviews                 40 min  users.py
+  26  A new field: what a product costs         40 min  products.py; SQL
 
 What is not shown, and where to read about it
 ---------------------------------------------
