@@ -42,12 +42,12 @@ Six sessions of a term
 Each: 15 minutes in front, 45 minutes of chapters and exercises, 15 minutes in
 which a learner explains a diff to the others. Homework: read the named file.
 
-  1  Requests and data      chapters 1, 2, 15    exercises 1, 2      users.py
-  2  Calls that fail        chapters 3, 4        exercises 7, 8, 10  resilience.py
-  3  Time, limits, retries  chapters 5, 6, 7     exercises 5, 6, 9   client.py
-  4  Sagas                  chapters 8, 9        exercises 16-18     orders.py
-  5  Who knows what         chapters 10, 11, 12  exercises 3, 12-15  products.py
-  6  Running it             chapters 13, 14      exercises 20-24     supervisor.py
+  1  Requests and data  chapters 1, 2, 15    exercises 1, 2      users.py
+  2  Calls that fail    chapters 3, 4        exercises 7, 8, 10  resilience.py
+  3  Time and limits    chapters 5, 6, 7     exercises 5, 6, 9   client.py
+  4  Sagas              chapters 8, 9        exercises 16-18     orders.py
+  5  Who knows what     chapters 10, 11, 12  exercises 3, 12-15  products.py
+  6  Running it         chapters 13, 14      exercises 20-24     supervisor.py
      Projects: exercises 25 and 26; for those who are quick, 4, 11 and 19.
 
 What each chapter needs
