@@ -5,7 +5,6 @@ from typing import Any
 from microshop.chassis.child import RestartPolicy
 from microshop.chassis.client import BULKHEAD_TIME, MAX_RETRIES
 from microshop.chassis.config import TIMEOUT
-from microshop.chassis.exposition import Metrics, parse_metrics
 from microshop.chassis.handler import ANSWER_SHARE
 from microshop.chassis.resilience import CircuitBreaker, RetryBudget
 from microshop.orders import CALL_TIME
@@ -26,18 +25,9 @@ ORDER = {"userId": 1, "productId": 101}
 
 # --- what the chapters share
 
-def metrics(tour: Tour) -> Metrics:
-    return parse_metrics(send(tour.port(), "GET", "/metrics", {}, None).body)
-
-
-def in_flight(tour: Tour, service: str) -> int:
-    """Return how many calls of the gateway to a service have not ended yet."""
-    return int(metrics(tour).total("microshop_bulkhead_in_use", upstream=service))
-
-
 def breaker_state(tour: Tour, service: str) -> str:
     """Return the state of the gateway's circuit breaker for a service."""
-    states = metrics(tour).select("microshop_breaker_state", upstream=service)
+    states = tour.metrics().select("microshop_breaker_state", upstream=service)
     return next(labels["state"] for labels, is_present in states if is_present)
 
 
@@ -52,7 +42,7 @@ def begin_at_paused(tour: Tour, service: str, target: str, *, data: Any = None,
     tour.pause(service)
     pending = tour.begin_curl(target, data=data, headers=headers)
     poll(f"the gateway sends the request to {service}",  # twice: time enough to send it
-         lambda: [in_flight(tour, service) for _ in range(2)], [1, 1])
+         lambda: [tour.in_flight(service) for _ in range(2)], [1, 1])
     return pending
 
 
@@ -239,7 +229,7 @@ def bulkhead(tour: Tour) -> None:
     tour.pause("users")
     pending = [tour.begin_curl("/users/1") for _ in range(LIMIT)]
     tour.print()
-    tour.expect(f"{LIMIT} calls to users are in flight", lambda: in_flight(tour, "users"), LIMIT)
+    tour.expect(f"{LIMIT} calls to users are in flight", lambda: tour.in_flight("users"), LIMIT)
     rejected = tour.curl("/users/1", show=("Retry-After",))
     tour.expect("The next request finds no place, and gets 503", rejected.status, 503)
     product = tour.curl("/products/101")
@@ -252,7 +242,7 @@ def bulkhead(tour: Tour) -> None:
     tour.expect("They get 504", statuses(answers), [504] * LIMIT)
     tour.resume("users")
     tour.predict("These calls have failed. Are their places free again?")
-    tour.expect("No call to users is in flight", in_flight(tour, "users"), 0)
+    tour.expect("No call to users is in flight", tour.in_flight("users"), 0)
     tour.expect("users gets requests again", tour.curl("/users/1").status, 200)
     tour.trade_off("""
         There could be one limit for all services together. But then a service that hangs soon

@@ -136,7 +136,7 @@ def rolling_restart(tour: Tour) -> None:
     old = tour.shop.pid("users")
     tour.pause("users")
     pending = tour.begin_curl("/users/1", end=" &\n")
-    tour.expect("The request has left the gateway", lambda: calls_in_flight(tour, "users"), 1)
+    tour.expect("The request has left the gateway", lambda: tour.in_flight("users"), 1)
     replace_all(tour)
     tour.say("""
         The listening socket belongs to run_all, and old and new processes share it. So at no moment
@@ -163,14 +163,6 @@ def replace_all(tour: Tour) -> None:
     tour.show_lines("^run_all ", since=shown)
     tour.expect(f"All {len(answers)} requests of the other clients got 200",
                 {answer.status for answer in answers}, {200})
-
-
-def calls_in_flight(tour: Tour, service: str) -> int:
-    """Return how many calls to a service the gateway waits for."""
-    metrics = send(tour.port(), "GET", "/metrics", {}, None).body
-    [line] = [line for line in metrics.splitlines()
-              if line.startswith(f'microshop_bulkhead_in_use{{upstream="{service}"}}')]
-    return int(line.split()[1])
 
 
 @contextlib.contextmanager

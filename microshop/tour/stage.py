@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from microshop import SERVICES
+from microshop.chassis.exposition import Metrics, parse_metrics
 from microshop.tour import drawing
 from microshop.tour.drawing import Answer
 from microshop.tour.own_shop import PATIENCE, Different, OwnShop, is_wanted, poll
@@ -224,6 +225,14 @@ class Tour(Stage):
         self.print(drawing.draw_trace(spans) + "\n")
         self.watch = f"#trace={spans[0]['traceId']}"
         return spans
+
+    def metrics(self) -> Metrics:
+        """Return the gateway's metrics."""
+        return parse_metrics(send(self.port(), "GET", "/metrics", {}, None).body)
+
+    def in_flight(self, service: str) -> int:
+        """Return how many calls of the gateway to a service have not ended yet."""
+        return int(self.metrics().total("microshop_bulkhead_in_use", upstream=service))
 
     def show_order(self, order_id: int) -> dict:
         """Print an order's row, as it is on disk now."""
