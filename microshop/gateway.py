@@ -204,7 +204,7 @@ def publish_expansions(document: dict, service: str) -> None:
         row = page["content"]["application/json"]["schema"]["items"]
         added[name] = {"oneOf": [row, {"type": "null"}]}
     for schema in document["components"]["schemas"].values():
-        if all(key_of(name) in schema["properties"] for name in names):
+        if all(key_of(name) in schema.get("properties", ()) for name in names):
             schema["properties"] |= added
     for path, operations in document["paths"].items():
         if first_segment(path) == service and "get" in operations:

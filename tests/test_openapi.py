@@ -329,6 +329,16 @@ class ServiceAwayTest(unittest.TestCase):
             with self.subTest(document), upstream(Stub(always(document))) as url:
                 self.assert_named(502, products_url=[url])
 
+    def test_a_schema_without_properties_is_published_as_it_is(self):
+        with running_shop() as shop:
+            document = ask(shop.products.server_port, "GET", "/openapi.json").json
+            document["components"]["schemas"]["Colour"] = {"type": "string"}
+            with (upstream(Stub(always(document))) as url,
+                  running_gateway(shop, products_url=[url]) as gateway):
+                answer = ask(gateway.server_port, "GET", "/openapi.json")
+        self.assertEqual(answer.status, 200, "products has published a schema of a string, Colour")
+        self.assertEqual(answer.json["components"]["schemas"]["Colour"], {"type": "string"})
+
     def test_another_error_of_the_service_is_passed_on(self):
         with (upstream(Stub(always(response(b"{}", 503)))) as url, running_shop() as shop,
               running_gateway(shop, products_url=[url]) as gateway):

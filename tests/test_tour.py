@@ -149,7 +149,7 @@ class TerminalTest(unittest.TestCase):
     def test_ctrl_c_ends_the_shop_and_all_its_processes(self):
         with own_folder() as folder, OnTerminal(folder, "1") as tour:
             tour.read_until("Enter goes on")
-            tour.press(b"\x03")
+            tour.press(b"\x03\n")  # Enter, in case it comes before input() reads
             self.assertEqual(tour.popen.wait(PATIENCE), 128 + signal.SIGINT)
             self.assertEqual(shops_of(folder), [])
             self.assertFalse((folder / ".tour").exists(), "the chapter was not done")
