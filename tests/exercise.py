@@ -92,7 +92,8 @@ def check(copy: Copy) -> Iterator[str]:
             yield f"\n{first}\n\n{failure.shortened()}\n"
             if " != " in failure.message:
                 yield "(In `this != that`, this is what came, and that is what was expected.)\n"
-            yield f"To run it yourself:\n\n{in_copy(copy.folder, f'unittest tests.{test}')}\n"
+            own = failure.test or f"tests.{test}"
+            yield f"To run it yourself:\n\n{in_copy(copy.folder, f'unittest {own}')}\n"
             yield f"A hint: {COMMAND} hint {number}"
             raise NotDone
     copy.note(done=True)

@@ -48,6 +48,26 @@ class PriceTest(unittest.TestCase):
 """}
 
 
+NO_PYTHON = """\
+======================================================================
+ERROR: test_traces (unittest.loader._FailedTest.test_traces)
+----------------------------------------------------------------------
+ImportError: Failed to import test module: test_traces
+Traceback (most recent call last):
+  File "/usr/lib/python3.11/unittest/loader.py", line 162, in loadTestsFromName
+    module = __import__(module_name)
+             ^^^^^^^^^^^^^^^^^^^^^^^
+  File "/x/.exercises/1/microshop/chassis/tracing.py", line 67
+    headers = [
+              ^
+SyntaxError: '[' was never closed
+
+
+----------------------------------------------------------------------
+Ran 1 test in 0.000s
+"""
+
+
 def write(top: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
         (top / name).parent.mkdir(parents=True, exist_ok=True)
@@ -222,19 +242,31 @@ class RunnerTest(SmallProject):
         with mock.patch("tests.exercise.TOP", self.top / ".exercises/1"):
             self.assert_is_one_line("check 1", "go to the top folder first")
 
-    def test_an_interrupted_check_leaves_no_process(self):
-        write(self.top, {"tests/test_price.py": "import time\nopen('begun', 'w')\ntime.sleep(600)"})
+    def interrupt_check(self, *interrupted: str, ignores: str = "") -> int:
+        """Interrupt these methods of Popen while a test runs; return how the test has ended."""
+        write(self.top, {"tests/test_price.py":
+                         f"import signal, time\n{ignores}\nopen('begun', 'w')\ntime.sleep(600)"})
         self.run_command("start", "1")
         copy = Copy(1, FAULT, self.top / ".exercises/1")
 
-        def interrupt(popen: subprocess.Popen) -> None:
+        def interrupt(popen: subprocess.Popen, *_: object) -> None:
             wait_until((copy.folder / "begun").exists, "the test to begin")
             raise KeyboardInterrupt
 
-        with (mock.patch.object(subprocess.Popen, "communicate", interrupt),
+        with (mock.patch.multiple(subprocess.Popen, **dict.fromkeys(interrupted, interrupt)),
+              contextlib.redirect_stderr(io.StringIO()) as printed,
               self.assertRaises(KeyboardInterrupt)):
             copy.find_failure(FAULT.test)
-        self.assertEqual(copy.running.wait(PATIENCE), -signal.SIGINT, "how the test has ended")
+        self.assertIn("ending the test, up to 30 s", printed.getvalue())
+        return copy.running.wait(PATIENCE)
+
+    def test_an_interrupted_check_leaves_no_process(self):
+        self.assertEqual(self.interrupt_check("communicate"), -signal.SIGINT)
+
+    def test_a_second_ctrl_c_kills_a_test_that_does_not_end(self):
+        ignores = "signal.signal(signal.SIGINT, signal.SIG_IGN)"
+        self.assertEqual(self.interrupt_check("communicate", "wait", ignores=ignores),
+                         -signal.SIGKILL)
 
 
 class ProofTest(SmallProject):
@@ -252,7 +284,8 @@ class ProofTest(SmallProject):
         self.assertRegex(self.problems_of(new="return b + a"), "passes, but should fail")
 
     def test_an_exception_in_place_of_a_failure_is_a_problem(self):
-        self.assertRegex(self.problems_of(new="return a + c"), "must fail, not raise: NameError")
+        self.assertRegex(self.problems_of(new="return a + c"),
+                         r"must fail, not raise: [^:]*NameError")
 
     def test_a_message_that_says_nothing_is_a_problem(self):
         test = SHOP["tests/test_price.py"]
@@ -290,7 +323,29 @@ class FailureTest(unittest.TestCase):
 
     def test_any_other_exception_has_the_kind_error_and_its_name(self):
         failure = self.failure_of(lambda case: {}["users"])
-        self.assertEqual((failure.kind, failure.message), ("ERROR", "KeyError: 'users'"))
+        self.assertEqual(failure.kind, "ERROR")
+        self.assertRegex(failure.message, r"""File "tests/test_exercise.py", line \d+, in .*
+.*\{\}\["users"\].*
+KeyError: 'users'""")
+
+    def test_a_module_that_is_no_python_is_shown_with_the_line(self):
+        failure = Failure(NO_PYTHON)
+        self.assertEqual(failure.message, """File "microshop/chassis/tracing.py", line 67
+headers = [
+SyntaxError: '[' was never closed""")
+
+    def test_what_a_process_of_the_shop_has_raised_is_shown_too(self):
+        def test(case):
+            error = AssertionError("GET /users: 500")
+            error.add_note("What happened last:\n  gateway failed\n  Traceback ...\n"
+                           '    File "/x/microshop/users.py", line 7, in f\n      name\n'
+                           "  NameError: name 'name' is not defined\n  port 1 answered 500")
+            raise error
+
+        self.assertEqual(self.failure_of(test).shortened().splitlines()[1:], [
+            "    GET /users: 500", "  A process has logged:",
+            '    File "microshop/users.py", line 7, in f', "    name",
+            "    NameError: name 'name' is not defined"])
 
     def test_the_last_of_several_exceptions_counts(self):
         def test(case):

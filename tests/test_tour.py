@@ -274,11 +274,6 @@ class IndexTest(unittest.TestCase):
         self.assertLessEqual(shown, chapters, "chapters in the index that do not exist")
         self.assertLessEqual(chapters - shown, {"textbook"}, "chapters that the index lacks")
 
-    def test_every_exercise_is_listed_with_its_pattern(self):
-        listed = {number: row.name for row in index.INDEX for number in row.exercises}
-        self.assertEqual(listed, {number: exercise.pattern for number, exercise
-                                  in enumerate(EXERCISES, start=1)})
-
     def test_the_readme_has_the_index(self):
         readme = (TOP / "README.md").read_text()
         missing = [line for line in index.as_markdown().splitlines() if line not in readme]

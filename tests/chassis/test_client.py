@@ -16,7 +16,7 @@ from microshop.chassis.resilience import Bulkhead, CircuitBreaker, Outcome, Retr
 from microshop.chassis.tracing import Trace
 from tests.chassis.calls import (
     ALICE, BOB, BROKEN, CLOSING, OK, TIMEOUT, ClientTest, Stub, open_breaker, status)
-from tests.helpers import PATIENCE, read_request, upstream, wait_until
+from tests.helpers import NOBODY, PATIENCE, read_request, upstream, wait_until
 
 
 class RequestTest(ClientTest):
@@ -467,7 +467,15 @@ class BulkheadTest(ClientTest):
             users = self.serve(Stub(response))
             self.assertRaises(error, self.call, users, "POST", headers=headers)
             self.assertEqual(users.bulkhead.in_use, 0, "calls that still have a place, after the "
-                             f"only call has ended with {error.__name__}")
+                             f"only call has failed ({error.__name__})")
+
+    def test_a_call_that_is_retried_has_one_place_and_gives_it_back_once(self):
+        users = self.serve(NOBODY)
+        self.assertRaises(Unreachable, self.call, users)
+        self.assertEqual(len(self.time.pauses), 2, "retries")
+        self.assertEqual(users.bulkhead.in_use, 0, "calls that have a place, after the only call "
+                                                   "was tried three times; below 0, more than the "
+                                                   "limit could pass from now on")
 
     def test_a_call_waits_for_the_bulkhead_no_longer_than_its_limit_and_its_deadline_allow(self):
         users = self.serve(Stub(ALICE))

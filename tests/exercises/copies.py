@@ -1,6 +1,7 @@
 """Copies of the project in which exercises are done, and what the tests in them say."""
 import difflib
 import json
+import os
 import re
 import shutil
 import signal
@@ -24,16 +25,21 @@ class Failure:
     """The first problem in what unittest has printed: its kind (FAIL, ERROR), test and message."""
 
     def __init__(self, printed: str):
-        block = re.search(r"(?ms)^(FAIL|ERROR): (\w+) \(\S+\)([^\n]*)\n"
+        block = re.search(r"(?ms)^(FAIL|ERROR): (\S+) \((\S+)\)([^\n]*)\n"
                           r"(.*?)(?=^={70}$|^-{70}\nRan |\Z)", printed)
-        self.kind, test, self.case, text = block.groups() if block else ("ERROR", "", "", printed)
-        self.sentence = test.removeprefix("test_").replace("_", " ")
-        text = text.partition("\nWhat happened last:")[0]  # the journal
+        self.kind, test, name, self.case, text = (
+            block.groups() if block else ("ERROR", "", "", "", printed))
+        self.test = name if name.startswith("tests.") else ""  # unless a module cannot be imported
+        self.sentence = test.rpartition(".")[2].removeprefix("test_").replace("_", " ")
+        text, _, journal = text.partition("\nWhat happened last:")
+        self.raised_in_a_process = last_raised(journal) if self.kind == "FAIL" else ""
         last = re.split(r"(?m)^(?:During handling|The above exception) .*$", text)[-1]
         raised = re.search(r"(?ms)^[\w.]*(?:Error|Exception|Exit|Interrupt)\b.*", last)
         message = raised[0] if raised else last
         if self.kind == "FAIL":
             message = message.removeprefix("AssertionError: ")
+        else:
+            message = last_raised(last) or message
         self.message = message.strip()
 
     def lines(self) -> list[str]:
@@ -46,7 +52,18 @@ class Failure:
         lines = draw_lines("\n".join(self.lines()), "    ").splitlines()
         if len(lines) > MESSAGE_LINES:
             lines[MESSAGE_LINES:] = ["    ..."]
+        if self.raised_in_a_process:
+            lines += ["  A process has logged:", draw_lines(self.raised_in_a_process, "    ")]
         return "\n".join([draw_text(f"{self.sentence}{self.case}:", "  "), *lines])
+
+
+def last_raised(text: str) -> str:
+    """Return the last exception in a text that has tracebacks, with the line that raised it."""
+    found = re.findall(
+        r'(?m)^ *(File "[^"\n]+", line \d+.*\n(?:^ +(?!File )\S.*\n)*?^ *[\w.]*Error\b.*)', text)
+    lines = [line.strip() for line in found[-1].splitlines()] if found else []
+    return "\n".join(re.sub(r'^File ".*?((?:microshop|tests)/)', r'File "\1', line)
+                     for line in lines if line.strip("^~"))
 
 
 class Copy:
@@ -118,19 +135,23 @@ class Copy:
                     self.interrupt()
                 printed, _ = self.running.communicate()
             except BaseException:
+                print(f"(ending the test, up to {END_TIME:g} s; Ctrl-C again: at once)",
+                      file=sys.stderr, flush=True)
                 self.interrupt()
                 raise
         return self.running.returncode, printed
 
     def interrupt(self) -> None:
-        """End what runs, as Ctrl-C would; kill it if it does not end."""
+        """End what runs, as Ctrl-C would; kill it if it does not end, or at a second Ctrl-C."""
         self.is_interrupted = True
         if self.running and self.running.poll() is None:
             self.running.send_signal(signal.SIGINT)
             try:
                 self.running.wait(END_TIME)
-            except subprocess.TimeoutExpired:
-                self.running.kill()
+            except BaseException as error:
+                os.killpg(self.running.pid, signal.SIGKILL)  # it began a session
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
 
     def find_failure(self, test: str) -> Failure | None:
         """Run a test, or a module of tests, with a name below tests."""
