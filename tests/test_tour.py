@@ -109,7 +109,7 @@ class PipedChapterTest(unittest.TestCase):
     def test_it_ends_with_the_code_the_test_the_next_chapter_and_the_live_picture(self):
         end = "\n".join(self.lines[-12:])
         for pattern in (r"microshop/gateway\.py:\d+ GatewayHandler\.forward",
-                        r"python -m unittest tests\.\S+", r"python -m microshop\.tour 2 ",
+                        r"python -m unittest tests\.\S+", r"Next +python -m microshop\.tour 2 ",
                         r"http://localhost:\d+/#trace=[0-9a-f]{32}"):
             self.assertRegex(end, pattern, "the last lines of a chapter")
 
@@ -131,7 +131,7 @@ class PipedChapterTest(unittest.TestCase):
         listed = run_tour(self.folder).stdout
         self.assertRegex(listed, r"(?m)^  x  1  ")
         self.assertIn("The last one you did is chapter 1.", listed)
-        self.assertIn("Next: python -m microshop.tour 2\n", listed)
+        self.assertIn("python -m microshop.tour 2\n", listed)
 
 
 class TerminalTest(unittest.TestCase):

@@ -45,8 +45,10 @@ def list_chapters(chapters: list[Chapter]) -> None:
     if done:
         print(f"\nThe last one you did is chapter {done[-1]}.")
     following = next((each.number for each in chapters if each.number not in done), 1)
-    print(f"\nNext: {COMMAND} {following}")
-    print(f"All, without questions: {COMMAND} --all. Each pattern's place: {COMMAND} index")
+    print(f"\nNext:                            {COMMAND} {following}")
+    print(f"All chapters, without questions: {COMMAND} --all")
+    print(f"Where each pattern is:           {COMMAND} index")
+    print(f"For teachers:                    {COMMAND} class")
 
 
 def run_chapter(chapter: Chapter, chapters: list[Chapter], *, is_interactive: bool) -> bool:
@@ -61,11 +63,13 @@ def run_chapter(chapter: Chapter, chapters: list[Chapter], *, is_interactive: bo
             return tell_difference(different.expected, different.came)
         except (LookupError, ValueError, sqlite3.Error) as error:
             return tell_difference("what the chapter needs is in each answer", repr(error))
-        print("\n".join(closing_lines(chapter, chapters)))
+        print("\n".join(closing_lines(chapter)))
         if tour.watch:
             print(f"Watch     http://localhost:{tour.port('live')}/{tour.watch}")
             if is_interactive:
-                input("          (in a browser, now; Enter ends this shop) ")
+                input("          (open it in a browser now; Enter ends this shop) ")
+    if chapter is not chapters[-1]:
+        print(f"Next      {COMMAND} {chapter.number + 1}    ({chapters[chapter.number].title})")
     return True
 
 
@@ -77,16 +81,14 @@ def tell_difference(expected: str, came: Any) -> bool:
     return False
 
 
-def closing_lines(chapter: Chapter, chapters: list[Chapter]) -> Iterable[str]:
-    """Yield where to go from a chapter: to the code, its test, its exercise, the next chapter."""
+def closing_lines(chapter: Chapter) -> Iterable[str]:
+    """Yield where to go from a chapter: to the code, the tests and the exercises."""
     for row in index.rows_of(chapter.name):
         yield f"Pattern   {row.name}"
         yield f"  code    {row.location()}"
         yield f"  test    {row.test_command()}"
         for number in row.exercises:
             yield f"  repair  python -m tests.exercise start {number}"
-    if chapter is not chapters[-1]:
-        yield f"Next      {COMMAND} {chapter.number + 1}    ({chapters[chapter.number].title})"
 
 
 def run_all_chapters(chapters: list[Chapter]) -> bool:

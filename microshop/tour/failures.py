@@ -113,15 +113,14 @@ def service_hangs(tour: Tour) -> None:
     tour.start_shop(f"--timeout={HANG_TIMEOUT:g}")
     tour.predict(f"users hangs. {CALLERS} clients ask for a user at the same time, and then "
                  f"{CALLERS} more. How long do the first ones wait, and how long the others?")
-    tour.predict("Later, the gateway has to find out whether users works again. How many requests "
-                 "should it risk?")
     tour.pause("users")
     slow = tour.curl_at_once(CALLERS, "/users/1")
     tour.expect("Each of the first clients waits, and gets 504 (Gateway Timeout)",
                 statuses(slow), [504] * CALLERS)
     tour.say(f"""
         The gateway has a circuit breaker for users. It opens after {CircuitBreaker.IN_A_ROW}
-        failures in a row. While it is open, calls to users fail at once:
+        failures in a row, at first for {CircuitBreaker.FIRST_PAUSE:g} s. While it is open, calls
+        to users fail at once. (If you do this by hand, you have to be as quick.)
         """)
     quick = tour.curl_at_once(CALLERS, "/users/1")
     tour.print("(one of these answers)")
@@ -144,13 +143,14 @@ def service_hangs(tour: Tour) -> None:
 def show_probe(tour: Tour) -> None:
     """Show what a half-open circuit breaker lets pass, and how it closes."""
     tour.say(f"""
-        After {CircuitBreaker.FIRST_PAUSE:g} s, the circuit breaker is half-open: it lets a single
-        request pass, the probe. users still hangs:
+        (Retry-After is in whole seconds.) After {CircuitBreaker.FIRST_PAUSE:g} s, the circuit
+        breaker is half-open: it lets a single request pass, the probe. Others wait for the result
+        of the probe, but at most {BULKHEAD_TIME:g} s. The users service still hangs:
         """)
     tour.expect("The circuit breaker is half-open", lambda: breaker_state(tour, "users"),
                 "half-open")
     answers = tour.curl_at_once(CALLERS, "/users/1")
-    tour.expect("Only the probe waits for users; the others get 503",
+    tour.expect("Only the probe was sent to users, and gets 504; the others get 503",
                 statuses(answers), [503] * (CALLERS - 1) + [504])
     tour.say("""
         The probe has failed, so the circuit breaker is open for twice as long. Now users goes on,

@@ -14,7 +14,7 @@ def one_request(tour: Tour) -> None:
     tour.start_shop()
     tour.predict("Which processes of the shop work on GET /users/1, and how do they know that it "
                  "is the same request?")
-    answer = tour.curl("/users/1", show=("X-Request-Id", "Server-Timing"))
+    answer = tour.curl("/users/1", show=("X-Request-Id",))
     tour.expect("The answer is 200", answer.status, 200)
     tour.say("""
         The gateway has given the request an id, a correlation id. It sends the id on, in the
@@ -22,19 +22,20 @@ def one_request(tour: Tour) -> None:
         """)
     logged = tour.shop.await_line(r"^users .*Z (\S+) GET /users/1 ")[1]
     tour.expect(f"The users service has logged the same id, {answer.id}", logged, answer.id)
-    tour.say("So one search finds the request in both logs:")
+    tour.say("So one search finds the request in the lines of both processes:")
     tour.show_log(answer.id, "gateway", "users")
     tour.say("""
         A trace tells more: when each process began, and how long it took. Each line below is a
-        span. The gateway's call is a span of its own, since a call may need several tries.
+        span. The gateway's call to users is a span of its own: part of it is on the way.
         """)
     spans = tour.show_trace(answer.id, "users")
     tour.expect("All three spans belong to one trace",
                 len({span["traceId"] for span in spans}), 1)
     tour.trade_off("""
-        A client could call users directly, which saves a hop. But then each client must know where
-        every service is, and each service needs its own rate limit and token check. The price of a
-        gateway is a hop: the time in the trace that is not in the bar of users.
+        A client could call users directly, which saves one step (a hop). But then each client must
+        know where every service is. And what the gateway does for all services (count how often a
+        client asks, check its token) each service would have to do itself. The price of a gateway
+        is one more hop: the time in the trace that is not in the bar of users.
         """)
 
 

@@ -17,6 +17,7 @@ class Pattern(NamedTuple):
     """A row of the index."""
 
     name: str
+    meaning: str                     # in one sentence
     place: str                       # a module below microshop, and a name in it; "": in tests
     test: str                        # below tests
     chapter: str = ""                # the function of the chapter that shows it
@@ -48,134 +49,216 @@ class Pattern(NamedTuple):
 
 
 INDEX = [
-    Pattern("API gateway", "gateway:GatewayHandler.forward",
+    Pattern("API gateway",
+            "Clients talk to one process, which forwards their requests to the services.",
+            "gateway:GatewayHandler.forward",
             "test_gateway.ForwardingTest."
             "test_a_response_is_passed_back_unchanged_whatever_its_status", "one_request"),
-    Pattern("Correlation id", "chassis.tracing:Trace.headers",
+    Pattern("Correlation id",
+            "A request has one id, which is in the log of every process that works on it.",
+            "chassis.tracing:Trace.headers",
             "test_composition.CallTest."
             "test_all_calls_have_the_same_trace_and_correlation_id", "one_request", (1,)),
-    Pattern("Distributed tracing", "chassis.tracing:format_span",
+    Pattern("Distributed tracing",
+            "A record of which process did what for a request, and when.",
+            "chassis.tracing:format_span",
             "chassis.test_tracing.TraceTest."
             "test_every_try_sends_its_own_id_and_the_request_id", "one_request"),
-    Pattern("Database per service", "chassis.database:Database",
+    Pattern("Database per service",
+            "Only one service uses a database; the others have to ask that service.",
+            "chassis.database:Database",
             "test_laws.RoomLawTest."
             "test_a_service_uses_only_its_own_tables_and_file", "own_data"),
-    Pattern("API composition", "gateway:GatewayHandler.compose",
+    Pattern("API composition",
+            "One answer is put together from the answers of several services.",
+            "gateway:GatewayHandler.compose",
             "test_composition.MissingTest."
             "test_a_user_is_missing_if_the_service_cannot_be_reached", "own_data", (2,)),
-    Pattern("Audit of eventual consistency", "audit:find_violations",
+    Pattern("Audit of eventual consistency",
+            "A check from outside that the databases agree.",
+            "audit:find_violations",
             "test_audit.ViolationTest."
             "test_each_kind_of_violation_is_found", "own_data"),
-    Pattern("Supervisor, restart with backoff", "chassis.child:RestartPolicy",
+    Pattern("Supervisor, restart with backoff",
+            "A process that ends is started again, after a pause that doubles.",
+            "chassis.child:RestartPolicy",
             "chassis.test_child.RestartPolicyTest."
             "test_the_pauses_of_a_child_that_crashes_as_soon_as_it_is_ready_double",
             "service_gone", (10,)),
-    Pattern("Timeout", "chassis.client:Client.call",
+    Pattern("Timeout",
+            "A call ends after some seconds, whatever the other side does.",
+            "chassis.client:Client.call",
             "chassis.test_client.DeadlineTest."
             "test_a_deadline_may_shorten_the_timeout_but_not_extend_it", "service_hangs"),
-    Pattern("Circuit breaker", "chassis.resilience:CircuitBreaker",
+    Pattern("Circuit breaker",
+            "An instance that keeps failing gets no calls until a probe succeeds.",
+            "chassis.resilience:CircuitBreaker",
             "chassis.test_resilience.CircuitBreakerTest."
             "test_the_state_follows_from_the_history", "service_hangs", (7, 8)),
-    Pattern("Heartbeat", "chassis.server:Heartbeat",
+    Pattern("Heartbeat",
+            "A process reports regularly; if it stops reporting, it hangs.",
+            "chassis.server:Heartbeat",
             "test_run_all.FailingChildTest."
             "test_a_process_that_hangs_is_killed_and_started_again"),
-    Pattern("Deadline propagation", "chassis.handler:find_deadline",
+    Pattern("Deadline propagation",
+            "Each call says how much time is left for it.",
+            "chassis.handler:find_deadline",
             "test_gateway.DeadlineTest."
             "test_the_service_gets_what_is_left_of_the_time_and_a_client_can_only_shorten_it",
             "deadline", (9,)),
-    Pattern("Bulkhead", "chassis.resilience:Bulkhead",
+    Pattern("Bulkhead",
+            "At most N calls to one service at a time, so that it cannot block the others.",
+            "chassis.resilience:Bulkhead",
             "chassis.test_client.BulkheadTest."
             "test_a_service_that_hangs_occupies_a_limited_number_of_calls", "bulkhead", (6,)),
-    Pattern("Retry with backoff and jitter", "chassis.client:find_pause",
+    Pattern("Retry with backoff and jitter",
+            "A call that failed is sent again, after a random pause that grows.",
+            "chassis.client:find_pause",
             "chassis.test_client.RetryTest."
             "test_a_pause_is_random_between_zero_and_a_limit_that_doubles", "retries"),
-    Pattern("Retry budget", "chassis.resilience:RetryBudget",
+    Pattern("Retry budget",
+            "Retries are at most a small share of all calls.",
+            "chassis.resilience:RetryBudget",
             "chassis.test_client.RetryTest."
             "test_retries_stop_when_their_budget_is_spent", "retries", (11,)),
-    Pattern("Safe retry", "chassis.client:Call.is_idempotent",
+    Pattern("Safe retry",
+            "A request is sent again only if it does no harm when it is carried out twice.",
+            "chassis.client:Call.is_idempotent",
             "chassis.test_client.RetryTest."
             "test_a_post_with_an_idempotency_key_is_retried_at_an_idempotent_receiver_only",
             "retries", (5,)),
-    Pattern("Idempotency key", "orders:add_order",
+    Pattern("Idempotency key",
+            "The client gives its request a name, so that a repeat is recognized.",
+            "orders:add_order",
             "test_orders.IdempotencyKeyTest."
             "test_a_repeated_key_makes_no_second_order", "crash", (17,)),
-    Pattern("Service discovery by configuration", "chassis.config:service_url",
+    Pattern("Service discovery by configuration",
+            "Settings say where a process finds the services that it calls.",
+            "chassis.config:service_url",
             "test_run_all.OpenShopTest."
             "test_orders_finds_the_services_that_an_order_needs"),
-    Pattern("Client-side load balancing", "chassis.client:Upstream.choose",
+    Pattern("Client-side load balancing",
+            "The caller spreads its calls over the instances of a service.",
+            "chassis.client:Upstream.choose",
             "chassis.test_client.LoadBalancingTest."
             "test_the_instance_with_the_fewest_requests_in_flight_is_called"),
-    Pattern("Saga, orchestrated", "orders:Saga",
+    Pattern("Saga, orchestrated",
+            "Small steps in several services, led by one of them, replace a transaction.",
+            "orders:Saga",
             "test_saga.StatusTest."
             "test_an_order_moves_only_along_the_arrows_of_the_diagram", "saga"),
-    Pattern("Compare and set", "orders:move_order",
+    Pattern("Compare and set",
+            "A row is changed only if it still has the value that was read.",
+            "orders:move_order",
             "test_saga.InterleavingTest."
             "test_a_worker_that_is_too_late_does_not_confirm_a_cancelled_order", "", (19,)),
-    Pattern("Compensating transaction", "orders:Saga.release",
+    Pattern("Compensating transaction",
+            "A step that undoes what an earlier step has done.",
+            "orders:Saga.release",
             "test_saga.IndefiniteAnswerTest."
-            "test_an_order_is_not_cancelled_before_its_units_are_released", "saga", (18, 13)),
-    Pattern("Durable saga log", "orders:add_order",
+            "test_an_order_is_not_cancelled_before_its_units_are_released", "saga", (18,)),
+    Pattern("Durable saga log",
+            "What has to be done is on disk before it begins, so a crash loses nothing.",
+            "orders:add_order",
             "test_saga.InterleavingTest."
             "test_an_order_is_in_the_file_before_any_service_is_called", "crash", (16,)),
-    Pattern("Eventual consistency", "orders:Saga.advance",
+    Pattern("Eventual consistency",
+            "The databases may differ for a while, but agree in the end.",
+            "orders:Saga.advance",
             "test_saga.IndefiniteAnswerTest."
             "test_an_order_whose_reservation_gets_no_answer_stays_pending", "no_answer", (14,)),
-    Pattern("Idempotent receiver", "products:reserve",
+    Pattern("Idempotent receiver",
+            "A request that arrives twice is carried out once.",
+            "products:reserve",
             "test_products.ReservationTest."
             "test_a_repeated_reserve_takes_the_units_once", "no_answer", (15,)),
-    Pattern("Tombstone", "products:release",
+    Pattern("Tombstone",
+            "A marker for something that is gone: a late request cannot bring it back.",
+            "products:release",
             "test_products.ReservationTest."
-            "test_a_reserve_that_arrives_after_its_release_is_refused", "tombstone", (12,)),
-    Pattern("Optimistic concurrency", "chassis.handler:RouteHelpers.changing",
+            "test_a_reserve_that_arrives_after_its_release_is_refused", "tombstone", (12, 13)),
+    Pattern("Optimistic concurrency",
+            "A change is made only if there was no other since the client looked.",
+            "chassis.handler:RouteHelpers.changing",
             "test_users.UsersTest."
             "test_of_ten_simultaneous_editors_with_the_same_etag_exactly_one_succeeds",
             "two_editors", (3, 4)),
-    Pattern("Load shedding", "chassis.listener:Listener.process_request",
+    Pattern("Load shedding",
+            "What is too much is refused at once, so that the rest stays quick.",
+            "chassis.listener:Listener.process_request",
             "chassis.test_listener.FullServiceTest."
             "test_without_an_idle_connection_a_newcomer_gets_503_at_once_and_no_thread",
             "overload", (22,)),
-    Pattern("Slow client timeout", "chassis.handler:RequestReader.note_arrival",
+    Pattern("Slow client timeout",
+            "A client that sends too slowly loses its connection.",
+            "chassis.handler:RequestReader.note_arrival",
             "chassis.test_handler.SlowClientTest."
             "test_the_time_for_a_body_does_not_begin_again_with_each_byte", "overload", (21,)),
-    Pattern("Rate limit", "chassis.admission:RateLimit",
+    Pattern("Rate limit",
+            "A client may send at most N requests in a period.",
+            "chassis.admission:RateLimit",
             "test_gateway.RateLimitTest."
             "test_health_checks_do_not_count", "overload", (20,)),
-    Pattern("Access token", "gateway:GuardedHandler.check_client",
+    Pattern("Access token",
+            "Each write must carry a secret that the shop knows.",
+            "gateway:GuardedHandler.check_client",
             "test_gateway.TokenTest."
             "test_every_write_needs_the_token_whatever_its_path"),
-    Pattern("Health check", "chassis.handler:Handler.health",
+    Pattern("Health check",
+            "A URL that tells a monitor whether a process works.",
+            "chassis.handler:Handler.health",
             "test_gateway.HealthTest."
             "test_health_is_degraded_if_a_service_is_not_ok"),
-    Pattern("Graceful drain", "chassis.server:Service.drain",
+    Pattern("Graceful drain",
+            "A process that has to end first finishes the requests that it has begun.",
+            "chassis.server:Service.drain",
             "chassis.test_server.DrainTest."
             "test_requests_in_flight_are_finished_and_idle_connections_are_closed",
             "rolling_restart", (23,)),
-    Pattern("Rolling restart", "chassis.supervisor:RollingRestart",
+    Pattern("Rolling restart",
+            "One process after another is replaced, and no request fails.",
+            "chassis.supervisor:RollingRestart",
             "test_run_all.RollingRestartTest."
             "test_where_a_new_process_fails_the_old_one_goes_on_and_the_others_stay",
             "rolling_restart", (24,)),
-    Pattern("Metrics", "chassis.telemetry:service_families",
+    Pattern("Metrics",
+            "Counts and durations that a monitoring system collects.",
+            "chassis.telemetry:service_families",
             "test_metrics.CountTest."
             "test_requests_are_counted_by_method_route_and_status"),
-    Pattern("Problem details", "chassis.errors:ServiceError",
+    Pattern("Problem details",
+            "All errors are JSON documents of one form (RFC 9457).",
+            "chassis.errors:ServiceError",
             "chassis.test_answer.DescribeTest."
             "test_an_error_is_a_problem_document_with_the_id_of_its_request"),
-    Pattern("Published API (OpenAPI)", "chassis.openapi:make_document",
+    Pattern("Published API (OpenAPI)",
+            "A document that programs can read says what the API offers.",
+            "chassis.openapi:make_document",
             "test_openapi.ServicesTest."
             "test_each_route_is_published_and_nothing_else"),
-    Pattern("Externalized configuration", "chassis.config:read",
+    Pattern("Externalized configuration",
+            "Settings come from outside: flags and environment variables.",
+            "chassis.config:read",
             "test_run_all.EndedShopTest."
             "test_a_flag_wins_over_its_environment_variable"),
-    Pattern("Schema version", "chassis.database:Database._upgrade",
+    Pattern("Schema version",
+            "A database file knows its version, and a newer program upgrades it.",
+            "chassis.database:Database._upgrade",
             "chassis.test_database.SchemaTest."
             "test_an_older_file_is_upgraded", "", (26,)),
-    Pattern("Microservice chassis", "chassis",
+    Pattern("Microservice chassis",
+            "The code that every process needs, without any business rule.",
+            "chassis",
             "test_laws.RoomLawTest."
             "test_the_chassis_does_not_know_what_the_shop_sells", "", (25,)),
-    Pattern("Consumer-driven contract", "",
+    Pattern("Consumer-driven contract",
+            "Each caller writes down what it needs, and the called service tests that.",
+            "",
             "test_contracts.ProvidersTest."
             "test_each_provider_keeps_its_contracts"),
-    Pattern("Chaos test", "",
+    Pattern("Chaos test",
+            "Faults are injected while clients work, and no order may be lost.",
+            "",
             "test_chaos.OneRunTest."
             "test_every_order_is_stored_once_and_as_its_client_was_answered_and_the_stock_adds_up"),
 ]
@@ -193,8 +276,8 @@ def as_text() -> str:
         also = [f"chapter {number_of(row.chapter)}"] if row.chapter else []
         also += [f"exercise {number}" for number in row.exercises]
         head = f"{row.name} ({', '.join(also)})" if also else row.name
-        blocks.append(f"{head}\n    {row.location()}\n    {row.test_command()}")
-    return "\n".join(blocks)
+        blocks.append("\n    ".join([head, row.meaning, row.location(), row.test_command()]))
+    return "\n\n".join(blocks)
 
 
 def as_markdown() -> str:

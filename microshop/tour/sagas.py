@@ -6,13 +6,18 @@ process that hangs.
 from microshop.orders import CALL_TIME, RETRY_LAST
 from microshop.tour.drawing import draw_row
 from microshop.tour.own_shop import poll
-from microshop.tour.stage import Pending, Tour, send
+from microshop.tour.stage import Pending, Tour
 
 LAPTOP, UNITS = 101, 3
 RESERVATION = {"productId": LAPTOP, "quantity": UNITS}
 ORDER = {"userId": 1, **RESERVATION}
 KEY = "monday-7"
 WITH_KEY = {"Idempotency-Key": KEY}
+MOVES = """\
+    pending ---> confirmed ---> cancelling ---> cancelled
+       |
+       +-------> rejected
+"""
 TIMEOUT = 20  # seconds for a request: the gateway waits longer than orders on a slow machine, too
 
 
@@ -33,9 +38,12 @@ def saga(tour: Tour) -> None:
     placed = tour.curl("/orders", data=ORDER)
     tour.show_trace(placed.id, "orders", "users", "products")
     tour.say("""
-        GET asks users, and changes nothing. PUT reserves: products takes the units out of its
-        stock and stores a reservation. Then orders moves the order from pending to confirmed.
+        First, orders has stored the order, with the status pending. The GET asks whether the user
+        exists, and changes nothing. The PUT reserves: products takes the units out of its stock,
+        and stores a reservation. Then orders has moved the order to confirmed. These are all the
+        moves of an order:
         """)
+    tour.print(MOVES)
     tour.expect(f"The answer is 201, and {before - UNITS} of {before} laptops are free",
                 (placed.status, stock(tour)), (201, before - UNITS))
     tour.say("If a service refuses, the order is rejected. It is stored, too, with the reason:")
@@ -47,9 +55,10 @@ def saga(tour: Tour) -> None:
                 (tour.show_audit(), stock(tour)), (True, before))
     tour.trade_off("""
         A transaction over three databases (two-phase commit) would never show an order between two
-        steps. But then each database holds its locks until the slowest one has answered, and if the
-        coordinator fails, the locks stay. A saga holds no lock while it waits. Its price: clients
-        see statuses like cancelling, and each step needs another one that undoes it.
+        steps. But then all three keep the rows locked until the slowest one has answered, and if
+        the process that leads the transaction fails, they stay locked. A saga holds no lock while
+        it waits. Its price: clients see statuses like cancelling, and a step that changes another
+        service needs one that undoes it.
         """)
 
 
@@ -65,8 +74,8 @@ def cancel_slowly(tour: Tour, order_id: int) -> None:
     tour.pause("products")
     pending = tour.begin_curl(f"/orders/{order_id}/cancel", method="POST")
     await_call(tour, pending)
-    row = tour.show_order(order_id)
-    tour.expect("The order is not called cancelled before its units are given back",
+    row = tour.show_order(order_id, "id", "quantity", "status")
+    tour.expect("Its status is cancelling, until the units are given back",
                 row["status"], "cancelling")
     tour.resume("products")
     tour.finish_curl(pending)
@@ -112,14 +121,15 @@ def kill_between_steps(tour: Tour) -> int:
     stored = tour.find("orders", "orders", key=KEY)
     tour.expect("The order is on disk, with its key, before products has answered",
                 [row["status"] for row in stored], ["pending"])
-    row = tour.show_order(stored[0]["id"])
+    row = tour.show_order(stored[0]["id"], "id", "key", "status", "reservation", "due")
     tour.kill("orders")
     tour.resume("products")
     answer = tour.finish_curl(pending, ("Idempotency-Replayed",))
     tour.say("""
         The connection to orders broke. The request has a key, so the gateway may send it again.
         The new orders process finds the key in its database, and resumes the order. Without a
-        repeated request, it resumes each unfinished order as well: the column due says when.
+        repeated request, it resumes each unfinished order as well: the column due says when (in
+        seconds since 1970).
         """)
     tour.show_trace(answer.id, "products")
     tour.say("""
@@ -144,7 +154,7 @@ def no_answer(tour: Tour) -> None:
     tour.pause("products")
     answer = tour.curl("/orders", data=ORDER, headers=WITH_KEY, show=("Location", "Retry-After"))
     tour.expect("The answer is 202: the order is accepted, but not decided", answer.status, 202)
-    row = tour.show_order(answer.json["id"])
+    row = tour.show_order(answer.json["id"], "id", "status", "reservation", "due")
     tour.resume("products")
     tour.say("Products runs again, finds the request, and carries it out. No process waits for "
              "the answer any more.")
@@ -189,7 +199,7 @@ def tombstone(tour: Tour) -> None:
     tour.curl("/users/2", method="DELETE")
     order_id = answer.json["id"]
     tour.expect(f"Order {order_id} is rejected", lambda: status(tour, order_id), "rejected")
-    row = tour.show_order(order_id)
+    row = tour.show_order(order_id, "id", "status", "reason", "reservation")
     tour.resume("products")
     target = f"/reservations/{row['reservation']}"
     poll("products logs the late PUT", lambda: log_lines(tour, f"PUT {target} "), bool)
@@ -216,9 +226,7 @@ def tombstone(tour: Tour) -> None:
 def await_call(tour: Tour, pending: Pending) -> None:
     """Wait until orders is calling products, or the request is answered (on a slow machine)."""
     def is_calling() -> bool:
-        metrics = send(tour.port("orders"), "GET", "/metrics", {}, None).body
-        in_use = 'microshop_bulkhead_in_use{upstream="products"} 1' in metrics.splitlines()
-        return in_use or pending.is_answered()
+        return tour.in_flight("products", of="orders") > 0 or pending.is_answered()
 
     poll("orders calls products", is_calling, True)
     tour.print()

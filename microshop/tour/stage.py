@@ -67,11 +67,11 @@ class Stage:
     def start_shop(self, *flags: str) -> None:
         """Start a fresh shop, with these flags of run_all, and wait until it is ready."""
         command = " ".join(["python -m microshop.run_all --fresh --port 0", *flags])
-        self.print(f"$ {command}")
         self.shop = self._stack.enter_context(OwnShop(*flags))
         self.shop.await_line(r"\| ready in ")
         self.shop.port("live")
-        self.print(f"(a shop of your own; its gateway is at http://localhost:{self.port()})\n")
+        self.print(f"(a shop was started for you: {command}")
+        self.print(f" its gateway is at http://localhost:{self.port()})\n")
 
     def port(self, name: str = "gateway") -> int:
         return self.also[name] if name in self.also else self.shop.port(name)
@@ -114,7 +114,7 @@ class Stage:
         self.print()
 
     def trade_off(self, text: str) -> None:
-        self.print(drawing.draw_text("Why not the other way? " + text) + "\n")
+        self.print(drawing.draw_text("Why not do it differently? " + text) + "\n")
 
     # --- what must come out
 
@@ -194,14 +194,14 @@ class Tour(Stage):
             return bool(lines) and labels.issuperset(processes)
 
         lines = poll(f"log lines with {request_id} of {', '.join(processes)}", find, is_there)
-        self.print(f"(the log of the shop, lines with {request_id})")
+        self.print(f"(the log of all processes: the lines with {request_id})")
         self.print(drawing.draw_lines("\n".join(lines)) + "\n")
         return lines
 
     def show_lines(self, pattern: str, since: int = 0) -> None:
         """Print the lines of the log that match a regular expression, without the first `since`."""
         lines = [line for line in self.shop.lines[since:] if re.search(pattern, line)]
-        self.print(f"(the log of the shop, lines like {pattern!r})")
+        self.print(f"(the log of all processes: the lines like {pattern!r})")
         self.print(drawing.draw_lines("\n".join(lines)) + "\n")
 
     def spans(self, request_id: str, services: Sequence[str] = ()) -> list[dict]:
@@ -221,24 +221,25 @@ class Tour(Stage):
     def show_trace(self, request_id: str, *services: str) -> list[dict]:
         """Print a request's trace, as soon as the gateway and these services have recorded it."""
         spans = self.spans(request_id, ("gateway", *services))
-        self.print(f"(the trace of request {request_id}, from GET /traces of each process)")
+        self.print(f"(the trace of request {request_id}, from GET /traces of each process:")
+        self.print(" process, what it did, status, and when; a call as its caller sees it)")
         self.print(drawing.draw_trace(spans) + "\n")
         self.watch = f"#trace={spans[0]['traceId']}"
         return spans
 
-    def metrics(self) -> Metrics:
-        """Return the gateway's metrics."""
-        return parse_metrics(send(self.port(), "GET", "/metrics", {}, None).body)
+    def metrics(self, of: str = "gateway") -> Metrics:
+        """Return the metrics of a process."""
+        return parse_metrics(send(self.port(of), "GET", "/metrics", {}, None).body)
 
-    def in_flight(self, service: str) -> int:
-        """Return how many calls of the gateway to a service have not ended yet."""
-        return int(self.metrics().total("microshop_bulkhead_in_use", upstream=service))
+    def in_flight(self, service: str, of: str = "gateway") -> int:
+        """Return how many calls of a process to a service have not ended yet."""
+        return int(self.metrics(of).total("microshop_bulkhead_in_use", upstream=service))
 
-    def show_order(self, order_id: int) -> dict:
-        """Print an order's row, as it is on disk now."""
+    def show_order(self, order_id: int, *columns: str) -> dict:
+        """Print these columns of an order's row, as it is on disk now; return all of it."""
         [row] = self.rows("orders", "SELECT * FROM orders WHERE id = ?", order_id)
-        self.print(f"(the row of order {order_id} in orders.db)")
-        self.print(drawing.draw_row(row) + "\n")
+        self.print(f"(from the row of order {order_id} in orders.db)")
+        self.print(drawing.draw_row({column: row[column] for column in columns}) + "\n")
         self.watch = f"#order={order_id}"
         return row
 

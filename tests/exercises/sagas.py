@@ -26,7 +26,7 @@ EXERCISES: list[Exercise] = [
         chapter="tombstone"),
     Exercise(
         title="Rejected, and still reserved",
-        pattern="Compensating transaction",
+        pattern="Tombstone",
         minutes=20,
         file="orders.py",
         old="""
