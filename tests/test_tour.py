@@ -150,6 +150,7 @@ class TerminalTest(unittest.TestCase):
         with own_folder() as folder, OnTerminal(folder, "1") as tour:
             tour.read_until("Enter goes on")
             tour.press(b"\x03\n")  # Enter, in case it comes before input() reads
+            tour.read_until("(stopped; the shop of the chapter has ended)")
             self.assertEqual(tour.popen.wait(PATIENCE), 128 + signal.SIGINT)
             self.assertEqual(shops_of(folder), [])
             self.assertFalse((folder / ".tour").exists(), "the chapter was not done")
@@ -168,6 +169,9 @@ class CommandTest(unittest.TestCase):
                 done = run_tour(folder, word)
                 self.assertEqual(done.returncode, 2, f"tour {word}: {done.stdout}")
                 self.assertIn(f"invalid choice: '{word}'", done.stderr)
+            done = run_tour(folder, "3", "--all")
+            self.assertEqual(done.returncode, 2, done.stdout)
+            self.assertIn("--all runs all chapters; it takes no number", done.stderr)
 
     def test_the_plans_for_a_class_name_every_chapter_and_every_exercise(self):
         with own_folder() as folder:
@@ -232,6 +236,11 @@ class DrawingTest(unittest.TestCase):
         self.assertEqual(shlex.split(drawn), [
             "curl", "-i", "-X", "PUT", "localhost:4000/orders?status=a&limit=1",
             "-H", 'If-Match: "a tag"', "-d", '{"name":"It\'s"}'])
+
+    def test_a_long_body_is_broken_after_commas_and_never_within_a_word(self):
+        lines = drawing.draw_body('{"user":null,' * 8 + '"detail":"the users service is away"}')
+        self.assertEqual(lines, ['{"user":null,' * 6, '  {"user":null,{"user":null,"detail":"the '
+                                                      'users service is away"}'])
 
     def test_the_bars_of_a_waterfall_show_when_each_span_began_and_how_long_it_took(self):
         def span(number: str, parent: str, begin: int, duration: int, kind: str) -> dict:

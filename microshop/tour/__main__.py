@@ -5,6 +5,7 @@ What was done is remembered in the file .tour of the current folder.
 import argparse
 import contextlib
 import os
+import signal
 import sqlite3
 import sys
 import time
@@ -20,6 +21,7 @@ from microshop.tour.own_shop import Different
 from microshop.tour.stage import Tour
 
 COMMAND = "python -m microshop.tour"
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit statuses
 NOTES = Path(".tour")  # the numbers of the chapters that were done here, one on a line
 
 
@@ -118,7 +120,10 @@ def parse_arguments(chapters: list[Chapter]) -> argparse.Namespace:
                         help="all chapters, without questions; exit status 1 if anything comes out "
                              "differently")
     parser.add_argument("--markdown", action="store_true", help="the index as a table in Markdown")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.all and arguments.what:
+        parser.error("--all runs all chapters; it takes no number")
+    return arguments
 
 
 def run() -> bool:
@@ -147,6 +152,10 @@ def main() -> None:
     surroundings.prepare()
     try:
         sys.exit(0 if run() else 1)
+    except SystemExit as end:
+        if end.code in STOPPED:
+            print("\n(stopped; the shop of the chapter has ended)", file=sys.stderr)
+        raise
     except EOFError:  # instead of Enter
         sys.exit(0)
     except BrokenPipeError:  # what read our output has ended

@@ -3,6 +3,7 @@
 What is meant to be copied (a command, the name of a test) is never broken.
 """
 import json
+import re
 import shlex
 import textwrap
 from typing import Any, NamedTuple
@@ -68,10 +69,22 @@ def draw_answer(answer: Answer, shown: tuple[str, ...]) -> str:
     lines = [f"HTTP/1.1 {answer.status} {answer.reason}"]
     lines += [f"{name}: {answer.headers[name.lower()]}" for name in shown
               if name.lower() in answer.headers]
-    body = draw_lines(answer.body).splitlines()
+    body = draw_body(answer.body)
     if len(body) > BODY_LINES:
         body[BODY_LINES:] = ["..."]
     return "\n".join([draw_lines("\n".join(lines)), "", *body]).rstrip()
+
+
+def draw_body(text: str) -> list[str]:
+    """Return a text in lines that end, where it is too wide, after a comma or a space."""
+    lines = []
+    for line in text.splitlines():
+        lines.append("")
+        for piece in re.split("(?<=[, ])", line):
+            if lines[-1] and len(lines[-1] + piece) > WIDTH:
+                lines.append("  ")
+            lines[-1] += piece
+    return [line.rstrip() for line in lines]
 
 
 def draw_trace(spans: list[dict]) -> str:

@@ -63,15 +63,15 @@ def service_gone(tour: Tour) -> None:
         socket of the service open. So meanwhile, new connections are not refused: they wait in the
         queue of that socket.
 
-        Here users gets a request, and is killed before it can answer. To be sure of this order of
-        events, we pause users first.
+        Here the users service gets a request, and is killed before it can answer. To be sure that
+        it has the request by then, we pause it first.
         """)
     tour.start_shop()
     tour.predict("What does the client that asks for a user get? And what does a client get that "
                  "asks for a product meanwhile?")
     pending = begin_at_paused(tour, "users", "/users/1")
     product = tour.curl("/products/101")
-    tour.expect("products does not need users, and answers", product.status, 200)
+    tour.expect("The products service does not need users, and answers", product.status, 200)
     kill_and_wait(tour, "users")
     answer = tour.finish_curl(pending)
     tour.expect("The client gets the user: it has only waited longer", answer.status, 200)
@@ -91,8 +91,8 @@ def service_gone(tour: Tour) -> None:
 
 def show_backoff(tour: Tour) -> None:
     """Show how long a service that is killed again and again stays away."""
-    tour.predict(f"Now we kill users {KILLS} times more, one after another. How long does the "
-                 "supervisor wait each time before it starts users again?")
+    tour.predict(f"Now we kill the users service {KILLS} times more. How long does the supervisor "
+                 "wait each time before it starts it again?")
     for _ in range(KILLS):
         kill_and_wait(tour, "users")
         tour.curl("/users/1")
@@ -107,26 +107,26 @@ def service_hangs(tour: Tour) -> None:
     """A service hangs."""
     tour.say(f"""
         A service that hangs is worse than one that is gone: it accepts requests and answers none.
-        Its callers wait, and each request that waits holds memory and a thread. So every call has
-        a timeout. Here it is {HANG_TIMEOUT:g} s (without the flag: {TIMEOUT.default} s).
+        Its callers wait, and each request that waits holds memory and a thread. So every call has a
+        timeout. Here it is {HANG_TIMEOUT:g} s (without the flag: {TIMEOUT.default} s).
         """)
     tour.start_shop(f"--timeout={HANG_TIMEOUT:g}")
-    tour.predict(f"users hangs. {CALLERS} clients ask for a user at the same time, and then "
-                 f"{CALLERS} more. How long do the first ones wait, and how long the others?")
+    tour.predict(f"The users service hangs. {CALLERS} clients ask for a user at the same time, and "
+                 f"then {CALLERS} more. How long do the first ones wait, and how long the others?")
     tour.pause("users")
     slow = tour.curl_at_once(CALLERS, "/users/1")
     tour.expect("Each of the first clients waits, and gets 504 (Gateway Timeout)",
                 statuses(slow), [504] * CALLERS)
     tour.say(f"""
-        The gateway has a circuit breaker for users. It opens after {CircuitBreaker.IN_A_ROW}
-        failures in a row, at first for {CircuitBreaker.FIRST_PAUSE:g} s. While it is open, calls
-        to users fail at once. (If you do this by hand, you have to be as quick.)
+        The gateway has a circuit breaker for each service. It opens after {CircuitBreaker.IN_A_ROW}
+        failures in a row, at first for {CircuitBreaker.FIRST_PAUSE:g} s. While it is open, calls to
+        users fail at once. (If you do this by hand, you have to be as quick.)
         """)
     quick = tour.curl_at_once(CALLERS, "/users/1")
     tour.print("(one of these answers)")
     tour.print(draw_answer(quick[0], ("Retry-After",)) + "\n")
     # All but one, since one may come late, when the circuit breaker is half-open already.
-    tour.expect("The others get 503, and users is not called",
+    tour.expect("The others get 503, and the users service is not called",
                 statuses(quick)[:CALLERS - 1], [503] * (CALLERS - 1))
     tour.expect("They wait less than the first ones", quick[CALLERS - 2].seconds,
                 lambda seconds: seconds < slow[0].seconds)
@@ -134,7 +134,7 @@ def service_hangs(tour: Tour) -> None:
     tour.watch = f"#request={quick[0].id}"
     tour.trade_off("""
         Each call could just wait for its timeout. But then every client waits in vain, however
-        often users has failed. And if users hangs because it has too much to do, more requests
+        often the service has failed. And if it hangs because it has too much to do, more requests
         make that worse. The price of a circuit breaker: while it is open, it also rejects calls
         that would have worked.
         """)
@@ -153,12 +153,12 @@ def show_probe(tour: Tour) -> None:
     tour.expect("Only the probe was sent to users, and gets 504; the others get 503",
                 statuses(answers), [503] * (CALLERS - 1) + [504])
     tour.say("""
-        The probe has failed, so the circuit breaker is open for twice as long. Now users goes on,
-        and the next probe succeeds:
+        The probe has failed, so the circuit breaker is open for twice as long. Now we resume the
+        users service, and the next probe succeeds:
         """)
     tour.resume("users")
     tour.print(f"$ until curl -sf localhost:{tour.port()}/users/1; do sleep 0.1; done\n")
-    tour.expect("users answers again",
+    tour.expect("The users service answers again",
                 lambda: send(tour.port(), "GET", "/users/1", {}, None).status, 200)
     tour.shop.await_line("circuit breaker for users at .* closed")
     tour.show_log("circuit breaker", "gateway")
@@ -169,26 +169,27 @@ def deadline(tour: Tour) -> None:
     tour.say(f"""
         A client does not wait forever. It can say for how long, in seconds, in the header
         X-Request-Timeout. Each process that works on the request keeps {ANSWER_SHARE:.0%} of its
-        time for the answer, and says in each call to another service how much time is left. So
-        the deadline comes earlier from hop to hop.
+        time for the answer, and says in each call to another service how much time is left. So the
+        deadline comes earlier from hop to hop.
 
-        Without such a header, orders waits up to {CALL_TIME:g} s for products. Here products is
-        paused, and the client waits {CLIENT_TIME:g} s for its order.
+        Without such a header, the orders service waits up to {CALL_TIME:g} s for the products
+        service. Here the products service is paused, and the client waits {CLIENT_TIME:g} s for its
+        order.
         """)
     tour.start_shop()
-    tour.predict("How long does orders wait for products, and how long does the gateway wait for "
-                 "orders?")
+    tour.predict("How long will the orders service wait for products, and how long will the "
+                 "gateway wait for orders?")
     tour.pause("products")
     answer = tour.curl("/orders", data=ORDER, headers={"X-Request-Timeout": f"{CLIENT_TIME:g}"})
     tour.shop.await_line(f"^orders .*{answer.id} POST /orders")
     tour.resume("products")
     spans = tour.show_trace(answer.id, "orders", "products")
     waited = max(span["duration"] / 1e6 for span in spans if span["name"] == "put products")
-    tour.expect(f"orders waited for products for clearly less than {CALL_TIME:g} s",
+    tour.expect(f"The orders service waited for clearly less than {CALL_TIME:g} s",
                 waited, lambda seconds: seconds < CALL_TIME * 0.9)
     tour.say("""
-        The order is stored, and orders will try products again. A request whose time is over is
-        not worked on at all. Here we send one to users directly, as the gateway would:
+        The order is stored, and the orders service will try again later. A request whose time is
+        over is not worked on at all. Here we send one to users directly, as the gateway would:
         """)
     late = tour.curl("/users/2", method="PUT", data={"name": "Robert"}, to="users",
                      headers={"X-Request-Timeout": "0"})
@@ -198,20 +199,22 @@ def deadline(tour: Tour) -> None:
     show_hurry(tour)
     tour.trade_off("""
         The header could give the time of day at which the client stops waiting. But the clocks of
-        two machines differ, often by more than a request takes. The price: a service does not
-        know how long a request has been waiting to be read. In the trace above, products carried
-        out a request after orders had given up: it did not know that it had been paused.
+        two machines differ, often by more than a request takes. The price: a service does not know
+        how long a request has been waiting to be read. In the trace above, the products service
+        carried out a request after its caller had given up: it did not know that it had been
+        paused.
         """)
 
 
 def show_hurry(tour: Tour) -> None:
     """Show that clients in a hurry do not open the circuit breaker."""
-    tour.predict(f"users stops for a moment, and {CALLERS} clients in a hurry get no answer within "
-                 f"{HURRY_TIME:g} s. Should the gateway send no more requests to users?")
+    tour.predict(f"The users service stops for a moment, and {CALLERS} clients in a hurry get no "
+                 f"answer within {HURRY_TIME:g} s. Should the gateway send no more requests to "
+                 "users?")
     tour.pause("users")
     tour.curl_at_once(CALLERS, "/users/1", headers={"X-Request-Timeout": f"{HURRY_TIME:g}"})
     tour.resume("users")
-    tour.expect("The circuit breaker is closed: users had no fair chance to answer",
+    tour.expect("The circuit breaker is closed: the users service had no fair chance to answer",
                 breaker_state(tour, "users"), "closed")
 
 
@@ -219,13 +222,13 @@ def bulkhead(tour: Tour) -> None:
     """A bulkhead keeps the rest quick."""
     tour.say(f"""
         Bulkheads divide a ship into parts: if one part is full of water, the ship still floats.
-        Here a bulkhead limits how many calls to one service may be in flight. So if users hangs,
-        only a few requests of the gateway wait for it. In this shop the limit is {LIMIT}, and a
-        call may take {FULL_TIMEOUT:g} s.
+        Here a bulkhead limits how many calls to one service may be in flight. So if a service
+        hangs, only a few requests of the gateway wait for it. In this shop the limit is {LIMIT},
+        and a call may take {FULL_TIMEOUT:g} s.
         """)
     tour.start_shop(f"--max-in-flight={LIMIT}", f"--timeout={FULL_TIMEOUT:g}")
-    tour.predict(f"users hangs, and {LIMIT} requests wait for it. What does the next client that "
-                 "asks for a user get? And one that asks for a product?")
+    tour.predict(f"The users service hangs, and {LIMIT} requests wait for it. What does the next "
+                 "client that asks for a user get? And one that asks for a product?")
     tour.pause("users")
     pending = [tour.begin_curl("/users/1") for _ in range(LIMIT)]
     tour.print()
@@ -233,7 +236,7 @@ def bulkhead(tour: Tour) -> None:
     rejected = tour.curl("/users/1", show=("Retry-After",))
     tour.expect("The next request finds no place, and gets 503", rejected.status, 503)
     product = tour.curl("/products/101")
-    tour.expect("products has a bulkhead of its own, and answers", product.status, 200)
+    tour.expect("The products service has a bulkhead of its own, and answers", product.status, 200)
     tour.say(f"""
         The request without a place has waited {BULKHEAD_TIME:g} s for one, since most calls are
         short. Those that hang keep their places until their time is over:
@@ -243,11 +246,11 @@ def bulkhead(tour: Tour) -> None:
     tour.resume("users")
     tour.predict("These calls have failed. Are their places free again?")
     tour.expect("No call to users is in flight", tour.in_flight("users"), 0)
-    tour.expect("users gets requests again", tour.curl("/users/1").status, 200)
+    tour.expect("The users service gets requests again", tour.curl("/users/1").status, 200)
     tour.trade_off("""
-        There could be one limit for all services together. But then a service that hangs soon
-        takes every place, and the whole shop hangs with it. The price of a limit for each service:
-        a service that is popular gets no more places than the others, even if those are free.
+        There could be one limit for all services together. But then a service that hangs soon takes
+        every place, and the whole shop hangs with it. The price of a limit for each service: a
+        service that is popular gets no more places than the others, even if those are free.
         """)
 
 
@@ -256,8 +259,8 @@ def retries(tour: Tour) -> None:
     tour.say(f"""
         When a connection breaks, the caller cannot know whether the request was carried out. A GET
         changes nothing, so the gateway sends it again, up to {MAX_RETRIES} times. But a POST that
-        is carried out twice makes two orders. Here a client orders a laptop, and orders is killed
-        before it can answer.
+        is carried out twice makes two orders. Here a client orders a laptop, and the orders service
+        is killed before it can answer.
         """)
     tour.start_shop()
     tour.predict("What does the client get?")
@@ -268,16 +271,16 @@ def retries(tour: Tour) -> None:
                 answer.status, 502)
     tour.say("""
         The client does not know either whether it has ordered. If it tries again, it may get two
-        laptops. So a client should choose a key for each order, and send it as Idempotency-Key.
-        orders stores the key with the order, and carries out a request with this key only once.
-        Then a repeat is safe, also for the gateway.
+        laptops. So a client should choose a key for each order, and send it as Idempotency-Key. The
+        orders service stores the key with the order, and carries out a request with this key only
+        once. Then a repeat is safe, also for the gateway.
         """)
     show_key(tour)
     tour.trade_off("""
-        The gateway could repeat every request. Mostly that works; but now and then a customer
-        gets two laptops, and no log says why. Or it could repeat none: then clients see errors
-        whenever a service restarts. The price of keys: every client must send them, and orders
-        must store them.
+        The gateway could repeat every request. Mostly that works; but now and then a customer gets
+        two laptops, and no log says why. Or it could repeat none: then clients see errors whenever
+        a service restarts. The price of keys: every client must send them, and orders must store
+        them.
         """)
 
 
@@ -295,8 +298,8 @@ def show_key(tour: Tour) -> None:
     tour.say(f"""
         A retry is more work for a service that may have too much of it already. So the gateway has
         a retry budget: it retries at most {budget.SHARE:.0%} of the calls of the last
-        {budget.WINDOW} s (but always {budget.AT_LEAST}). The client may repeat its request, too.
-        It gets the same answer, marked as a replay:
+        {budget.WINDOW} s (but always {budget.AT_LEAST}). The client may repeat its request, too. It
+        gets the same answer, marked as a replay:
         """)
     again = tour.curl("/orders", data=ORDER, headers=key, show=("Location", "Idempotency-Replayed"))
     tour.expect("It is the same order", again.headers.get("location"), answer.headers["location"])

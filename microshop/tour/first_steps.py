@@ -8,8 +8,8 @@ CLIENT_TIME = 2  # seconds that a client is willing to wait
 def one_request(tour: Tour) -> None:
     """One request, two processes."""
     tour.say("""
-        A client talks only to the gateway. The gateway owns no data: it forwards the request to
-        the service that the first segment of the path names, here to users.
+        A client talks only to the gateway. The gateway owns no data: it forwards the request to the
+        service that the first segment of the path names, here to the users service.
         """)
     tour.start_shop()
     tour.predict("Which processes of the shop work on GET /users/1, and how do they know that it "
@@ -17,8 +17,8 @@ def one_request(tour: Tour) -> None:
     answer = tour.curl("/users/1", show=("X-Request-Id",))
     tour.expect("The answer is 200", answer.status, 200)
     tour.say("""
-        The gateway has given the request an id, a correlation id. It sends the id on, in the
-        header X-Request-Id, and each process writes it into its log.
+        The gateway has given the request an id, a correlation id. It sends the id on, in the header
+        X-Request-Id, and each process writes it into its log.
         """)
     logged = tour.shop.await_line(r"^users .*Z (\S+) GET /users/1 ")[1]
     tour.expect(f"The users service has logged the same id, {answer.id}", logged, answer.id)
@@ -54,17 +54,18 @@ def own_data(tour: Tour) -> None:
                 (answer.json["user"]["name"], answer.json["product"]["name"]), ("Alice", "Laptop"))
     tour.say("""
         The gateway has called three services: first orders, then users and products in parallel.
-        This is API composition. The trace shows the calls:
+        This is API composition. X-Complete says that it has found both parts. The trace shows the
+        calls:
         """)
     tour.show_trace(answer.id, "orders", "users", "products")
     expand_without_users(tour)
     audit_files(tour)
     tour.trade_off("""
-        One database for all would give us the JOIN, foreign keys and one transaction. But then
-        each service depends on the tables of the others: no service can change its schema alone,
-        any of them can write what another owns, and one long lock stops them all. The price is
-        what you saw: calls instead of a JOIN, answers that may lack a part, and an audit instead
-        of constraints.
+        One database for all would give us the JOIN, foreign keys and one transaction. But then each
+        service depends on the tables of the others: no service can change its schema alone, any of
+        them can write what another owns, and one long lock stops them all. The price is what you
+        saw: calls instead of a JOIN, answers that may lack a part, and an audit instead of
+        constraints.
         """)
 
 
@@ -92,10 +93,12 @@ def audit_files(tour: Tour) -> None:
         units that have vanished, or an order whose units are not reserved.
         """)
     tour.expect("The files agree", tour.show_audit(), True)
-    tour.predict("Someone on this machine asks products itself, past the gateway, to release the "
-                 "units that are reserved for order 201. Does anything notice?")
+    tour.predict("For each order, the products service keeps a reservation: units that it has set "
+                 "aside. Someone on this machine deletes that of order 201, past the gateway. Does "
+                 "any process notice?")
     released = tour.curl("/reservations/201", method="DELETE", to="products")
-    tour.expect("products does it, for it knows nothing of orders", released.status, 204)
+    tour.expect("The products service does it, since it knows nothing of orders",
+                released.status, 204)
     tour.expect("The audit finds the contradiction", tour.show_audit(), False)
 
 
@@ -119,8 +122,9 @@ def two_editors(tour: Tour) -> None:
         product. A client that sends it back in If-Match says: change the product only if it is
         still the one that I have seen.
         """)
-    tour.predict("Both start from the last answer. Ann sends her count again, then Ben another "
-                 "name, and both send the ETag that they have seen. What does Ben get?")
+    tour.predict(f"Both start from the last answer, with {stock} units. Ann sends her count "
+                 "again, then Ben another name, and both send the ETag that they have seen. What "
+                 "does Ben get?")
     put(tour, f"{name} 14", counted, seen.headers["etag"])
     refused = put(tour, f"{name} 15", stock, seen.headers["etag"])
     tour.expect("Ben gets 412 Precondition Failed", refused.status, 412)
@@ -132,9 +136,9 @@ def two_editors(tour: Tour) -> None:
                 (last.json["name"], last.json["stock"]), (f"{name} 15", counted))
     tour.trade_off("""
         A lock could keep Ben out while Ann edits. But when does it end if Ann goes home? With
-        optimistic concurrency, nothing is locked while people think. The service compares when
-        they write, and the later one has to try again, which is cheap where conflicts are rare.
-        The comparison and the write are one transaction, so no other write comes between them.
+        optimistic concurrency, nothing is locked while people think. The service compares when they
+        write, and the later one has to try again, which is cheap where conflicts are rare. The
+        comparison and the write are one transaction, so no other write comes between them.
         """)
 
 

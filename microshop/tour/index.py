@@ -66,7 +66,7 @@ INDEX = [
             "test_every_try_sends_its_own_id_and_the_request_id", "one_request"),
     Pattern("Database per service",
             "Only one service uses a database; the others have to ask that service.",
-            "chassis.database:Database",
+            "users:Users",
             "test_laws.RoomLawTest."
             "test_a_service_uses_only_its_own_tables_and_file", "own_data"),
     Pattern("API composition",

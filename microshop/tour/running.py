@@ -48,8 +48,8 @@ def overload(tour: Tour) -> None:
     tour.expect("The next client gets 503 Service Unavailable", refused.status, 503)
     tour.say(f"""
         This answer costs next to nothing: no thread has worked on the request. Retry-After says in
-        how many seconds to try again. The slow clients have {BODY_TIME:g} s for the whole body,
-        and a little more for each byte. They do not get {BODY_TIME:g} s for each byte.
+        how many seconds to try again. The slow clients have {BODY_TIME:g} s for the whole body, and
+        a little more for each byte. They do not get {BODY_TIME:g} s for each byte.
         """)
     answers = [pending.wait() for pending in slow]
     count_lines(tour, [f"{answer.status} {answer.reason}, after {answer.seconds:.0f} s"
@@ -78,7 +78,7 @@ def begin_slowly(tour: Tour) -> list[Pending]:
         stream.write(SLOWLY.encode())
         lines.append(stream.readline().decode().strip())
         stream.readline()  # the empty line after 100 Continue
-        slow.append(Pending(command, partial(drip, stream)))
+        slow.append(Pending("POST /users", partial(drip, stream)))
     count_lines(tour, lines)
     return slow
 
@@ -149,9 +149,9 @@ def rolling_restart(tour: Tour) -> None:
     tour.expect("The old gateway has answered it", answer.status, 200)
     refuse_release(tour, token)
     tour.trade_off("""
-        To stop everything and then start it again is simpler, but it is an outage each time, and
-        a long one if the new version does not start. The price of a rolling restart: two versions
-        run side by side, so they have to understand each other and the same database.
+        To stop everything and then start it again is simpler, but it is an outage each time, and a
+        long one if the new version does not start. The price of a rolling restart: two versions run
+        side by side, so they have to understand each other and the same database.
         """)
 
 

@@ -24,8 +24,8 @@ TIMEOUT = 20  # seconds for a request: the gateway waits longer than orders on a
 def saga(tour: Tour) -> None:
     """An order is a saga."""
     tour.say("""
-        An order needs three services: users knows whether the user exists, products has the stock,
-        and orders stores the order. Each has a database of its own, and no transaction spans them.
+        An order needs three services: one knows whether the user exists, one has the stock, and one
+        stores the order. Each has a database of its own, and no transaction spans them.
 
         So an order is a saga: a sequence of small steps, each of them a transaction in one
         database. If the order cannot be completed, or is cancelled, a compensating transaction
@@ -38,10 +38,10 @@ def saga(tour: Tour) -> None:
     placed = tour.curl("/orders", data=ORDER)
     tour.show_trace(placed.id, "orders", "users", "products")
     tour.say("""
-        First, orders has stored the order, with the status pending. The GET asks whether the user
-        exists, and changes nothing. The PUT reserves: products takes the units out of its stock,
-        and stores a reservation. Then orders has moved the order to confirmed. These are all the
-        moves of an order:
+        First, the orders service has stored the order, with the status pending. The GET asks
+        whether the user exists, and changes nothing. The PUT reserves: the products service takes
+        the units out of its stock, and stores a reservation. Then the orders service has moved the
+        order to confirmed. These are all the moves of an order:
         """)
     tour.print(MOVES)
     tour.expect(f"The answer is 201, and {before - UNITS} of {before} laptops are free",
@@ -65,11 +65,11 @@ def saga(tour: Tour) -> None:
 def cancel_slowly(tour: Tour, order_id: int) -> None:
     """Cancel an order while products is paused, so that the reader sees it between two steps."""
     tour.say("""
-        Cancelling takes two steps: products gives the units back (this is the compensating
-        transaction), and orders marks the order as cancelled. To look between the two, we pause
-        products, so that orders has to wait for it.
+        Cancelling takes two steps: the products service gives the units back (this is the
+        compensating transaction), and the orders service marks the order as cancelled. To look
+        between the two, we pause the products service, so that the other has to wait for it.
         """)
-    tour.predict("What is the status of the order while orders waits for products: confirmed, "
+    tour.predict("What is the status of the order during that wait: confirmed, "
                  "cancelled, or another one?")
     tour.pause("products")
     pending = tour.begin_curl(f"/orders/{order_id}/cancel", method="POST")
@@ -100,42 +100,47 @@ def crash(tour: Tour) -> None:
                 (again.status, again.json["id"]), (201, order_id))
     tour.expect("The databases agree", tour.show_audit(), True)
     tour.trade_off("""
-        Orders could call the other services first, and store an order only when all have agreed.
-        Then no order would ever be pending. But after a crash units would be reserved, and no
-        database would say for which order. And instead of asking for a key, orders could recognize
-        a repeat by its content. But a client may want two equal orders.
+        The orders service could call the others first, and store an order only when all have
+        agreed. Then no order would ever be pending. But after a crash units would be reserved, and
+        no database would say for which order. And instead of asking for a key, the service could
+        recognize a repeat by its content. But a client may want two equal orders.
         """)
 
 
 def kill_between_steps(tour: Tour) -> int:
     """Place an order, and kill orders while it waits for products; return the order's id."""
     tour.say("""
-        We kill the orders service at the worst moment: it has asked products to reserve units, and
-        has no answer yet. To have time for that, we pause products first, and resume it afterwards.
+        We kill the orders service at the worst moment: it has asked the products service to reserve
+        units, and has no answer yet. To have time for that, we pause the products service first.
+
+        The client has given its order a name that it has made up, the Idempotency-Key. If it sends
+        the request once more, it will use the same key.
         """)
-    tour.predict("Will products reserve the units, though orders is gone? Which process finishes "
+    tour.predict("Will the units be reserved, though the orders service is gone? What finishes "
                  "the order? How many units leave the stock?")
     tour.pause("products")
     pending = tour.begin_curl("/orders", data=ORDER, headers=WITH_KEY)
     await_call(tour, pending)
     stored = tour.find("orders", "orders", key=KEY)
-    tour.expect("The order is on disk, with its key, before products has answered",
+    tour.expect("The order is on disk (pending: not decided yet), with its key, before the "
+                "products service has answered",
                 [row["status"] for row in stored], ["pending"])
     row = tour.show_order(stored[0]["id"], "id", "key", "status", "reservation", "due")
     tour.kill("orders")
     tour.resume("products")
     answer = tour.finish_curl(pending, ("Idempotency-Replayed",))
     tour.say("""
-        The connection to orders broke. The request has a key, so the gateway may send it again.
-        The new orders process finds the key in its database, and resumes the order. Without a
-        repeated request, it resumes each unfinished order as well: the column due says when (in
-        seconds since 1970).
+        The connection to the orders service broke. The request has a key, so the gateway may send
+        it again. The new orders process finds the key in its database, and resumes the order.
+        Without a repeated request, it resumes each unfinished order as well: the column due says
+        when (in seconds since 1970).
         """)
     tour.show_trace(answer.id, "products")
     tour.say("""
-        Compare the two PUTs at products. The killed process sent the first: products reserved the
-        units (201), but no process was left to read the answer. The new one sent the same again,
-        with the same reservation id, and products changed nothing (200).
+        Two lines at the left have no caller: the killed process took the record of its calls with
+        it. Compare the two PUTs. The killed process sent the first: the products service reserved
+        the units (201), but no process was left to read the answer. The new one sent the same
+        again, with the same reservation id, and nothing changed (200).
         """)
     return row["id"]
 
@@ -143,9 +148,9 @@ def kill_between_steps(tour: Tour) -> int:
 def no_answer(tour: Tour) -> None:
     """A call without an answer."""
     tour.say(f"""
-        The orders service asks products to reserve units, and no answer comes within
+        The orders service asks the products service to reserve units, and no answer comes within
         {CALL_TIME:g} s. Was the request lost? Was it carried out, and only the answer was lost? Or
-        will it be carried out later? Orders cannot know. To see it, we pause products.
+        will it be carried out later? It cannot know. To see this, we pause the products service.
         """)
     tour.start_shop(f"--timeout={TIMEOUT}")
     before = stock(tour)
@@ -156,46 +161,49 @@ def no_answer(tour: Tour) -> None:
     tour.expect("The answer is 202: the order is accepted, but not decided", answer.status, 202)
     row = tour.show_order(answer.json["id"], "id", "status", "reservation", "due")
     tour.resume("products")
-    tour.say("Products runs again, finds the request, and carries it out. No process waits for "
-             "the answer any more.")
+    tour.say("The products service runs again, finds the request, and carries it out. No process "
+             "waits for the answer any more.")
     target = f"PUT /reservations/{row['reservation']}"
-    tour.expect("Products has reserved the units, and orders does not know it",
+    tour.expect("The units are reserved, and the orders service does not know it",
                 lambda: log_lines(tour, f"{target} 201"), bool)
     tour.say(f"""
-        Orders asks again in the background, after a wait that grows with each attempt, up to
-        {RETRY_LAST:g} s (backoff). It sends the same reservation id, so products recognizes the
-        repeat.
+        The orders service asks again in the background, after a wait that grows with each attempt,
+        up to {RETRY_LAST:g} s (backoff). It sends the same reservation id, so the products service
+        recognizes the repeat.
         """)
     tour.expect(f"Order {row['id']} is confirmed, without any request from the client",
                 lambda: status(tour, row["id"]), "confirmed")
     tour.show_log(target, "products")
-    tour.expect(f"Products was asked twice, and {UNITS} laptops have left the stock, not "
-                f"{2 * UNITS} (products is an idempotent receiver)", before - stock(tour), UNITS)
+    tour.expect(f"It was asked twice, and {UNITS} laptops have left the stock, not {2 * UNITS}: it "
+                "is an idempotent receiver", before - stock(tour), UNITS)
     again = tour.curl("/orders", data=ORDER, headers=WITH_KEY, show=("Idempotency-Replayed",))
     tour.expect("The client repeats its request, and gets the final answer: 201",
                 again.status, 201)
     tour.trade_off("""
-        Orders could take silence as a refusal, and answer 504. That is simple, but whenever the
-        units were reserved all the same, they are lost to the shop. Or orders could let the client
-        wait until products answers, which may take hours. 202 is true at once. Its price: the
-        client has to ask again.
+        The orders service could take silence as a refusal, and answer 504. That is simple, but
+        whenever the units were reserved all the same, they are lost to the shop. Or it could let
+        the client wait until the answer comes, which may take hours. 202 is true at once. Its
+        price: the client has to ask again.
         """)
 
 
 def tombstone(tour: Tour) -> None:
     """The release that overtakes its reservation."""
     tour.say("""
-        Requests can overtake each other on their way. Here products is paused, so that a PUT, which
-        reserves units, is late. Meanwhile orders rejects the order, and sends a DELETE, which
-        releases what was reserved for it. When products goes on, it gets both, in any order.
+        Requests can overtake each other on their way. Here the products service is paused, so that
+        a PUT, which reserves units, is late. Meanwhile the orders service rejects the order, and
+        sends a DELETE, which releases what was reserved for it. When the products service goes on,
+        it gets both, in any order.
         """)
     tour.start_shop(f"--timeout={TIMEOUT}")
     before = stock(tour)
-    tour.predict("What must products do if the DELETE comes first?")
+    tour.predict("What must the products service do if the DELETE comes first?")
     tour.pause("products")
     answer = tour.curl("/orders", data={**ORDER, "userId": 2})
-    tour.expect("Products does not answer, so the order is pending (202)", answer.status, 202)
-    tour.say("Now the user is deleted. Orders finds that out when it resumes the order:")
+    tour.expect("No answer came, so the order is pending (202): it is not decided yet",
+                answer.status, 202)
+    tour.say("Now the user is deleted. The orders service finds that out when it resumes the "
+             "order:")
     tour.curl("/users/2", method="DELETE")
     order_id = answer.json["id"]
     tour.expect(f"Order {order_id} is rejected", lambda: status(tour, order_id), "rejected")
@@ -208,19 +216,25 @@ def tombstone(tour: Tour) -> None:
     tour.expect(f"All {before} laptops are free", stock(tour), before)
     poll("products logs the DELETE", lambda: log_lines(tour, f"DELETE {target} "), bool)
     tour.show_log(target, "products")
-    tour.say("If the network had held the PUT back for longer, it would arrive now. We send it:")
-    late = tour.curl(target, method="PUT", data=RESERVATION, to="products")
-    tour.expect("Products refuses it (409), although there are enough laptops", late.status, 409)
-    tour.say("A release leaves a marker, called a tombstone, even if nothing was reserved yet. It "
-             "is a row with the reservation's id, and without a product or a quantity:")
-    [marker] = tour.find("products", "reservations", id=row["reservation"])
-    tour.print(draw_row(marker) + "\n")
+    send_late_reserve(tour, row["reservation"])
     tour.expect("The databases agree", tour.show_audit(), True)
     tour.trade_off("""
         A release could delete the reservation, and the table would stay small. But then a late PUT
         looks like a new one, and takes units for an order that has ended: no process would ever
         release them. The price of tombstones: one small row for each release, kept forever.
         """)
+
+
+def send_late_reserve(tour: Tour, reservation: int) -> None:
+    """Send the PUT that reserves once more, after its release."""
+    tour.say("If the network had held the PUT back for longer, it would arrive now. We send it:")
+    late = tour.curl(f"/reservations/{reservation}", method="PUT", data=RESERVATION,
+                     to="products")
+    tour.expect("It is refused (409), although there are enough laptops", late.status, 409)
+    tour.say("A release leaves a marker, called a tombstone, even if nothing was reserved yet. It "
+             "is a row with the reservation's id, and without a product or a quantity:")
+    [marker] = tour.find("products", "reservations", id=reservation)
+    tour.print(draw_row(marker) + "\n")
 
 
 def await_call(tour: Tour, pending: Pending) -> None:

@@ -33,8 +33,8 @@ from microshop.tour.own_shop import PATIENCE, Different, OwnShop, is_wanted, pol
 class Pending:
     """A request whose answer has not come yet; `wait` returns it."""
 
-    def __init__(self, command: str, send: Callable[[], Answer]):
-        self.command = command
+    def __init__(self, request: str, send: Callable[[], Answer]):
+        self.request = request  # like "POST /orders"
         self._answers: list[Answer] = []
         self._thread = threading.Thread(target=lambda: self._answers.append(send()), daemon=True)
         self._thread.start()
@@ -45,7 +45,7 @@ class Pending:
     def wait(self) -> Answer:
         self._thread.join(PATIENCE)
         if not self._answers:
-            raise Different(f"an answer to {self.command}", f"none within {PATIENCE:g} s")
+            raise Different(f"an answer to {self.request}", f"none within {PATIENCE:g} s")
         return self._answers[0]
 
 
@@ -152,14 +152,14 @@ class Stage:
         port = self.port(to)
         command = drawing.draw_curl(f"localhost:{port}{target}", method, fields, body)
         self.print(f"$ {command}{end}" + (f"    # {to}" if to in self.also else ""))
-        return Pending(command, lambda: send(port, method, target, fields, body))
+        return Pending(f"{method} {target}", lambda: send(port, method, target, fields, body))
 
     def finish_curl(self, pending: Pending, show: tuple[str, ...] = (), *,
                     is_new: bool = False) -> Answer:
         """Wait for the answer of a request that was begun, and print it."""
         answer = pending.wait()
         if not is_new:
-            self.print(f"(the answer to {pending.command})")
+            self.print(f"(now the answer to {pending.request})")
         self.print(drawing.draw_answer(answer, show) + "\n")
         if answer.id and not self.watch.startswith(("#trace", "#order")):  # which show more
             self.watch = f"#request={answer.id}"
@@ -172,7 +172,7 @@ class Stage:
         command = drawing.draw_curl(f"localhost:{port}{target}", "GET", fields, None)
         shown = command.replace("curl -i", "curl -so /dev/null -w '%{http_code} %{time_total}\\n'")
         self.print(f"$ for n in $(seq {count}); do {shown} & done; wait")
-        pending = [Pending(command, lambda: send(port, "GET", target, fields, None))
+        pending = [Pending(f"GET {target}", lambda: send(port, "GET", target, fields, None))
                    for _ in range(count)]
         answers = sorted((each.wait() for each in pending), key=lambda answer: answer.seconds)
         for answer in answers:

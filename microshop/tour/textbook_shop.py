@@ -69,9 +69,9 @@ def textbook(tour: Tour) -> None:
     tour.trade_off("""
         Thirty lines are read in a minute, and for a first look that is right. They work as long as
         every client, every process and the network do. Most of the shop's code is for the other
-        times: it refuses in a form that programs can read, stops waiting, tries again where that
-        is safe, and starts what has died. All processes have to agree on this, so it is hard to
-        add later.
+        times: it refuses in a form that programs can read, stops waiting, tries again where that is
+        safe, and starts what has died. All processes have to agree on this, so it is hard to add
+        later.
         """)
 
 
