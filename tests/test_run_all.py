@@ -914,7 +914,8 @@ class RollingRestartTest(ShopTestCase):
             shop.popen.send_signal(signal.SIGHUP)
             end = shop.wait_for(
                 "^run_all .*users ended with exit status 1 before it was ready; (.*)", times)
-            self.assertEqual(end[1], "the old process keeps running, and no other is replaced",
+            self.assertEqual(end[1],
+                             "the old process keeps running, and no further process is replaced",
                              "what run_all says after the new process of users has failed")
             shop.wait_for("^run_all .*replacing every process", times)
         self.assert_serves(shop)

@@ -307,7 +307,8 @@ class Child:
         if self.former and not self.former.is_ending:  # its replacement has failed
             self.current, self.former = self.former, None
             self.policy.note_ready()
-            return f"{self.name} {how}; the old process keeps running, and no other is replaced"
+            return (f"{self.name} {how}; the old process keeps running, and no further process is "
+                    "replaced")
         self.policy.note_end(is_final=status == BAD_SETTING)
         if self.policy.next_action() == "give up":
             return ""

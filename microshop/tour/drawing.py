@@ -65,7 +65,7 @@ def draw_curl(url: str, method: str, headers: dict[str, str], body: str | None) 
 def draw_answer(answer: Answer, shown: tuple[str, ...]) -> str:
     """Return an answer as `curl -i` prints it, with only the headers that are to be shown."""
     if not answer.status:
-        return f"curl: no answer: {answer.body}"
+        return f"curl: {answer.body}"
     lines = [f"HTTP/1.1 {answer.status} {answer.reason}"]
     lines += [f"{name}: {answer.headers[name.lower()]}" for name in shown
               if name.lower() in answer.headers]

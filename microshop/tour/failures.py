@@ -258,29 +258,32 @@ def retries(tour: Tour) -> None:
     """Retries only where a repeat is safe."""
     tour.say(f"""
         When a connection breaks, the caller cannot know whether the request was carried out. A GET
-        changes nothing, so the gateway sends it again, up to {MAX_RETRIES} times. But a POST that
-        is carried out twice makes two orders. Here a client orders a laptop, and the orders service
-        is killed before it can answer.
+        changes nothing, so the gateway sends it again, up to {MAX_RETRIES} times, after short
+        random pauses that grow (backoff with jitter). PUT and DELETE are sent again, too: done
+        twice, they have the same effect as done once. But a POST that is carried out twice makes
+        two orders. Here a client orders a laptop, and the orders service is killed before it can
+        answer.
         """)
     tour.start_shop()
     tour.predict("What does the client get?")
     pending = begin_at_paused(tour, "orders", "/orders", data=ORDER)
     kill_and_wait(tour, "orders")
     answer = tour.finish_curl(pending)
-    tour.expect("The gateway says that it does not know, and has not tried again",
+    tour.expect("The gateway reports what happened, and has not tried again",
                 answer.status, 502)
     tour.say("""
-        The client does not know either whether it has ordered. If it tries again, it may get two
-        laptops. So a client should choose a key for each order, and send it as Idempotency-Key. The
-        orders service stores the key with the order, and carries out a request with this key only
-        once. Then a repeat is safe, also for the gateway.
+        Is there an order now? The gateway does not know, and neither does the client. (This time
+        there is none: the orders service was paused before it read the request.) If the client
+        tries again, it may get two laptops. So a client should choose a key for each order, and
+        send it as Idempotency-Key. The orders service stores the key with the order, and carries
+        out a request with this key only once. Then a repeat is safe, also for the gateway.
         """)
     show_key(tour)
     tour.trade_off("""
         The gateway could repeat every request. Mostly that works; but now and then a customer gets
-        two laptops, and no log says why. Or it could repeat none: then clients see errors whenever
-        a service restarts. The price of keys: every client must send them, and orders must store
-        them.
+        two laptops, and no database knows that it was one order. Or it could repeat none: then
+        clients see errors whenever a service restarts. The price of keys: every client must send
+        them, and orders must store them.
         """)
 
 
@@ -298,8 +301,9 @@ def show_key(tour: Tour) -> None:
     tour.say(f"""
         A retry is more work for a service that may have too much of it already. So the gateway has
         a retry budget: it retries at most {budget.SHARE:.0%} of the calls of the last
-        {budget.WINDOW} s (but always {budget.AT_LEAST}). The client may repeat its request, too. It
-        gets the same answer, marked as a replay:
+        {budget.WINDOW} s ({budget.AT_LEAST} retries are always allowed, since a share of a few
+        calls would be none). The client may repeat its request, too. It gets the same answer,
+        marked as a replay:
         """)
     again = tour.curl("/orders", data=ORDER, headers=key, show=("Location", "Idempotency-Replayed"))
     tour.expect("It is the same order", again.headers.get("location"), answer.headers["location"])

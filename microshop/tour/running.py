@@ -70,7 +70,7 @@ def begin_slowly(tour: Tour) -> list[Pending]:
     """Begin POSTs that take all places; return when the gateway works on each of them."""
     port, head = tour.port(), SLOWLY.replace("\r\n", r"\r\n")
     command = f"(printf '{head}'; while sleep {DRIP:g}; do printf .; done) | nc localhost {port}"
-    tour.print(f"$ for n in $(seq {CONNECTIONS}); do {command} & done")
+    tour.print(f"$ for n in $(seq {CONNECTIONS}); do {command} & done    # kill $(jobs -p)")
     slow, lines = [], []
     for _ in range(CONNECTIONS):
         with socket.create_connection(("127.0.0.1", port), PATIENCE) as connection:
@@ -107,8 +107,8 @@ def exceed_rate(tour: Tour) -> None:
     left = RATE - CONNECTIONS - 1  # after the slow requests and the one after them
     tour.say(f"""
         Against a single client that asks too often, there is a rate limit. Here it may send {RATE}
-        requests an hour, even all of them together (a token bucket). Your address has sent
-        {CONNECTIONS + 1} so far that count: the slow ones, and the last one.
+        requests an hour, even all of them together. Your address has sent {CONNECTIONS + 1} so far
+        that count: the slow ones, and the last one.
         """)
     answers = tour.curl_at_once(AT_ONCE, "/users/1")
     tour.expect(f"{left} more get 200, and the others get 429 Too Many Requests",
@@ -130,9 +130,13 @@ def rolling_restart(tour: Tour) -> None:
     token = tour.own_folder() / "token"
     token.write_text("secret")
     tour.start_shop(f"--timeout={TIMEOUT}", f"--grace={GRACE}", f"--token-file={token}")
+    tour.say(f"""
+        (Here a request may take {TIMEOUT} s, and a process that has to end gets {GRACE} s to finish
+        its requests. The file contains the secret that writes must carry; we need it later.)
+        """)
     tour.curl("/users/1")
-    tour.predict("A request takes long, since we pause its service. Other clients ask all the "
-                 "time. Meanwhile, every process is replaced. How many requests fail?")
+    tour.predict("We pause the users service while it has a request. Other clients ask for "
+                 "products all the time. Now every process is replaced. How many requests fail?")
     old = tour.shop.pid("users")
     tour.pause("users")
     pending = tour.begin_curl("/users/1", end=" &\n")
@@ -146,6 +150,7 @@ def rolling_restart(tour: Tour) -> None:
     tour.print(f"$ kill -CONT {old}    # the old process of users\n")
     send_signal(old, signal.SIGCONT)
     answer = tour.finish_curl(pending, show=("Connection",))
+    tour.choose_watch(f"#request={answer.id}")
     tour.expect("The old gateway has answered it", answer.status, 200)
     refuse_release(tour, token)
     tour.trade_off("""
@@ -160,7 +165,7 @@ def replace_all(tour: Tour) -> None:
     with steady_load(tour, "/products/101") as answers:
         tour.restart()
         tour.shop.await_line("every process has been replaced")
-    tour.show_lines("^run_all ", since=shown)
+    tour.show_lines("run_all", since=shown)
     tour.expect(f"All {len(answers)} requests of the other clients got 200",
                 {answer.status for answer in answers}, {200})
 
@@ -174,7 +179,7 @@ def steady_load(tour: Tour, target: str) -> Iterator[list[Answer]]:
         while not is_over.is_set():
             answers.append(send(port, "GET", target, {}, None))
 
-    tour.print(f"$ while true; do curl -s localhost:{port}{target}; done &\n")
+    tour.print(f"$ while true; do curl -s localhost:{port}{target}; done    # Ctrl-C stops it\n")
     client = threading.Thread(target=ask, daemon=True)
     client.start()
     try:
@@ -195,6 +200,9 @@ def refuse_release(tour: Tour, token: Path) -> None:
     shown = len(tour.shop.lines)
     tour.restart()
     line = tour.shop.await_line(".*gateway ended with exit status .*")[0]
-    tour.show_lines("token|gateway ended", since=shown)
-    tour.expect("The old process keeps running", line, lambda line: "old process keeps" in line)
+    tour.show_log("--token-file: ", "gateway")
+    tour.show_lines("run_all", since=shown)
+    tour.say("The services are new now, but the gateway is the one from before: two versions run "
+             "side by side, and work.")
+    tour.expect("The old gateway keeps running", line, lambda line: "old process keeps" in line)
     tour.expect("It answers as before", tour.curl("/users/1").status, 200)

@@ -9,6 +9,7 @@ from microshop.tour.own_shop import poll
 from microshop.tour.stage import Pending, Tour
 
 LAPTOP, UNITS = 101, 3
+OWN_ID = 7    # of a reservation that no order has
 RESERVATION = {"productId": LAPTOP, "quantity": UNITS}
 ORDER = {"userId": 1, **RESERVATION}
 KEY = "monday-7"
@@ -202,8 +203,8 @@ def tombstone(tour: Tour) -> None:
     answer = tour.curl("/orders", data={**ORDER, "userId": 2})
     tour.expect("No answer came, so the order is pending (202): it is not decided yet",
                 answer.status, 202)
-    tour.say("Now the user is deleted. The orders service finds that out when it resumes the "
-             "order:")
+    tour.say("Now the user is deleted. The orders service tries unfinished orders again in the "
+             "background, and so finds that out:")
     tour.curl("/users/2", method="DELETE")
     order_id = answer.json["id"]
     tour.expect(f"Order {order_id} is rejected", lambda: status(tour, order_id), "rejected")
@@ -216,7 +217,7 @@ def tombstone(tour: Tour) -> None:
     tour.expect(f"All {before} laptops are free", stock(tour), before)
     poll("products logs the DELETE", lambda: log_lines(tour, f"DELETE {target} "), bool)
     tour.show_log(target, "products")
-    send_late_reserve(tour, row["reservation"])
+    release_first(tour)
     tour.expect("The databases agree", tour.show_audit(), True)
     tour.trade_off("""
         A release could delete the reservation, and the table would stay small. But then a late PUT
@@ -225,15 +226,22 @@ def tombstone(tour: Tour) -> None:
         """)
 
 
-def send_late_reserve(tour: Tour, reservation: int) -> None:
-    """Send the PUT that reserves once more, after its release."""
-    tour.say("If the network had held the PUT back for longer, it would arrive now. We send it:")
-    late = tour.curl(f"/reservations/{reservation}", method="PUT", data=RESERVATION,
-                     to="products")
-    tour.expect("It is refused (409), although there are enough laptops", late.status, 409)
+def release_first(tour: Tour) -> None:
+    """Send a DELETE, and then the PUT that it has overtaken."""
+    tour.say(f"""
+        There, the PUT came first in the end. If the network holds it back for longer, the DELETE
+        comes first. We send both ourselves, with an id of our own, {OWN_ID}, directly to the
+        products service: the gateway does not forward reservations.
+        """)
+    target = f"/reservations/{OWN_ID}"
+    released = tour.curl(target, method="DELETE", to="products")
+    tour.expect("Nothing was reserved, and yet the answer is 204", released.status, 204)
+    late = tour.curl(target, method="PUT", data=RESERVATION, to="products")
+    tour.expect("The late PUT is refused (409), although there are enough laptops",
+                late.status, 409)
     tour.say("A release leaves a marker, called a tombstone, even if nothing was reserved yet. It "
              "is a row with the reservation's id, and without a product or a quantity:")
-    [marker] = tour.find("products", "reservations", id=reservation)
+    [marker] = tour.find("products", "reservations", id=OWN_ID)
     tour.print(draw_row(marker) + "\n")
 
 

@@ -11,7 +11,6 @@
 import contextlib
 import http.client
 import json
-import re
 import signal
 import sqlite3
 import subprocess
@@ -28,6 +27,11 @@ from microshop.chassis.exposition import Metrics, parse_metrics
 from microshop.tour import drawing
 from microshop.tour.drawing import Answer
 from microshop.tour.own_shop import PATIENCE, Different, OwnShop, is_wanted, poll
+
+CURL_ERRORS: dict[type[Exception], str] = {  # what curl prints for them
+    http.client.RemoteDisconnected: "(52) Empty reply from server",
+    ConnectionResetError: "(56) Recv failure: Connection reset by peer",
+    ConnectionRefusedError: "(7) Could not connect to server"}
 
 
 class Pending:
@@ -59,6 +63,7 @@ class Stage:
         self._stack = stack  # ends the shop
         self.is_interactive = is_interactive
         self.watch = ""      # the part of the live picture that shows this, like "#order=203"
+        self._is_chosen = False  # if not, that is the last request
         self.shop: OwnShop
         self.also: dict[str, int] = {}  # ports of processes beside the shop, by name
 
@@ -131,6 +136,10 @@ class Stage:
         self.print(drawing.draw_text(sentence, "[ok] ") + "\n")
         return came
 
+    def choose_watch(self, watch: str) -> None:
+        """Choose the part of the live picture that the chapter's last link leads to."""
+        self.watch, self._is_chosen = watch, True
+
     # --- requests
 
     def curl(self, target: str, *, method: str = "", headers: dict[str, str] | None = None,
@@ -161,7 +170,7 @@ class Stage:
         if not is_new:
             self.print(f"(now the answer to {pending.request})")
         self.print(drawing.draw_answer(answer, show) + "\n")
-        if answer.id and not self.watch.startswith(("#trace", "#order")):  # which show more
+        if answer.id and not self._is_chosen:
             self.watch = f"#request={answer.id}"
         return answer
 
@@ -194,14 +203,16 @@ class Tour(Stage):
             return bool(lines) and labels.issuperset(processes)
 
         lines = poll(f"log lines with {request_id} of {', '.join(processes)}", find, is_there)
+        if request_id in self.watch:
+            self.choose_watch(self.watch)
         self.print(f"(the log of all processes: the lines with {request_id})")
         self.print(drawing.draw_lines("\n".join(lines)) + "\n")
         return lines
 
-    def show_lines(self, pattern: str, since: int = 0) -> None:
-        """Print the lines of the log that match a regular expression, without the first `since`."""
-        lines = [line for line in self.shop.lines[since:] if re.search(pattern, line)]
-        self.print(f"(the log of all processes: the lines like {pattern!r})")
+    def show_lines(self, process: str, since: int = 0) -> None:
+        """Print the lines of a process in the log, without the first `since` of the whole log."""
+        lines = [line for line in self.shop.lines[since:] if line.startswith(f"{process} ")]
+        self.print(f"(the log of {process})")
         self.print(drawing.draw_lines("\n".join(lines)) + "\n")
 
     def spans(self, request_id: str, services: Sequence[str] = ()) -> list[dict]:
@@ -224,7 +235,7 @@ class Tour(Stage):
         self.print(f"(the trace of request {request_id}, from GET /traces of each process:")
         self.print(" process, what it did, status, and when; a call as its caller sees it)")
         self.print(drawing.draw_trace(spans) + "\n")
-        self.watch = f"#trace={spans[0]['traceId']}"
+        self.choose_watch(f"#trace={spans[0]['traceId']}")
         return spans
 
     def metrics(self, of: str = "gateway") -> Metrics:
@@ -240,7 +251,7 @@ class Tour(Stage):
         [row] = self.rows("orders", "SELECT * FROM orders WHERE id = ?", order_id)
         self.print(f"(from the row of order {order_id} in orders.db)")
         self.print(drawing.draw_row({column: row[column] for column in columns}) + "\n")
-        self.watch = f"#order={order_id}"
+        self.choose_watch(f"#order={order_id}")
         return row
 
     def rows(self, service: str, query: str, *values: Any) -> list[dict]:
@@ -275,6 +286,7 @@ def send(port: int, method: str, target: str, headers: dict[str, str],
             response = connection.getresponse()
             text = response.read().decode()
         except (OSError, http.client.HTTPException) as error:
-            return Answer(0, "", {}, f"{type(error).__name__} {error}", time.monotonic() - began)
+            problem = CURL_ERRORS.get(type(error), f"no answer: {error!r}")
+            return Answer(0, "", {}, problem, time.monotonic() - began)
         received = {name.lower(): value for name, value in response.getheaders()}
         return Answer(response.status, response.reason, received, text, time.monotonic() - began)

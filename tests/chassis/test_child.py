@@ -333,7 +333,7 @@ class ChildTest(unittest.TestCase):
         replacement = self.begin()
         self.assertEqual(self.child.note_end(replacement, 1),
                          "users ended with exit status 1 before it was ready; "
-                         "the old process keeps running, and no other is replaced")
+                         "the old process keeps running, and no further process is replaced")
         self.assertEqual((self.child.current, self.child.former), (self.process, None))
         self.assertEqual(self.child.policy.state, "up")
 
