@@ -21,21 +21,40 @@ Everyone on that host can send requests to all of these shops, but signals only
 to their own processes. Each learner needs a checkout of their own, because
 exercises are copied into it.
 
+The day before
+--------------
+Each learner clones the project and runs `python -m microshop.tour --all`. It
+takes a minute, and ends with "15 of 15 chapters came out as they say".
+
 Ninety minutes
 --------------
-Prior knowledge: HTTP (methods, statuses, headers) and some Python.
+Afterwards, learners can tell what happens to a request when a service is gone
+or hangs, why an order is a saga, and what a key is for; and they have repaired
+one fault. Prior knowledge: HTTP, some Python, what a process and a signal are.
 
-   0-10   Start the shop. Show the picture in the README, the live picture, and
-          one request in it. Ask: which processes has it passed through?
-  10-25   Everyone: chapters 1 and 2. Ask: why may the orders service not simply
-          read users.db? What does it cost that it may not?
+   0-10   Start a shop (ports as above), and open its live picture. Send
+          curl 'localhost:3000/orders?expand=user,product' with your port, and
+          click on its trace. Ask: which processes has it passed through?
+          (The gateway and three services; users and products in parallel.)
+  10-25   Everyone: chapters 1 and 2. Ask: why may the orders service not read
+          users.db? (Then users could not change its tables alone.) What does
+          that cost? (Calls instead of a JOIN; answers that may lack a part.)
   25-45   In front: chapters 3 and 4; let the class predict before you press
           Enter. Ask: which is worse, a service that is gone or one that hangs?
-  45-55   In front: chapters 8 and 9. Ask before the kill: where is the order?
-  55-80   In pairs: exercise 1, then 16 or 17. Let them first see the fault:
-          they run the exercise's chapter in their copy.
+          (One that hangs: its callers wait, and hang as well.)
+  45-60   In front: chapter 8 to its first trace, then chapter 9. Ask before the
+          kill: where is the order? (In a row of orders.db, pending.)
+  60-80   In pairs: exercise 1, then 16. Let them first see the fault: they run
+          the exercise's chapter in their copy. Quick pairs go on with 18.
+          (Late? Leave out exercise 1.) The solution is the original, in the
+          top folder; `diff` shows it beside theirs.
   80-90   Chapter 15, the version that most of us write first. Ask: which of its
           faults did your last project have? What is not shown here (see below)?
+  Board   gone: 502, hangs: 504, breaker open: 503;  pending, confirmed,
+          rejected, cancelling, cancelled;  same key, same order
+
+Without thinking, a chapter takes 1 to 5 seconds (chapter 13: 12); with two
+questions and 60 to 130 lines to read, plan 8 to 10 minutes.
 
 Six sessions of a term
 ----------------------
@@ -95,7 +114,7 @@ What each exercise needs
   23  Cut off in the middle of a sentence       20 min  chapter 14; threads
   24  The king is dead before there is another  30 min  chapter 14; processes
   25  A fourth service: reviews                 40 min  users.py
-  26  A new field: what a product costs         40 min  products.py; SQL
+  26  A new field: what a product costs         40 min  products.py, its tests; SQL
 
 What is not shown, and where to read about it
 ---------------------------------------------

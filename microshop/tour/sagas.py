@@ -229,9 +229,9 @@ def tombstone(tour: Tour) -> None:
 def release_first(tour: Tour) -> None:
     """Send a DELETE, and then the PUT that it has overtaken."""
     tour.say(f"""
-        There, the PUT came first in the end. If the network holds it back for longer, the DELETE
-        comes first. We send both ourselves, with an id of our own, {OWN_ID}, directly to the
-        products service: the gateway does not forward reservations.
+        Which of the two came first was a matter of chance. Now the DELETE comes first for certain:
+        we send both ourselves, with an id of our own, {OWN_ID}, directly to the products service
+        (the gateway does not forward reservations).
         """)
     target = f"/reservations/{OWN_ID}"
     released = tour.curl(target, method="DELETE", to="products")
