@@ -181,6 +181,7 @@ class CommandTest(unittest.TestCase):
         for number, exercise in enumerate(EXERCISES, start=1):
             self.assertRegex(
                 printed, rf"(?m)^ *{number} +{exercise.title} +{exercise.minutes} min  \w")
+        self.assertIn(f"{len(all_chapters())} of {len(all_chapters())} chapters", printed)
         self.assertEqual([line for line in printed.splitlines() if len(line) > 80], [])
 
 

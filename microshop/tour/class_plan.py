@@ -114,7 +114,7 @@ What each exercise needs
   23  Cut off in the middle of a sentence       20 min  chapter 14; threads
   24  The king is dead before there is another  30 min  chapter 14; processes
   25  A fourth service: reviews                 40 min  users.py
-  26  A new field: what a product costs         40 min  products.py, its tests; SQL
+  26  A new field: what a product costs         40 min  products.py; SQL
 
 What is not shown, and where to read about it
 ---------------------------------------------
