@@ -243,19 +243,28 @@ class DrawingTest(unittest.TestCase):
         self.assertEqual(lines, ['{"user":null,' * 6, '  {"user":null,{"user":null,"detail":"the '
                                                       'users service is away"}'])
 
-    def test_the_bars_of_a_waterfall_show_when_each_span_began_and_how_long_it_took(self):
-        def span(number: str, parent: str, begin: int, duration: int, kind: str) -> dict:
-            return {"id": number, "parentId": parent, "timestamp": begin, "duration": duration,
-                    "kind": kind, "name": "get /x", "localEndpoint": {"serviceName": "gateway"},
-                    "tags": {"http.status_code": "200", "try": "1"}}
+    def span(self, number: str, parent: str, begin: int, duration: int, kind: str) -> dict:
+        return {"id": number, "parentId": parent, "timestamp": begin, "duration": duration,
+                "kind": kind, "name": f"get /{number}", "localEndpoint": {"serviceName": "shop"},
+                "tags": {"http.status_code": "200", "try": "1"}}
 
-        drawn = drawing.draw_trace([span("a", "", 1000, 2000, "SERVER"),
-                                    span("b", "a", 2000, 1000, "CLIENT")]).splitlines()
+    def test_the_bars_of_a_waterfall_show_when_each_span_began_and_how_long_it_took(self):
+        drawn = drawing.draw_trace([self.span("a", "", 1000, 2000, "SERVER"),
+                                    self.span("b", "a", 2000, 1000, "CLIENT")]).splitlines()
         self.assertRegex(drawn[0], r"0 ms +2\.0 ms$")
-        self.assertRegex(drawn[1], rf"^gateway get /x +200 +={{{drawing.BAR}}}$")
+        self.assertRegex(drawn[1], rf"^shop get /a +200 +={{{drawing.BAR}}}$")
         half = drawing.BAR // 2
-        self.assertRegex(drawn[2], rf"^  gateway get /x \(call\) +200 +={{{half}}}$")
+        self.assertRegex(drawn[2], rf"^  shop get /b \(call\) +200 +={{{half}}}$")
         self.assertEqual(len(drawn[2]), len(drawn[1]), "it ends when the whole request ends")
+
+    def test_each_span_of_a_waterfall_is_below_its_parent_and_orphans_are_at_the_left(self):
+        spans = [self.span("d", "c", 4000, 1, "SERVER"), self.span("a", "", 1000, 9000, "SERVER"),
+                 self.span("c", "a", 2000, 1, "CLIENT"), self.span("b", "a", 3000, 1, "CLIENT"),
+                 self.span("x", "unknown", 5000, 1, "SERVER")]
+        names = [line.partition(" 200")[0].rstrip()
+                 for line in drawing.draw_trace(spans).splitlines()[1:]]
+        self.assertEqual(names, ["shop get /a", "  shop get /c (call)", "    shop get /d",
+                                 "  shop get /b (call)", "shop get /x"])
 
 
 class IndexTest(unittest.TestCase):

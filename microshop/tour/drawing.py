@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import textwrap
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 WIDTH = 80
@@ -92,15 +93,13 @@ def draw_trace(spans: list[dict]) -> str:
 
     `spans` are in Zipkin's format; timestamps and durations in it are microseconds.
     """
-    spans = sorted(spans, key=lambda span: span["timestamp"])
-    begin = spans[0]["timestamp"]
+    begin = min(span["timestamp"] for span in spans)
     scale = BAR / max(span["timestamp"] + span["duration"] - begin for span in spans)
-    by_id = {span["id"]: span for span in spans}
     lines = [f"{'':45} {'0 ms':<{BAR - 8}}{BAR / scale / 1000:>8.1f} ms"[:WIDTH]]
-    for span in spans:
+    for depth, span in as_tree(spans):
         left = min(int((span["timestamp"] - begin) * scale), BAR - 1)
         width = max(round(span["duration"] * scale), 1)
-        tags, depth = span["tags"], depth_of(span, by_id)
+        tags = span["tags"]
         outcome = tags.get("error") or tags.get("http.status_code", "")
         what = f"{'  ' * depth}{span['localEndpoint']['serviceName']} {span['name']}"
         if span.get("kind") == "CLIENT":
@@ -110,9 +109,14 @@ def draw_trace(spans: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def depth_of(span: dict, by_id: dict[str, dict]) -> int:
-    parent = by_id.get(span.get("parentId", ""))
-    return 1 + depth_of(parent, by_id) if parent else 0
+def as_tree(spans: list[dict], parent: str = "", depth: int = 0) -> Iterator[tuple[int, dict]]:
+    """Yield each span with its depth: below its parent, and in the order in which they began."""
+    known = {span["id"] for span in spans}
+    for span in sorted(spans, key=lambda span: span["timestamp"]):
+        own_parent = span.get("parentId", "")
+        if own_parent == parent or not parent and own_parent not in known:
+            yield depth, span
+            yield from as_tree(spans, span["id"], depth + 1)
 
 
 def draw_row(row: dict[str, Any]) -> str:
