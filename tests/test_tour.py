@@ -36,8 +36,8 @@ VERBS = {"say", "predict", "trade_off", "expect"}
 
 @contextlib.contextmanager
 def own_folder():
-    """Make a folder to run the tour in, where it may leave its notes."""
-    with tempfile.TemporaryDirectory() as name:
+    """Make a folder to run the tour in, where it may leave its notes. Its name has a space."""
+    with tempfile.TemporaryDirectory(prefix="a folder-") as name:
         yield Path(name)
 
 
@@ -50,13 +50,13 @@ def run_tour(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def shops_of(folder: Path) -> list[str]:
-    """Return the processes of shops that were started with this folder for temporary files."""
+    """Return the processes that chapters have started with this folder for temporary files."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if f"TMPDIR={folder}\0".encode() in (path / "environ").read_bytes():
                 found.append((path / "cmdline").read_bytes().decode().replace("\0", " "))
-    return [line for line in found if "microshop." in line]
+    return [line for line in found if re.search(r"microshop\.|tests\.textbook", line)]
 
 
 class OnTerminal:
@@ -94,12 +94,15 @@ class OnTerminal:
 
 
 class PipedChapterTest(unittest.TestCase):
-    """A chapter whose output goes into a file, as in CI."""
+    """A chapter that has no standard input, and whose output goes into a file, as in CI."""
 
     @classmethod
     def setUpClass(cls):
         cls.folder = cls.enterClassContext(own_folder())
-        cls.done = run_tour(cls.folder, "1")
+        cls.done = subprocess.run(
+            ["sh", "-c", f"{shlex.quote(sys.executable)} -m microshop.tour 1 <&-"],
+            cwd=cls.folder, capture_output=True, text=True, timeout=PATIENCE,
+            env=clean_environment(PYTHONPATH=str(TOP), TMPDIR=str(cls.folder)))
         cls.lines = cls.done.stdout.splitlines()
 
     def test_it_comes_out_as_it_says(self):
@@ -109,7 +112,7 @@ class PipedChapterTest(unittest.TestCase):
     def test_it_ends_with_the_code_the_test_the_next_chapter_and_the_live_picture(self):
         end = "\n".join(self.lines[-12:])
         for pattern in (r"microshop/gateway\.py:\d+ GatewayHandler\.forward",
-                        r"python -m unittest tests\.\S+", r"Next +python -m microshop\.tour 2 ",
+                        r"python -m unittest tests\.\S+", r"Next +python -m microshop\.tour 2\n",
                         r"http://localhost:\d+/#trace=[0-9a-f]{32}"):
             self.assertRegex(end, pattern, "the last lines of a chapter")
 
@@ -162,7 +165,33 @@ class TerminalTest(unittest.TestCase):
             wait_until(lambda: not shops_of(folder), "the shop of a killed tour to end")
 
 
+    def test_a_terminal_that_is_closed_ends_the_chapter_and_all_that_it_has_made(self):
+        with own_folder() as folder, OnTerminal(folder, "14") as tour:
+            tour.read_until("Enter goes on")
+            tour.popen.send_signal(signal.SIGHUP)
+            tour.popen.wait(PATIENCE)
+            self.assertEqual(shops_of(folder), [])
+            self.assertEqual([path.name for path in folder.iterdir()], [], "files that are left")
+
+    def test_a_signal_while_a_process_is_started_leaves_none(self):
+        with own_folder() as folder, OnTerminal(folder, "15") as tour:
+            for _ in range(3):  # questions, if there are some before
+                tour.press(b"\n")
+            tour.read_until("tests.textbook users")
+            tour.popen.send_signal(signal.SIGTERM)
+            self.assertEqual(tour.popen.wait(PATIENCE), 128 + signal.SIGTERM)
+            self.assertEqual(shops_of(folder), [])
+
+
 class CommandTest(unittest.TestCase):
+    def test_output_that_cannot_be_written_is_one_line(self):
+        with own_folder() as folder, open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "microshop.tour", "index"], cwd=folder, stdout=full,
+                stderr=subprocess.PIPE, text=True, env=clean_environment(PYTHONPATH=str(TOP)))
+        self.assertEqual((done.returncode, done.stderr), (
+            1, "python -m microshop.tour: No space left on device\n"))
+
     def test_what_it_does_not_know_is_refused_with_status_2(self):
         with own_folder() as folder:
             for word in ("0", "99", "chapter"):

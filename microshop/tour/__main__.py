@@ -21,7 +21,7 @@ from microshop.tour.own_shop import Different
 from microshop.tour.stage import Tour
 
 COMMAND = "python -m microshop.tour"
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit statuses
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NOTES = Path(".tour")  # the numbers of the chapters that were done here, one on a line
 
 
@@ -71,7 +71,8 @@ def run_chapter(chapter: Chapter, chapters: list[Chapter], *, is_interactive: bo
             if is_interactive:
                 input("          (open it in a browser now; Enter ends this shop) ")
     if chapter is not chapters[-1]:
-        print(f"Next      {COMMAND} {chapter.number + 1}    ({chapters[chapter.number].title})")
+        print(f"Next      {COMMAND} {chapter.number + 1}")
+        print(f"          {chapters[chapter.number].title}")
     return True
 
 
@@ -138,7 +139,7 @@ def run() -> bool:
         print(class_plan.__doc__)
     elif arguments.what:
         chapter = chapters[int(arguments.what) - 1]
-        is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        is_terminal = all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout))
         is_right = run_chapter(chapter, chapters, is_interactive=is_terminal)
         if is_right:
             note_done(chapter.number)
@@ -150,17 +151,24 @@ def run() -> bool:
 
 def main() -> None:
     surroundings.prepare()
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # else it is ignored, as after nohup
+        signal.signal(signal.SIGHUP, surroundings.exit_at_once)
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         sys.exit(0 if run() else 1)
     except SystemExit as end:
-        if end.code in STOPPED:
-            print("\n(stopped; the shop of the chapter has ended)", file=sys.stderr)
+        if end.code in [128 + number for number in ENDINGS]:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print("\n(stopped; the shop of the chapter has ended)", file=sys.stderr)
         raise
     except EOFError:  # instead of Enter
         sys.exit(0)
-    except BrokenPipeError:  # what read our output has ended
+    except OSError as error:  # our output cannot be written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"{COMMAND}: {error.strerror}", file=sys.stderr)
         sys.exit(1)
+
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 Everything runs on the learners' own machines, from a checkout of this project:
 no packages, no accounts, no network. Python 3.11 or newer on Linux or macOS; on
 Windows, in WSL (Ubuntu's python3 will do). Each learner needs two terminals, a
-browser, and curl.
+browser, and curl; to copy one command of chapter 13, nc as well.
 
     See it      python -m microshop.tour N           one pattern at work
     Break it    python -m tests.exercise start N     a copy with one fault

@@ -53,7 +53,7 @@ INDEX = [
             "Clients talk to one process, which forwards their requests to the services.",
             "gateway:GatewayHandler.forward",
             "test_gateway.ForwardingTest."
-            "test_a_response_is_passed_back_unchanged_whatever_its_status", "one_request"),
+            "test_method_and_body_arrive_unchanged", "one_request"),
     Pattern("Correlation id",
             "A request has one id, which is in the log of every process that works on it.",
             "chassis.tracing:Trace.headers",
@@ -62,8 +62,8 @@ INDEX = [
     Pattern("Distributed tracing",
             "A record of which process did what for a request, and when.",
             "chassis.tracing:format_span",
-            "chassis.test_tracing.TraceTest."
-            "test_every_try_sends_its_own_id_and_the_request_id", "one_request"),
+            "test_traces.OneTraceTest."
+            "test_the_id_of_a_try_is_the_parent_of_what_the_called_service_does", "one_request"),
     Pattern("Database per service",
             "Only one service uses a database; the others have to ask that service.",
             "users:Users",
@@ -98,8 +98,8 @@ INDEX = [
     Pattern("Heartbeat",
             "A process reports regularly; if it stops reporting, it hangs.",
             "chassis.server:Heartbeat",
-            "test_run_all.FailingChildTest."
-            "test_a_process_that_hangs_is_killed_and_started_again"),
+            "chassis.test_server.SupervisedTest."
+            "test_a_supervised_service_sends_heartbeats_and_stops_when_the_supervisor_is_gone"),
     Pattern("Deadline propagation",
             "Each call says how much time is left for it.",
             "chassis.handler:find_deadline",
@@ -115,12 +115,12 @@ INDEX = [
             "A call that failed is sent again, after a random pause that grows.",
             "chassis.client:find_pause",
             "chassis.test_client.RetryTest."
-            "test_a_pause_is_random_between_zero_and_a_limit_that_doubles", "retries"),
+            "test_a_pause_is_random_between_zero_and_a_limit_that_doubles"),
     Pattern("Retry budget",
             "Retries are at most a small share of all calls.",
             "chassis.resilience:RetryBudget",
             "chassis.test_client.RetryTest."
-            "test_retries_stop_when_their_budget_is_spent", "retries", (11,)),
+            "test_retries_stop_when_their_budget_is_spent", "", (11,)),
     Pattern("Safe retry",
             "A request is sent again only if it does no harm when it is carried out twice.",
             "chassis.client:Call.is_idempotent",
@@ -180,9 +180,8 @@ INDEX = [
     Pattern("Optimistic concurrency",
             "A change is made only if there was no other since the client looked.",
             "chassis.handler:RouteHelpers.changing",
-            "test_users.UsersTest."
-            "test_of_ten_simultaneous_editors_with_the_same_etag_exactly_one_succeeds",
-            "two_editors", (3, 4)),
+            "test_products.ProductsTest."
+            "test_an_outdated_if_match_is_412_and_changes_nothing", "two_editors", (3, 4)),
     Pattern("Load shedding",
             "What is too much is refused at once, so that the rest stays quick.",
             "chassis.listener:Listener.process_request",
@@ -207,8 +206,8 @@ INDEX = [
     Pattern("Health check",
             "A URL that tells a monitor whether a process works.",
             "chassis.handler:Handler.health",
-            "test_gateway.HealthTest."
-            "test_health_is_degraded_if_a_service_is_not_ok"),
+            "chassis.test_handler.RouteTest."
+            "test_only_the_health_of_a_service_that_drains_without_a_successor_is_503"),
     Pattern("Graceful drain",
             "A process that has to end first finishes the requests that it has begun.",
             "chassis.server:Service.drain",

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-PATIENCE = 30.0  # seconds: the bound on waits; reached only if what a chapter waits for never comes
+PATIENCE = 60.0  # seconds: the bound on waits; reached only if what a chapter waits for never comes
 PAUSE = 0.01     # seconds between two looks
 
 
@@ -103,7 +103,7 @@ class OwnShop:
 
     def folder(self) -> str:
         """Return the folder of the databases."""
-        return self.await_line(r"the data is in (\S+)")[1]
+        return self.await_line(r"the data is in (.+?) until the shop stops")[1]
 
     def signal(self, name: str, number: signal.Signals) -> int:
         """Send a signal to a process, and return its pid."""

@@ -1,6 +1,7 @@
 """The chapters about running a shop."""
 import contextlib
 import select
+import shlex
 import signal
 import socket
 import threading
@@ -45,7 +46,8 @@ def overload(tour: Tour) -> None:
                  "do the slow ones keep their places?")
     slow = begin_slowly(tour)
     refused = tour.curl("/users/1", show=("Retry-After", "Connection"))
-    tour.expect("The next client gets 503 Service Unavailable", refused.status, 503)
+    tour.expect("The next client gets 503 Service Unavailable, and learns when to try again",
+                (refused.status, "retry-after" in refused.headers), (503, True))
     tour.say(f"""
         This answer costs next to nothing: no thread has worked on the request. Retry-After says in
         how many seconds to try again. The slow clients have {BODY_TIME:g} s for the whole body, and
@@ -194,7 +196,7 @@ def refuse_release(tour: Tour, token: Path) -> None:
         Now a bad release: there is a mistake in the file with the shop's token, which the gateway
         reads when it starts. So a new gateway cannot start.
         """)
-    tour.print(f"$ echo 'two words' >{token}\n")
+    tour.print(f"$ echo 'two words' >{shlex.quote(str(token))}\n")
     token.write_text("two words\n")
     tour.predict("Which gateway do clients get after the next restart?")
     shown = len(tour.shop.lines)

@@ -98,7 +98,8 @@ def crash(tour: Tour) -> None:
     tour.say("A client that got no answer can send its request again, with the same key:")
     again = tour.curl("/orders", data=ORDER, headers=WITH_KEY, show=("Idempotency-Replayed",))
     tour.expect("It gets the same order, and not a second one",
-                (again.status, again.json["id"]), (201, order_id))
+                (again.status, again.json["id"], "idempotency-replayed" in again.headers),
+                (201, order_id, True))
     tour.expect("The databases agree", tour.show_audit(), True)
     tour.trade_off("""
         The orders service could call the others first, and store an order only when all have
@@ -130,13 +131,17 @@ def kill_between_steps(tour: Tour) -> int:
     tour.kill("orders")
     tour.resume("products")
     answer = tour.finish_curl(pending, ("Idempotency-Replayed",))
+    tour.expect("The client gets its order, from the new process", answer.status, 201)
     tour.say("""
         The connection to the orders service broke. The request has a key, so the gateway may send
         it again. The new orders process finds the key in its database, and resumes the order.
         Without a repeated request, it resumes each unfinished order as well: the column due says
         when (in seconds since 1970).
         """)
-    tour.show_trace(answer.id, "products")
+    calls = [span["tags"]["http.status_code"]
+             for span in tour.show_trace(answer.id, "products")
+             if span["name"] == "put /reservations/{id}"]
+    tour.expect("The reservation was sent twice, and made once", calls, ["201", "200"])
     tour.say("""
         Two lines at the left have no caller: the killed process took the record of its calls with
         it. Compare the two PUTs. The killed process sent the first: the products service reserved
@@ -178,8 +183,8 @@ def no_answer(tour: Tour) -> None:
     tour.expect(f"It was asked twice, and {UNITS} laptops have left the stock, not {2 * UNITS}: it "
                 "is an idempotent receiver", before - stock(tour), UNITS)
     again = tour.curl("/orders", data=ORDER, headers=WITH_KEY, show=("Idempotency-Replayed",))
-    tour.expect("The client repeats its request, and gets the final answer: 201",
-                again.status, 201)
+    tour.expect("The client repeats its request, and gets the final answer of its order: 201",
+                (again.status, again.json["id"]), (201, row["id"]))
     tour.trade_off("""
         The orders service could take silence as a refusal, and answer 504. That is simple, but
         whenever the units were reserved all the same, they are lost to the shop. Or it could let

@@ -11,6 +11,7 @@
 import contextlib
 import http.client
 import json
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -71,7 +72,8 @@ class Stage:
 
     def start_shop(self, *flags: str) -> None:
         """Start a fresh shop, with these flags of run_all, and wait until it is ready."""
-        command = " ".join(["python -m microshop.run_all --fresh --port 0", *flags])
+        command = " ".join(["python -m microshop.run_all --fresh --port 0",
+                            *map(shlex.quote, flags)])
         self.shop = self._stack.enter_context(OwnShop(*flags))
         self.shop.await_line(r"\| ready in ")
         self.shop.port("live")
@@ -269,7 +271,7 @@ class Tour(Stage):
     def show_audit(self) -> bool:
         """Run the audit on the shop's databases, print what it says; return whether they agree."""
         arguments = ["-m", "microshop.audit", "--data", self.shop.folder()]
-        self.print(f"$ python {' '.join(arguments)}")
+        self.print(f"$ python {shlex.join(arguments)}")
         done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
         self.print(drawing.draw_lines(done.stdout + done.stderr) + "\n")
         return done.returncode == 0

@@ -12,6 +12,7 @@ from microshop.tour.stage import Tour, send
 
 TOP = Path(__file__).parents[2]
 TIMEOUT = 2  # seconds: the shop's --timeout
+ENDINGS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 class Textbook:
@@ -19,22 +20,28 @@ class Textbook:
 
     def __init__(self, tour: Tour, name: str, what: str):
         self.tour, self.name = tour, name
-        arguments = ["-m", "tests.textbook", what, "0"]
-        tour.print(f"$ python {' '.join(arguments)} &    # {name}")
-        self.process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=TOP, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            env=plain_environment(), start_new_session=True)
+        self.arguments = ["-m", "tests.textbook", what, "0"]
 
     def __enter__(self) -> "Textbook":
-        """Wait until it listens. Raises Different."""
-        line = self.process.stdout.readline() if self.process.stdout else ""
-        if not line:
+        """Start it, and wait until it listens. Raises Different."""
+        self.tour.print(f"$ python {' '.join(self.arguments)} &    # {self.name}")
+        # Until we can end the process, no signal may end us.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
+        self.process = subprocess.Popen(
+            [sys.executable, *self.arguments], cwd=TOP, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=plain_environment())
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            line = self.process.stdout.readline() if self.process.stdout else ""
+            if not line:
+                raise Different(f"{self.name} starts", "it has ended")
+        except BaseException:
             self.__exit__()
-            raise Different(f"{self.name} starts", "it has ended")
+            raise
         self.port = int(line.rpartition(":")[2])
         self.tour.also[self.name] = self.port
         return self
+
 
     def __exit__(self, *_: object) -> None:
         with self.process:
