@@ -21,7 +21,7 @@ from microshop.tour.chapters import Chapter, all_chapters
 from microshop.tour.own_shop import Different
 from microshop.tour.stage import Stage, Tour
 from tests.exercise import EXERCISES
-from tests.helpers import PATIENCE, TOP, clean_environment, wait_until
+from tests.helpers import PATIENCE, TOP, Process, clean_environment, wait_until
 from tests.source import SOURCES
 
 CHAPTER_FILES = [name for name in SOURCES if name.startswith("tour/")
@@ -174,12 +174,11 @@ class TerminalTest(unittest.TestCase):
             self.assertEqual([path.name for path in folder.iterdir()], [], "files that are left")
 
     def test_a_signal_while_a_process_is_started_leaves_none(self):
-        with own_folder() as folder, OnTerminal(folder, "15") as tour:
-            for _ in range(3):  # questions, if there are some before
-                tour.press(b"\n")
-            tour.read_until("tests.textbook users")
-            tour.popen.send_signal(signal.SIGTERM)
-            self.assertEqual(tour.popen.wait(PATIENCE), 128 + signal.SIGTERM)
+        with own_folder() as folder, contextlib.closing(Process(
+                "microshop.tour", "15", folder=folder, PYTHONPATH=str(TOP),
+                TMPDIR=str(folder))) as tour:  # without a terminal, which would end them too
+            tour.wait_for("tests.textbook users")
+            self.assertEqual(tour.stop(), 128 + signal.SIGTERM)
             self.assertEqual(shops_of(folder), [])
 
 
