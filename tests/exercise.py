@@ -1,6 +1,6 @@
 """The exercises, for learners: find what was taken out of the shop, and put it back.
 
-    python -m tests.exercise            the list
+    python -m tests.exercise            the list (-h shows this text)
     python -m tests.exercise start 3    make a copy of the project with one fault in it, and say
                                         what users notice and which test fails
     python -m tests.exercise check 3    run that test, then the rest of its module
@@ -42,11 +42,20 @@ class NotDone(Exception):
 def list_exercises() -> Iterator[str]:
     yield "Each exercise is a copy of the shop in which something is missing. Put it back.\n"
     for number, exercise in enumerate(EXERCISES, start=1):
-        chapter = f", chapter {number_of(exercise.chapter)}" if exercise.chapter else ""
         state = copy_of(number).state()
         yield f"{number:>2}  {exercise.title}{f'  [{state}]' if state else ''}"
-        yield f"    {exercise.pattern}, about {exercise.minutes} minutes{chapter}"
+        yield (f"    {exercise.pattern}, about {exercise.minutes} minutes"
+               f"{chapter_of(exercise)}")
     yield f"\n{next_step()}"
+
+
+def chapter_of(exercise: Exercise | Addition) -> str:
+    """Return the end of a line that names the chapter of the tour, if there is one."""
+    if exercise.chapter:
+        return f", chapter {number_of(exercise.chapter)}"
+    if exercise.related:
+        return f", related: chapter {number_of(exercise.related)}"
+    return ""
 
 
 def start(copy: Copy) -> Iterator[str]:
@@ -64,6 +73,9 @@ def start(copy: Copy) -> Iterator[str]:
     if exercise.chapter:
         yield "\nTo see what users see:\n"
         yield in_copy(folder, f"microshop.tour {number_of(exercise.chapter)}")
+    elif exercise.related:
+        yield "\nRelated (this fault does not show there):\n"
+        yield f"  python -m microshop.tour {number_of(exercise.related)}"
     yield "\n" + draw_text(f"{exercise.task} (about {exercise.minutes} minutes). Then:") + "\n"
     yield f"  {COMMAND} check {number}    says what is still wrong"
     yield f"  {COMMAND} hint {number}     the first of {len(exercise.hints)} hints"
@@ -99,7 +111,12 @@ def check(copy: Copy) -> Iterator[str]:
     copy.note(done=True)
     yield f"\nDone: exercise {number}, {exercise.title}. All its tests pass."
     yield f"Your code beside the original: {COMMAND} diff {number}"
-    yield next_step()
+    if exercise.look:
+        yield ("\nTo see it, start your shop, and ask its gateway in another terminal (put the port\n"
+               "that the gateway prints in place of PORT):\n")
+        yield in_copy(copy.folder, "microshop.run_all --fresh --port 0")
+        yield f"  curl localhost:PORT{exercise.look}\n"
+    yield next_step(after=number)
 
 
 def hint(copy: Copy) -> Iterator[str]:
@@ -125,9 +142,10 @@ def copy_of(number: int) -> Copy:
     return Copy(number, EXERCISES[number - 1], FOLDER / str(number))
 
 
-def next_step() -> str:
-    """Return what to do next: the first exercise that is not done."""
-    for number in range(1, len(EXERCISES) + 1):
+def next_step(after: int = 0) -> str:
+    """Return what to do next: the first exercise that is not done, after this one or from 1 on."""
+    count = len(EXERCISES)
+    for number in (*range(after + 1, count + 1), *range(1, after + 1)):
         if (state := copy_of(number).state()) != "done":
             return f"Next: {COMMAND} {'check' if state else 'start'} {number}"
     return "All exercises are done."
@@ -137,15 +155,23 @@ def run(arguments: list[str]) -> Iterator[str]:
     """Do what the arguments say; yield what to print. Raises Refused."""
     if (TOP / NOTES).exists():
         raise Refused("this is the copy of an exercise; go to the top folder first: cd ../..")
-    if not arguments:
+    word, *rest = arguments or ["list"]
+    if word in ("-h", "--help", "help"):
+        yield __doc__.rstrip()
+        return
+    if word == "list" and not rest:
         yield from list_exercises()
         return
-    word, *rest = arguments
-    if word not in COMMANDS or len(rest) != 1:
+    is_bare_number = word.isdecimal() and not rest
+    if not is_bare_number and (word not in COMMANDS or len(rest) != 1):
         raise Refused(f"expected one of {', '.join(COMMANDS)} with a number: {COMMAND} start 1")
-    if rest[0] not in map(str, range(1, len(EXERCISES) + 1)):
-        raise Refused(f"there is no exercise {rest[0]}; there are 1 to {len(EXERCISES)}")
-    copy = copy_of(int(rest[0]))
+    number = word if is_bare_number else rest[0]
+    if number not in map(str, range(1, len(EXERCISES) + 1)):
+        raise Refused(f"there is no exercise {number}; there are 1 to {len(EXERCISES)}")
+    copy = copy_of(int(number))
+    if is_bare_number:
+        wanted = "check" if copy.folder.exists() else "start"
+        raise Refused(f"did you mean: {COMMAND} {wanted} {number}")
     if word != "start" and not copy.folder.exists():
         raise Refused(f"exercise {copy.number} was not started: {COMMAND} start {copy.number}")
     yield from COMMANDS[word](copy)

@@ -34,7 +34,8 @@ from microshop.users import Users
 from tests import journal
 
 TOP = Path(__file__).resolve().parent.parent
-PATIENCE = 60.0  # seconds: the bound on waits; reached only if what a test waits for does not come
+# Seconds: the bound on waits, reached only if what a test waits for does not come.
+PATIENCE = float(os.environ.get("TEST_PATIENCE", 60))
 NOBODY = "http://127.0.0.1:1"  # a base URL where no process listens
 SHOWN = 20  # lines that a failure shows of a process's output
 

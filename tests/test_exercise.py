@@ -5,6 +5,7 @@ That each exercise fails and can be solved takes minutes; `make prove` shows it 
 import contextlib
 import importlib
 import io
+import os
 import shutil
 import signal
 import subprocess
@@ -17,8 +18,8 @@ from unittest import mock
 from microshop.tour.chapters import all_chapters
 from microshop.tour.index import INDEX
 from tests import exercise
-from tests.exercise import EXERCISES
-from tests.exercises import Exercise
+from tests.exercise import COMMAND, EXERCISES
+from tests.exercises import Addition, Exercise
 from tests.exercises.copies import Copy, Failure
 from tests.helpers import PATIENCE, TOP, wait_until
 from tests.proofs import BARE, Proof
@@ -224,6 +225,55 @@ class RunnerTest(SmallProject):
         self.assert_prints("check 1", 1, "not its tests", command)
         test.unlink()
         self.assert_prints("check 1", 1, "not its tests", command)
+
+    def test_help_prints_how_to_use_it_and_list_prints_the_list(self):
+        for word in ("-h", "--help", "help"):
+            self.assert_prints(word, 0, "python -m tests.exercise start 3", "To begin again")
+        self.assert_prints("list", 0, " 1  The doubled price\n    Addition, about 5 minutes\n")
+
+    def test_a_bare_number_is_answered_with_the_command_that_was_meant(self):
+        self.assert_is_one_line("1", "did you mean: python -m tests.exercise start 1")
+        self.run_command("start", "1")
+        self.assert_is_one_line("1", "did you mean: python -m tests.exercise check 1")
+        self.assert_is_one_line("2", "there is no exercise 2; there are 1 to 1")
+
+    def test_after_an_exercise_comes_the_next_one_that_is_not_done(self):
+        with mock.patch("tests.exercise.EXERCISES", [FAULT] * 3):
+            for number, offered in (("2", "start 3"), ("3", "start 1"), ("1", "")):
+                self.run_command("start", number)
+                copy = self.top / f".exercises/{number}/microshop/price.py"
+                copy.write_text(SHOP["microshop/price.py"])
+                self.assert_prints(f"check {number}", 0, f"Next: {COMMAND} {offered}"
+                                   if offered else "All exercises are done.")
+
+    def test_the_chapter_is_named_even_if_the_fault_does_not_show_in_it(self):
+        for field, listed, told in (
+                ("chapter", "5 minutes, chapter 7", "(cd .exercises/1 && python -m microshop.tour 7"),
+                ("related", "5 minutes, related: chapter 7", "  python -m microshop.tour 7\n")):
+            shutil.rmtree(self.top / ".exercises", ignore_errors=True)
+            with mock.patch("tests.exercise.EXERCISES", [FAULT._replace(**{field: "retries"})]):
+                self.assert_prints("list", 0, listed)
+                self.assert_prints("start 1", 0, told)
+
+    def test_what_was_added_can_be_looked_at_once_it_is_done(self):
+        addition = Addition(
+            title=FAULT.title, pattern=FAULT.pattern, minutes=5, test=FAULT.test, further=(),
+            may_change=(), solution=lambda top: None, story="", hints=(), look="/prices")
+        with mock.patch("tests.exercise.EXERCISES", [addition]):
+            self.run_command("start", "1")
+            self.assert_prints(
+                "check 1", 0,
+                "  (cd .exercises/1 && python -m microshop.run_all --fresh --port 0)\n"
+                "  curl localhost:PORT/prices\n")
+
+    def test_a_test_in_a_copy_waits_20_s_in_vain_unless_the_environment_says_another_time(self):
+        write(self.top, {"tests/test_price.py": "import os\nprint(os.environ['TEST_PATIENCE'])"})
+        self.run_command("start", "1")
+        others = {name: value for name, value in os.environ.items() if name != "TEST_PATIENCE"}
+        for given, expected in (({}, "20"), ({"TEST_PATIENCE": "7"}, "7")):
+            with mock.patch.dict("os.environ", {**others, **given}, clear=True):
+                _, printed = Copy(1, FAULT, self.top / ".exercises/1").run("tests.test_price")
+            self.assertEqual(printed.strip(), expected, f"TEST_PATIENCE, if a learner has {given}")
 
     def test_hints_come_one_by_one_and_the_last_one_stays(self):
         self.run_command("start", "1")

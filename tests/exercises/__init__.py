@@ -30,10 +30,12 @@ class Exercise(NamedTuple):
     story: str              # what users notice, in a few sentences; not where the fault is
     hints: tuple[str, ...]  # two or three, each says more than the one before
     chapter: str = ""       # the tour's chapter (its function's name) that shows the fault
+    related: str = ""       # else one about the same pattern, in which the fault does not show
 
     task = "Find the fault in that folder, and repair it"
     answer = "The original is in the top folder."
     may_change = ()  # files of tests/ that the learner may edit
+    look = ""
 
     def prepare(self, top: Path) -> None:
         """Make the learner's copy out of a fresh copy of the project: take the protection out."""
@@ -59,8 +61,10 @@ class Addition(NamedTuple):
     solution: Callable[[Path], None]   # adds it to a fresh copy of the project
     story: str
     hints: tuple[str, ...]
+    look: str                          # a target at the gateway that shows it, like "/reviews"
     chapter: str = ""
 
+    related = ""
     task = "Add it in that folder"
     answer = "A model solution is in tests/exercises/adding.py."
 

@@ -142,6 +142,7 @@ EXERCISES: list[Addition] = [
         further=("exercises.checks.ReviewsTest", "test_laws", "test_reviews", "test_contracts"),
         may_change=(),
         solution=add_reviews,
+        look="/reviews",
         story="""
             Users want to say what they think of a product. A review has three fields: userId,
             productId and text. Add a service of its own for them, with its own database, at
@@ -171,6 +172,7 @@ EXERCISES: list[Addition] = [
                  "test_contracts"),
         may_change=("tests/test_products.py", "tests/test_openapi.py"),
         solution=add_price,
+        look="/products/101",
         story="""
             Products get a price, in cents: an integer from 0 on. Shops that run already have
             databases without it. After the update they must start as before, with all their

@@ -18,6 +18,7 @@ from tests.source import COPIED, copy_project
 
 NOTES = "exercise.json"  # in a copy: what its learner has done
 MESSAGE_LINES = 14       # of a failure that are shown
+PATIENCE = "20"          # seconds that a test waits in vain: a learner is watching
 END_TIME = 30.0          # seconds that an interrupted test has to end its processes
 
 
@@ -129,6 +130,7 @@ class Copy:
         with subprocess.Popen([sys.executable, "-m", *arguments], cwd=self.folder, text=True,
                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, errors="replace",
+                              env={"TEST_PATIENCE": PATIENCE, **os.environ},
                               start_new_session=True) as self.running:  # Ctrl-C: once, from us
             try:
                 if self.is_interrupted:
