@@ -26,18 +26,48 @@ ANY = "<any>"
 
 
 def load(name: str) -> dict:
-    """Return the contract of a pair, like "orders-products"."""
-    return json.loads((FOLDER / f"{name}.json").read_text())
+    """Return the contract of a pair, like "orders-products".
+
+    Raises AssertionError if it lacks what the gateway needs of every service.
+    """
+    contract = json.loads((FOLDER / f"{name}.json").read_text())
+    consumer, _, provider = name.partition("-")
+    if consumer == "gateway":
+        asked = [(each["request"]["method"], each["request"]["target"])
+                 for each in contract["interactions"]]
+        for target in ("/health", f"/{provider}"):
+            if ("GET", target) not in asked:
+                raise AssertionError(f"tests/contracts/{name}.json has no interaction for GET "
+                                     f"{target}: the gateway needs that of {provider}")
+    return contract
 
 
 def fits(wanted: Any, found: Any) -> bool:
     """Tell whether a value is as agreed; objects may have members that the consumer ignores."""
+    return not list(differences(wanted, found))
+
+
+def differences(wanted: Any, found: Any, path: str = "") -> Iterator[str]:
+    """Yield a sentence for each place where a value is not as agreed, with the path to it."""
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        for name, value in wanted.items():
+            inner = f"{path}.{name}".removeprefix(".")
+            if name in found or value is None:
+                yield from differences(value, found.get(name), inner)
+            else:
+                yield f"{inner} is missing; agreed is {json.dumps(value)}"
+    elif isinstance(wanted, list) and isinstance(found, list):
+        if len(wanted) != len(found):
+            yield f"{path or 'it'} has {len(found)} items, not {len(wanted)}: {json.dumps(found)}"
+        for number, (value, other) in enumerate(zip(wanted, found, strict=False)):
+            yield from differences(value, other, f"{path}[{number}]")
+    elif not fits_plainly(wanted, found):
+        yield f"{path or 'it'} is {json.dumps(found)}; agreed is {json.dumps(wanted)}"
+
+
+def fits_plainly(wanted: Any, found: Any) -> bool:
     if wanted == ANY:
         return found is not None
-    if isinstance(wanted, dict) and isinstance(found, dict):
-        return all(fits(value, found.get(name)) for name, value in wanted.items())
-    if isinstance(wanted, list) and isinstance(found, list):
-        return len(wanted) == len(found) and all(map(fits, wanted, found))
     return type(wanted) is type(found) and wanted == found  # in JSON, 1 is neither true nor 1.0
 
 
@@ -59,11 +89,15 @@ def replay(case: TestCase, contract: dict, port: int) -> None:
         with case.subTest(f"{contract['provider']}: {interaction['what']}"):
             found = ask(port, request["method"], request["target"], request["headers"], body)
             case.assertEqual(found.status, answer["status"], f"status of {asked}: {found.body}")
-            case.assertTrue(fits(answer["headers"], found.headers),
-                            f"{asked}: {answer['headers']} expected in {found.headers}")
+            different = [f"headers: {each}"
+                         for each in differences(answer["headers"], found.headers)]
             if answer["content"] is not None:
-                case.assertTrue(fits(answer["content"], found.json),
-                                f"{asked}: {answer['content']} expected in {found.json}")
+                different += [f"body: {each}"
+                              for each in differences(answer["content"], found.json)]
+            if different:
+                case.fail("\n".join([
+                    f"the answer to {asked} is not as agreed in tests/contracts/"
+                    f"{contract['consumer']}-{contract['provider']}.json", *different]))
 
 
 class Stub(ThreadingHTTPServer):

@@ -1,6 +1,9 @@
 """What the processes of the shop need of each other: both ends keep the contracts."""
 import contextlib
+import json
+import tempfile
 import unittest
+from pathlib import Path
 from unittest import mock
 
 from microshop import SERVICES
@@ -8,7 +11,7 @@ from microshop.chassis.tracing import Trace
 from microshop.gateway import Gateway
 from microshop.orders import Orders, Saga, add_order, move_order
 from microshop.users import Users
-from tests.contract import FOLDER, complete, fits, load, replay, served
+from tests.contract import FOLDER, complete, differences, fits, load, replay, served
 from tests.helpers import PATIENCE, ask, running, running_shop, service_of
 
 NAMES = sorted(path.stem for path in FOLDER.iterdir())
@@ -70,6 +73,30 @@ class FormatTest(unittest.TestCase):
                 ({"detail": "<any>"}, {"detail": "gone"}, True), ({"detail": "<any>"}, {}, False)):
             with self.subTest(wanted=wanted, found=found):
                 self.assertEqual(fits(wanted, found), expected)
+
+
+    def test_each_difference_is_named_by_its_path(self):
+        wanted = {"id": 1, "schemas": {"Review": {"properties": {"name": {"type": "string"}}}},
+                  "rows": [{"id": 1}, {"id": 2}], "all": [1, 2]}
+        found = {"id": True, "schemas": {"Review": {"properties": {"text": {}}}},
+                 "rows": [{"id": 1}, {"id": "2"}], "all": [1]}
+        self.assertEqual(list(differences(wanted, found)), [
+            "id is true; agreed is 1",
+            'schemas.Review.properties.name is missing; agreed is {"type": "string"}',
+            'rows[1].id is "2"; agreed is 2',
+            "all has 1 items, not 2: [1]"])
+        self.assertEqual(list(differences([1], 7)), ["it is 7; agreed is [1]"])
+
+    def test_a_contract_that_lacks_what_the_gateway_needs_of_every_service_is_named(self):
+        folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.enterContext(mock.patch("tests.contract.FOLDER", folder))
+        health = {"request": {"method": "GET", "target": "/health"}}
+        for interactions, target in (([], "/health"), ([health], "/reviews")):
+            contract = {"provider": "reviews", "interactions": interactions}
+            (folder / "gateway-reviews.json").write_text(json.dumps(contract))
+            with self.assertRaisesRegex(
+                    AssertionError, f"^tests/contracts/gateway-reviews.json .* GET {target}: "):
+                load("gateway-reviews")
 
 
 class ProvidersTest(unittest.TestCase):
