@@ -5,14 +5,16 @@ its clients cannot create, replace and delete items:
 
     class ReviewsTest(WritableCollectionTests, unittest.TestCase):
         service, path = Reviews, "/reviews"
-        summaries = [{"id": 1, "text": "Quiet"}, {"id": 2, "text": "Loud"}]
-        item = {"id": 1, "text": "Quiet", "stars": 5}
-        insert = "INSERT INTO reviews VALUES (?, 'Heavy', 3)"
-        content = {"text": "Light", "stars": 4}
-        text, required = "text", ["stars", "text"]
-        wrong = [({"text": "Light", "stars": 6}, ["stars"])]
+        summaries = [{"id": 1, "userId": 1, "productId": 101, "text": "Quiet"},
+                     {"id": 2, "userId": 2, "productId": 102, "text": "Too small"}]
+        item = summaries[0]
+        insert = "INSERT INTO reviews VALUES (?, 1, 101, 'Heavy')"
+        content = {"userId": 1, "productId": 102, "text": "Good"}
+        text, required = "text", ["productId", "text", "userId"]
+        wrong = [({"userId": 0, "productId": 102, "text": "Good"}, ["userId"])]
 
-The attributes are explained in the two classes.
+The attributes are explained in the two classes. One that is missing, or does not fit the others,
+fails each test with a sentence that names it.
 """
 import contextlib
 import json
@@ -28,6 +30,8 @@ from microshop.chassis.database import Database
 from tests.helpers import PATIENCE, ask, exchange, process, running, together
 
 LONGEST = 200  # characters of a text
+ABOUT_TEXTS = (f"a text has 1 to {LONGEST} characters, not only spaces, and none of them is a "
+               "control character")
 TEXTS = (
     "Z", "x" * LONGEST, "ü" * LONGEST, "🐈" * LONGEST, "de la Cruz, María",
     "Robert'); DROP TABLE users;--", " \u3000Ann\xa0".ljust(LONGEST))
@@ -65,9 +69,31 @@ class CollectionTests:
     insert      SQL that adds a row; its one placeholder is the id
     """
 
+    attributes = ("service", "path", "summaries", "item", "insert")
+
     def setUp(self):
+        if problems := list(self.faults_of_attributes()):
+            self.fail("\n".join(problems))
         self.server = self.enterContext(running(self.service))
         self.one = f"{self.path}/{self.item['id']}"
+
+    def faults_of_attributes(self):
+        """Yield a sentence for each attribute that is missing or does not fit the others."""
+        own = type(self).__name__
+        missing = [name for name in self.attributes if not hasattr(self, name)]
+        for name in missing:
+            yield f"{own} has no attribute {name!r}: see tests/collection.py"
+        if missing:
+            return
+        if self.path != f"/{self.service.name}":
+            yield (f"{own}.path is {self.path!r}, but the name of {own}.service is "
+                   f"{self.service.name!r}")
+        if len(self.summaries) < 2:
+            yield f"{own}.summaries needs two rows at least: {self.summaries}"
+        if self.item.get("id") not in [row["id"] for row in self.summaries]:
+            yield f"{own}.item must have the id of one of {own}.summaries: {self.item}"
+        if self.insert.count("?") != 1:
+            yield f"{own}.insert needs one placeholder, which is for the id: {self.insert}"
 
     def ask(self, method, target, content=None, **headers):
         """Send a request, with JSON if there is `content`; If_Match="x" sends a header."""
@@ -100,12 +126,13 @@ class CollectionTests:
         return "\n".join(plan)
 
     def test_the_first_start_adds_the_demo_rows(self):
-        self.assertEqual(self.get(self.path).json, self.summaries)
+        self.assertEqual(self.get(self.path).json, self.summaries,
+                         f"GET {self.path} of a new service; expected are the `summaries`")
 
     def test_an_item_is_the_full_resource_with_its_fields_in_order(self):
         answer = self.get(self.one)
-        self.assertEqual((answer.status, answer.json), (200, self.item))
-        self.assertEqual(list(answer.json), list(self.item))
+        self.assertEqual((answer.status, answer.json), (200, self.item), f"GET {self.one}")
+        self.assertEqual(list(answer.json), list(self.item), f"the fields of GET {self.one}")
 
     def test_an_item_that_does_not_exist_is_404_and_the_detail_names_its_id(self):
         for number in (999, 9007199254740993, 9999999999999999):
@@ -165,15 +192,29 @@ class WritableCollectionTests(CollectionTests):
 
     content     a valid body to create or replace an item
     text        the name of a field in it that is a Text(), if it is not "name"
-    required    the names of the fields that a POST may not leave out, sorted, if not only "name"
+    required    the names of the fields that a POST may not leave out, if not only "name"
     replaced    the same of a PUT, if it needs more
-    wrong       more invalid bodies, each with the sorted names of the fields that are wrong
+    wrong       more invalid bodies, each with the names of the fields that are wrong
     """
 
+    attributes = (*CollectionTests.attributes, "content")
     text = "name"
     required = ["name"]
     replaced = None
     wrong = ()
+
+    def faults_of_attributes(self):
+        if problems := list(super().faults_of_attributes()):
+            yield from problems
+            return
+        own, fields = type(self).__name__, sorted(self.content)
+        if not isinstance(self.content.get(self.text), str):
+            yield (f"{own}.text is {self.text!r}, but it must name a text in {own}.content, which "
+                   f"has the fields {fields}")
+        for name in ("required", "replaced"):
+            if strange := sorted({*(getattr(self, name) or ())} - {*fields}):
+                yield (f"{own}.{name} names {strange}, but {own}.content has only the fields "
+                       f"{fields}")
 
     def add(self):
         """Create an item; return its path."""
@@ -197,22 +238,32 @@ class WritableCollectionTests(CollectionTests):
         for value in ([1], [self.content], [], "Ann", 0, False):
             yield value, ["body"]
 
-    def assert_refused(self, answer, status, before):
+    def assert_refused(self, answer, status, before, why=""):
         """Check that an answer is a problem, and that the table is as it was before."""
-        self.assertEqual(answer.status, status, answer.body)
+        self.assertEqual(answer.status, status, why or answer.body)
         self.assertEqual(answer.headers["content-type"], "application/problem+json")
         self.assertEqual(self.stored(), before, "a refused request has changed the table")
+
+    def about(self, method, target, content):
+        """Say why a body is invalid: what is wrong with its text, if it has one."""
+        text = content.get(self.text) if isinstance(content, dict) else None
+        about = f"status of {method} {target} {content!r:.100}"
+        if isinstance(text, str):
+            about += f"; the {self.text} has {len(text)} characters, and {ABOUT_TEXTS}"
+        return about
 
     def assert_is_current(self, answer, target):
         """Check that an answer has the body and the ETag that a GET of the item has."""
         found = self.get(target)
         self.assertEqual((answer.body, answer.headers.get("etag")),
-                         (found.body, found.headers["etag"]))
+                         (found.body, found.headers["etag"]),
+                         f"body and ETag of the answer to a change; a GET {target} gets others")
 
     def test_a_created_item_is_found_at_its_location_and_in_the_collection(self):
         answer = self.ask("POST", self.path, self.content)
         number = answer.json["id"]
-        self.assertEqual((answer.status, answer.json), (201, {"id": number, **self.content}))
+        self.assertEqual((answer.status, answer.json), (201, {"id": number, **self.content}),
+                         f"POST {self.path} {self.content}")
         self.assertEqual(answer.headers["location"], f"{self.path}/{number}")
         self.assert_is_current(answer, answer.headers["location"])
         listed = [row["id"] for row in self.get(self.path).json]
@@ -222,7 +273,8 @@ class WritableCollectionTests(CollectionTests):
         others = [row for row in self.stored() if row["id"] != self.item["id"]]
         answer = self.ask("PUT", self.one, self.content)
         replaced = {"id": self.item["id"], **self.content}
-        self.assertEqual((answer.status, answer.json), (200, replaced))
+        self.assertEqual((answer.status, answer.json), (200, replaced),
+                         f"PUT {self.one} {self.content}")
         self.assert_is_current(answer, self.one)
         self.assertEqual([row for row in self.stored() if row["id"] != self.item["id"]], others)
 
@@ -247,7 +299,9 @@ class WritableCollectionTests(CollectionTests):
         for text in TEXTS:
             with self.subTest(text[:20]):
                 answer = self.ask("POST", self.path, self.with_text(text))
-                self.assertEqual((answer.status, answer.json[self.text]), (201, text.strip()))
+                self.assertEqual((answer.status, answer.json.get(self.text)),
+                                 (201, text.strip()), f"POST {self.path}: {self.text} "
+                                 f"has {len(text)} characters; {ABOUT_TEXTS}")
                 found = self.get(answer.headers["location"]).json[self.text]
                 self.assertEqual(found, text.strip())
 
@@ -255,11 +309,12 @@ class WritableCollectionTests(CollectionTests):
         before = self.stored()
         for content, fields in self.wrong_bodies():
             for method, target in (("POST", self.path), ("PUT", self.one)):
-                with self.subTest(method, content=content):
+                with self.subTest(method, content=f"{content!r:.60}"):
                     answer = self.ask(method, target, content)
-                    self.assert_refused(answer, 422, before)
+                    self.assert_refused(answer, 422, before, self.about(method, target, content))
                     errors = answer.json["errors"]
-                    self.assertEqual(sorted(error["field"] for error in errors), fields)
+                    self.assertEqual(sorted(error["field"] for error in errors), sorted(fields),
+                                     f"the wrong fields of {method} {target} {content!r:.200}")
                     for error in errors:
                         self.assertRegex(error["detail"], "^(must be|is not)")
 
@@ -271,7 +326,8 @@ class WritableCollectionTests(CollectionTests):
                 before = self.stored()
                 answer = self.ask(method, target, {})
                 self.assert_refused(answer, 422, before)
-                self.assertEqual(sorted(error["field"] for error in answer.json["errors"]), fields)
+                self.assertEqual(sorted(error["field"] for error in answer.json["errors"]),
+                                 sorted(fields), f"the wrong fields of {method} {target} {{}}")
 
     def test_a_body_that_is_not_valid_json_is_refused(self):
         before = self.stored()

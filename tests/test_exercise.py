@@ -15,9 +15,12 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
+from microshop.chassis.content import Text
 from microshop.tour.chapters import all_chapters
 from microshop.tour.index import INDEX
-from tests import exercise
+from microshop.users import Users
+from tests import exercise, test_users
+from tests.collection import WritableCollectionTests
 from tests.exercise import COMMAND, EXERCISES
 from tests.exercises import Addition, Exercise
 from tests.exercises.copies import Copy, Failure
@@ -135,6 +138,47 @@ class DataTest(unittest.TestCase):
     def test_titles_are_different(self):
         titles = [found.title for found in EXERCISES]
         self.assertEqual(len(set(titles)), len(titles), f"titles: {sorted(titles)}")
+
+
+class CollectionTest(unittest.TestCase):
+    """What a learner reads whose tests of a new service are a copy that was not changed enough."""
+
+    GOOD = {"service": Users, "path": "/users", "summaries": [{"id": 1}, {"id": 2}],
+            "item": {"id": 1}, "insert": "INSERT INTO users VALUES (?)",
+            "content": {"userId": 1, "text": "Good"}, "text": "text",
+            "required": ["text", "userId"]}
+
+    def run_copy(self, *left_out: str, **changed: object) -> unittest.TestResult:
+        """Run one test of a class with these attributes."""
+        attributes = {**self.GOOD, **changed}
+        for name in left_out:
+            del attributes[name]
+        case = type("ReviewsTest", (WritableCollectionTests, unittest.TestCase), attributes)
+        return case("test_the_first_start_adds_the_demo_rows").run()
+
+    def test_an_attribute_that_is_missing_or_does_not_fit_is_named_in_a_sentence(self):
+        for copied, expected in (
+                (self.run_copy("text"), "ReviewsTest.text is 'name', but it must name a text in "
+                 "ReviewsTest.content, which has the fields ['text', 'userId']"),
+                (self.run_copy("required"), "ReviewsTest.required names ['name'], but "
+                 "ReviewsTest.content has only the fields ['text', 'userId']"),
+                (self.run_copy("insert"), "ReviewsTest has no attribute 'insert'"),
+                (self.run_copy("content"), "ReviewsTest has no attribute 'content'"),
+                (self.run_copy(path="/reviews"), "path is '/reviews', but the name of "
+                 "ReviewsTest.service is 'users'"),
+                (self.run_copy(summaries=[{"id": 1}]), "summaries needs two rows"),
+                (self.run_copy(item={"id": 7}), "item must have the id of one of"),
+                (self.run_copy(insert="INSERT INTO users VALUES (3)"), "needs one placeholder")):
+            self.assertEqual(copied.errors, [], "exceptions instead of a sentence")
+            [(_, printed)] = copied.failures
+            self.assertIn(expected, printed, "what the test prints")
+
+    def test_a_text_that_is_too_long_is_refused_with_a_message_that_says_how_long_it_may_be(self):
+        case = test_users.UsersTest("test_an_invalid_body_is_422_and_names_every_wrong_field_at_once")
+        with mock.patch.object(Text, "check", lambda field, value: value):
+            found = case.run()
+        self.assertIn("the name has 201 characters, and a text has 1 to 200 characters",
+                      "\n".join(printed for _, printed in found.failures))
 
 
 class SmallProject(unittest.TestCase):
