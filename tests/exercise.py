@@ -112,8 +112,9 @@ def check(copy: Copy) -> Iterator[str]:
     yield f"\nDone: exercise {number}, {exercise.title}. All its tests pass."
     yield f"Your code beside the original: {COMMAND} diff {number}"
     if exercise.look:
-        yield ("\nTo see it, start your shop, and ask its gateway in another terminal (put the port\n"
-               "that the gateway prints in place of PORT):\n")
+        yield "\n" + draw_text(
+            "To see it, start your shop, and ask its gateway in another terminal. For PORT, write "
+            "the port that the gateway prints:") + "\n"
         yield in_copy(copy.folder, "microshop.run_all --fresh --port 0")
         yield f"  curl localhost:PORT{exercise.look}\n"
     yield next_step(after=number)

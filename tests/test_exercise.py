@@ -22,7 +22,7 @@ from microshop.users import Users
 from tests import exercise, test_users
 from tests.collection import WritableCollectionTests
 from tests.exercise import COMMAND, EXERCISES
-from tests.exercises import Addition, Exercise
+from tests.exercises import Addition, Exercise, edit
 from tests.exercises.copies import Copy, Failure
 from tests.helpers import PATIENCE, TOP, wait_until
 from tests.proofs import BARE, Proof
@@ -174,7 +174,8 @@ class CollectionTest(unittest.TestCase):
             self.assertIn(expected, printed, "what the test prints")
 
     def test_a_text_that_is_too_long_is_refused_with_a_message_that_says_how_long_it_may_be(self):
-        case = test_users.UsersTest("test_an_invalid_body_is_422_and_names_every_wrong_field_at_once")
+        case = test_users.UsersTest(
+            "test_an_invalid_body_is_422_and_names_every_wrong_field_at_once")
         with mock.patch.object(Text, "check", lambda field, value: value):
             found = case.run()
         self.assertIn("the name has 201 characters, and a text has 1 to 200 characters",
@@ -292,7 +293,7 @@ class RunnerTest(SmallProject):
 
     def test_the_chapter_is_named_even_if_the_fault_does_not_show_in_it(self):
         for field, listed, told in (
-                ("chapter", "5 minutes, chapter 7", "(cd .exercises/1 && python -m microshop.tour 7"),
+                ("chapter", "5 minutes, chapter 7", "1 && python -m microshop.tour 7)\n"),
                 ("related", "5 minutes, related: chapter 7", "  python -m microshop.tour 7\n")):
             shutil.rmtree(self.top / ".exercises", ignore_errors=True)
             with mock.patch("tests.exercise.EXERCISES", [FAULT._replace(**{field: "retries"})]):
@@ -393,6 +394,41 @@ class ProofTest(SmallProject):
 
     def test_an_edit_that_does_not_fit_the_source_is_a_problem(self):
         self.assertRegex(self.problems_of(old="return a - b"), "has this 0 times instead of once")
+
+
+class ReviewsCheckTest(unittest.TestCase):
+    """What the check of the exercise about reviews finds in a solution that lacks something."""
+
+    def failure_of(self, test: str, name: str, old: str, new: str) -> str:
+        """Run a test of the check on the model solution with one edit; return its message."""
+        number = next(number for number, found in enumerate(EXERCISES, start=1)
+                      if found.look == "/reviews")
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Copy(number, EXERCISES[number - 1], Path(folder, "copy"))
+            copy.make(copy.exercise.solve)
+            edit(copy.folder / name, old, new)
+            failure = copy.find_failure(f"exercises.checks.ReviewsTest.{test}")
+        self.assertTrue(failure, f"{test} passes although {old!r} is {new!r} in {name}")
+        return failure.message
+
+    def test_a_put_that_does_not_write_one_of_the_fields_is_found(self):
+        message = self.failure_of(
+            "test_reviews_are_written_and_read_through_the_gateway",
+            "microshop/reviews.py", "productId = :productId,", "")
+        self.assertRegex(message, "'productId': 101.* != .*'productId': 102")
+        self.assertRegex(message, "body of the answer to GET /reviews/3 after PUT /reviews/3 {")
+
+    def test_tests_that_unittest_does_not_run_are_found(self):
+        for old, new in (("(WritableCollectionTests, unittest.TestCase):",
+                          "(unittest.TestCase):\n    def test_nothing(self):\n        pass\n"),
+                         ("(WritableCollectionTests, unittest.TestCase)",
+                          "(WritableCollectionTests)"),
+                         ("microshop.reviews import Reviews",
+                          "microshop.users import Users as Reviews")):
+            message = self.failure_of(
+                "test_the_tests_of_every_collection_that_can_be_changed_run_for_reviews_too",
+                "tests/test_reviews.py", old, new)
+            self.assertRegex(message, "has no class that unittest runs for reviews")
 
 
 class FailureTest(unittest.TestCase):

@@ -139,29 +139,40 @@ EXERCISES: list[Addition] = [
         minutes=40,
         test="exercises.checks.ReviewsTest."
              "test_reviews_are_written_and_read_through_the_gateway",
-        further=("exercises.checks.ReviewsTest", "test_laws", "test_reviews", "test_contracts"),
+        further=("exercises.checks.ReviewsTest", "test_laws", "test_reviews", "test_contracts",
+                 "test_readme"),
         may_change=(),
         solution=add_reviews,
         look="/reviews",
         story="""
             Users want to say what they think of a product. A review has three fields: userId,
-            productId and text. Add a service of its own for them, with its own database, at
-            /reviews: a collection that can be read and changed like /users.
+            productId and text, which has 1 to 200 characters like every text in this shop. Add a
+            service of its own for them, with its own database, at /reviews: a collection that can
+            be read and changed like /users.
 
-            It needs no change in the gateway, in run_all or in the live picture: they take the
-            services from one table. The law of the project says what else a service needs, in one
-            sentence each. Let it lead you: do what it says, and run the test again.
+            Do not check whether the user and the product exist: other services own them. If
+            reviews asked them, users could not write a review while one of them is down. And the
+            answer would not last: a user can be deleted a moment later. (The orders service does
+            ask, since an order reserves units, and can stay pending until the answer comes.)
+
+            Reviews takes port 3004, and the live picture moves to the next one by itself. The
+            gateway and run_all need no change either: they take the services from one table. What
+            else a service needs, the failing test says, in one sentence each; run it again after
+            each step. README.md needs only one line, anywhere, with the name and the port.
             """,
         hints=("Begin in microshop/__init__.py, with one line in SERVICES. Then run the test "
                "again; it says what is missing. \"To add a service\" in README.md says which "
                "files to copy.",
-               "microshop/reviews.py is a copy of users.py with other names. What differs is the "
-               "table in SCHEMA, FIELDS, and the columns in the queries. The ids are Integer(), "
-               "the text is Text(), both from chassis.content.",
-               "tests/test_reviews.py is a copy of test_users.py; the first docstring of "
-               "tests/collection.py explains its attributes, and shows reviews as its example. "
-               "tests/contracts/gateway-reviews.json is a copy of gateway-users.json with your "
-               "demo rows, and README.md needs one line with the name and the port.")),
+               "Make microshop/reviews.py from microshop/users.py, with other names. What differs "
+               "is the table in SCHEMA, FIELDS, and the columns in the queries: all three fields "
+               "in each SELECT, INSERT and UPDATE. The ids are Integer(), the text is Text(), "
+               "which takes up to 200 characters; both are in microshop/chassis/content.py.",
+               "Make tests/test_reviews.py from tests/test_users.py. The docstring of "
+               "tests/collection.py shows its attributes for reviews; `text` and `required` must "
+               "be given, too. Make tests/contracts/gateway-reviews.json from "
+               "tests/contracts/gateway-users.json, with your demo rows and your schema. In "
+               "README.md a line such as this one is enough: The reviews service listens at "
+               "`localhost:3004`.")),
     Addition(
         title="A new field: what a product costs",
         pattern="Schema version",
@@ -188,10 +199,11 @@ EXERCISES: list[Addition] = [
             """,
         hints=("Everything is in microshop/products.py: SCHEMA, the two tables of fields, and the "
                "queries that read, insert and update a product. SCHEMA is a list of versions: what "
-               "does Database._upgrade in chassis/database.py do with them?",
+               "does Database._upgrade in microshop/chassis/database.py do with them?",
                "Never edit an old version: files that exist have executed it already. Add version "
                "3, with an ALTER TABLE products ADD COLUMN that has a DEFAULT.",
                "FIELDS is for PUT, NEW_FIELDS for POST, where stock shows how a field gets a "
                "default. SELECT, INSERT and UPDATE name the columns: find_product, add_product, "
-               "change_product. Then run tests.test_products, and give its bodies a price.")),
+               "change_product. Then run the tests in tests/test_products.py, and give their "
+               "bodies a price.")),
 ]

@@ -3,6 +3,7 @@
     python -m unittest tests.exercises.checks.ReviewsTest
 """
 import contextlib
+import importlib
 import json
 import sqlite3
 import tempfile
@@ -12,6 +13,7 @@ from typing import Any
 
 from microshop import SERVICES
 from microshop.products import SCHEMA, Products
+from tests.collection import WritableCollectionTests
 from tests.helpers import Answered, ask, process, running
 from tests.test_laws import missing_parts
 
@@ -32,6 +34,11 @@ OLD_PRODUCTS = f"""
     PRAGMA user_version = {OLD_VERSION}"""  # a file as the shop has written it until now
 
 
+def sent(request: tuple) -> str:
+    """Return a request, that is method, target and content, as a message shows it."""
+    return " ".join(str(part) for part in request)
+
+
 class AskingTestCase(unittest.TestCase):
     port: int
 
@@ -40,26 +47,30 @@ class AskingTestCase(unittest.TestCase):
         body = None if content is None else json.dumps(content).encode()
         return ask(self.port, method, target, headers, body)
 
-    def assert_answer(self, request: tuple, status: int, content: Any = None) -> Answered:
+    def assert_answer(self, request: tuple, status: int, content: Any = None,
+                      when: str = "") -> Answered:
         """Send a request: method, target, content. Check what is answered."""
         answer = self.ask(*request)
-        sent = " ".join(str(part) for part in request)
+        asked = f"{sent(request)} {when}".rstrip()
         self.assertEqual(answer.status, status,
-                         f"status of {sent}; the body was {answer.body.decode()}")
+                         f"status of {asked}; the body was {answer.body.decode()}")
         if content is not None:
-            self.assertEqual(answer.json, content, f"body of the answer to {sent}")
+            self.assertEqual(answer.json, content, f"body of the answer to {asked}")
         return answer
 
 
 class ReviewsTest(AskingTestCase):
     """A fourth service, that keeps what users say about products."""
 
-    def start_shop(self) -> None:
-        """Start a shop, if the service has all its parts."""
+    def require_parts(self) -> None:
+        """Fail if the service lacks a part."""
         self.assertIn("reviews", SERVICES, "microshop.SERVICES does not name reviews yet: add "
                                            "its line, with port 3004, in microshop/__init__.py")
         if missing := list(missing_parts("reviews")):
             self.fail("\n".join(["these parts of the service are missing:", *missing]))
+
+    def start_shop(self) -> None:
+        self.require_parts()
         shop = self.enterContext(process("microshop.run_all", "--fresh", "--port", "0"))
         shop.wait_for("ready in")
         self.port = shop.port("API Gateway")
@@ -76,10 +87,24 @@ class ReviewsTest(AskingTestCase):
         self.assert_answer(("GET", location), 200, stored)
         self.assert_answer(("GET", "/reviews"), 200, [*before, stored])
         self.assert_answer(("GET", f"/reviews?ids={stored['id']}"), 200, [stored])
-        changed = {**review, "text": "The fan is loud now."}
-        self.assert_answer(("PUT", location, changed), 200, {**stored, **changed})
+        replaced = {"id": stored["id"], "userId": 1, "productId": 102, "text": "Loud by now."}
+        put = ("PUT", location, {name: replaced[name] for name in review})
+        self.assert_answer(put, 200, replaced)
+        self.assert_answer(("GET", location), 200, replaced, "after " + sent(put))
+        self.assert_answer(("GET", "/reviews"), 200, [*before, replaced], "after " + sent(put))
         self.assert_answer(("DELETE", location), 204)
         self.assert_answer(("GET", location), 404)
+
+    def test_the_tests_of_every_collection_that_can_be_changed_run_for_reviews_too(self):
+        self.require_parts()
+        module = importlib.import_module("tests.test_reviews")
+        loaded = unittest.defaultTestLoader.loadTestsFromModule(module)
+        names = [getattr(case.service, "name", "") for cases in loaded for case in cases
+                 if isinstance(case, WritableCollectionTests) and hasattr(case, "service")]
+        if "reviews" not in names:
+            self.fail("tests/test_reviews.py has no class that unittest runs for reviews. It must "
+                      "begin like this one, and have service = Reviews:\n"
+                      "class ReviewsTest(WritableCollectionTests, unittest.TestCase)")
 
     def test_an_invalid_review_is_refused_and_the_answer_names_the_wrong_fields(self):
         self.start_shop()
