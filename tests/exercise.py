@@ -102,7 +102,7 @@ def check(copy: Copy) -> Iterator[str]:
             first = "Not yet. This test fails:" if test == exercise.test else (
                 f"Almost: the first test passes, but one of tests.{test} fails:")
             yield f"\n{first}\n\n{failure.shortened()}\n"
-            if " != " in failure.message:
+            if failure.kind == "FAIL" and " != " in failure.message:
                 yield "(In `this != that`, this is what came, and that is what was expected.)\n"
             own = failure.test or f"tests.{test}"
             yield f"To run it yourself:\n\n{in_copy(copy.folder, f'unittest {own}')}\n"

@@ -222,7 +222,7 @@ class CallTest(CompositionTest):
         heads = self.orders.heads + self.users.heads + self.products.heads
         counts = [head.count(f"\r\nx-request-id: {request_id}\r\n") for head in heads]
         self.assertEqual(counts, [1, 1, 1], f"the client's answer has X-Request-Id: {request_id}. "
-                         "How often does the call to orders, users and products have it?")
+                         "How many calls to orders, to users, to products carried it?")
         parents = [re.search("traceparent: 00-(.{32})-(.{16})-01\r", head) for head in heads]
         self.assertEqual(len({match[1] for match in parents}), 1, "traces")
         self.assertEqual(len({match[2] for match in parents}), 3, "spans, one for each call")

@@ -2,10 +2,13 @@
 
 That each exercise fails and can be solved takes minutes; `make prove` shows it (proofs.py).
 """
+import ast
 import contextlib
 import importlib
+import inspect
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -78,6 +81,12 @@ def write(top: Path, files: dict[str, str]) -> None:
         (top / name).write_text(text)
 
 
+def named_test(found: Exercise | Addition) -> tuple[type, str]:
+    """Return the class of an exercise's test, and the name of the method."""
+    module, case, method = f"tests.{found.test}".rsplit(".", 2)
+    return getattr(importlib.import_module(module), case), method
+
+
 class DataTest(unittest.TestCase):
     """What can be checked of each exercise at once."""
 
@@ -105,10 +114,19 @@ class DataTest(unittest.TestCase):
     def test_its_test_exists_and_so_do_the_others_that_a_check_runs(self):
         for number, found in enumerate(EXERCISES, start=1):
             with self.subTest(number=number, title=found.title):
-                module, case, method = f"tests.{found.test}".rsplit(".", 2)
-                cases = vars(importlib.import_module(module))
-                self.assertIn(case, cases, f"a class in {module}")
-                self.assertTrue(hasattr(cases[case], method), f"{case} has no {method}")
+                case, method = named_test(found)
+                self.assertTrue(hasattr(case, method), f"{case} has no {method}")
+
+    def test_what_came_is_the_first_argument_of_each_comparison(self):
+        modules = {inspect.getsourcefile(getattr(case, method))
+                   for case, method in map(named_test, EXERCISES)}
+        for path in sorted(modules):
+            for node in ast.walk(ast.parse(Path(path).read_text())):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "self.assertEqual":
+                    if not any(isinstance(part, ast.Name) for part in ast.walk(node.args[0])):
+                        self.fail(f"{path}, line {node.lineno}: write assertEqual(what came, what "
+                                  "was expected), as a check says to learners: "
+                                  + ast.unparse(node))
 
     def test_its_pattern_is_in_the_index_and_its_chapter_in_the_tour(self):
         patterns = {row.name for row in INDEX}
@@ -126,6 +144,17 @@ class DataTest(unittest.TestCase):
                 self.assertIn(found.minutes, range(5, 46), "minutes")
                 if isinstance(found, Exercise):
                     self.assertNotIn(found.file, found.story, "the story must not name the file")
+
+    def test_hints_and_stories_name_files_by_their_path_from_the_top(self):
+        for number, found in enumerate(EXERCISES, start=1):
+            with tempfile.TemporaryDirectory() as folder:
+                copy = Copy(number, found, Path(folder, "copy"))
+                copy.make(found.solve)
+                for name in re.findall(r"[\w/.-]+\.(?:py|json|md)\b",
+                                       " ".join([found.story, *found.hints])):
+                    with self.subTest(number=number, title=found.title, name=name):
+                        self.assertTrue((copy.folder / name).is_file(),
+                                        f"there is no {name} in the top folder")
 
     def test_the_index_gives_each_exercise_to_its_own_pattern(self):
         for row in INDEX:
@@ -261,6 +290,14 @@ class RunnerTest(SmallProject):
         self.run_command("start", "1")
         self.code.write_text("def add(a, b)\n    return a\n")
         self.assert_prints("check 1", 1, "SyntaxError")
+
+    def test_which_value_came_is_explained_of_a_comparison_but_not_of_an_exception(self):
+        self.run_command("start", "1")
+        explanation = "(In `this != that`, this is what came"
+        self.assert_prints("check 1", 1, explanation)
+        self.code.write_text("def add(a, b):\n    return total if a != b else a\n")
+        printed = self.assert_prints("check 1", 1, "return total if a != b else a")
+        self.assertNotIn(explanation, printed)
 
     def test_an_edited_or_deleted_test_does_not_count(self):
         self.run_command("start", "1")

@@ -445,16 +445,21 @@ class BulkheadTest(ClientTest):
         users = self.serve(hang, max_in_flight=2)
         with ThreadPoolExecutor(3) as pool:
             hung = [pool.submit(self.call, users) for _ in range(2)]
-            wait_until(lambda: users.instances[0].in_flight == 2)
+            wait_until(lambda: users.instances[0].in_flight == 2, "two calls to hang")
             expected = "^the users service is at its limit of 2 concurrent requests$"
             with mock.patch.object(client, "BULKHEAD_TIME", 0.01):
-                with self.assertRaisesRegex(UpstreamUnavailable, expected) as raised:
+                with self.assertRaisesRegex(
+                        UpstreamUnavailable, expected,
+                        msg="the third call, while two hang and the limit is 2") as raised:
                     self.call(users)
             self.assertEqual(raised.exception.members, {"service": "users"})
             self.assertEqual(raised.exception.headers, [("Retry-After", "1")])
             with mock.patch.object(client, "BULKHEAD_TIME", PATIENCE):
                 hung.append(pool.submit(self.call, users))
-                self.assertEqual(users.instances[0].in_flight, 2)
+                self.assertEqual(
+                    users.instances[0].in_flight, 2, "calls in flight, while two hang, a third "
+                    "was refused, and a fourth waits: the limit is 2. (A call that was refused "
+                    "took no place, so it gives none back.)")
                 go_on.set()  # the call that waits gets the place of one that ends
                 bodies = [call.result(PATIENCE).body for call in hung]
             self.assertEqual(bodies, [b"Alice"] * 3)

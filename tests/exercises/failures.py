@@ -65,7 +65,7 @@ EXERCISES: list[Exercise] = [
             "microshop/chassis/client.py.",
             "Upstream.enter takes the place, and Upstream.leave gives it back. On which ways can "
             "_try_until_answered end?",
-            "It can also end with an exception. What must happen in any case belongs into a "
+            "It can also end with an exception. What must happen in any case belongs in a "
             "`finally`.",
         )),
     Exercise(
@@ -177,6 +177,7 @@ EXERCISES: list[Exercise] = [
         old="            return not self.is_open() and self._retries.take()\n",
         new="            return not self.is_open()\n",
         test="chassis.test_client.RetryTest.test_retries_stop_when_their_budget_is_spent",
+        related="retries",
         story="""
             On a busy evening, users began to break some of its connections, because it had too
             much to do. Within seconds, it got up to three times as many requests as there were

@@ -18,18 +18,20 @@ EXERCISES: list[Exercise] = [
              ".test_all_calls_have_the_same_trace_and_correlation_id",
         chapter="one_request",
         story="""
-            A customer calls: her request failed, and she reads you the id in the answer. You
-            search all logs for it. The gateway has one line with this id. The services have
-            none, although they have certainly worked on the request: each has logged it under an
-            id of its own. With a thousand requests a second, you will not find the right line.
+            A customer calls: a page of hers took long to appear, and she reads you the
+            X-Request-Id of the answer. You search all logs for it. The gateway has one line with
+            this id. The services have none, although they have certainly worked on the request:
+            each has logged it under an id of its own. With a thousand requests a second, you will
+            not find the right line.
             """,
         hints=(
             "Each request that the gateway sends to a service has headers that tell the service "
             "which request this is about. Compare what arrives at a service with what you expect.",
-            "These headers come from Trace.headers() in chassis/tracing.py. How does a service "
-            "know the trace, and how does it know the id of the request?",
+            "These headers come from Trace.headers() in microshop/chassis/tracing.py. How does a "
+            "service know the trace, and how does it know the id of the request?",
             "A service takes over an id that comes in X-Request-Id (read_request() in "
-            "chassis/handler.py). So headers() has to add `x-request-id`: the request_id.",
+            "microshop/chassis/handler.py). So headers() has to add `x-request-id`: the "
+            "request_id.",
         )),
     Exercise(
         title="All or nothing",
@@ -57,8 +59,8 @@ EXERCISES: list[Exercise] = [
         hints=(
             "The gateway puts together what several services answer (API composition). If one of "
             "them fails, only its part may be missing. Find where the gateway calls them all.",
-            "That is get_all() in gateway.py. It promises to return replies or errors. Which "
-            "errors does it return, and which does it raise?",
+            "That is get_all() in microshop/gateway.py. It promises to return replies or errors. "
+            "Which errors does it return, and which does it raise?",
             "client.call() raises an UpstreamError if a service fails. In get(), that error is a "
             "result, like a reply: future.set_result(error). All others are bugs, to be raised.",
         )),
@@ -87,7 +89,7 @@ EXERCISES: list[Exercise] = [
         hints=(
             "It works directly at the service, and not for clients. What is between the two?",
             "The gateway does not forward every header. Which does it leave out on purpose, and "
-            "why? Look at the sets at the top of gateway.py.",
+            "why? Look at the sets at the top of microshop/gateway.py.",
             "If-Match is a condition of the client for the service that owns the resource. It is "
             "no business of the gateway, so it must not be in SET_BY_GATEWAY.",
         )),
@@ -107,6 +109,7 @@ EXERCISES: list[Exercise] = [
 ''',
         test="test_users.UsersTest"
              ".test_of_ten_simultaneous_editors_with_the_same_etag_exactly_one_succeeds",
+        related="two_editors",
         story="""
             If-Match works: a client that is a second late gets 412. But on a busy day, when
             several clients write at the same moment, some updates are lost all the same. Each of
@@ -116,8 +119,8 @@ EXERCISES: list[Exercise] = [
         hints=(
             "Two requests pass the same check before either of them writes. This is called a "
             "check-then-act race. Find the place where If-Match is compared before a write.",
-            "That is changing() in chassis/handler.py. What can another request do between the "
-            "moment when the item is read and the moment when it is written?",
+            "That is changing() in microshop/chassis/handler.py. What can another request do "
+            "between the moment when the item is read and the moment when it is written?",
             "A transaction keeps other writers out while it lasts. So one and the same "
             "transaction has to read the item, check the condition, and write.",
         )),

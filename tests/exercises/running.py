@@ -25,8 +25,8 @@ EXERCISES: list[Exercise] = [
             """,
         hints=(
             "What does a load balancer think of a process that answers its health check with 429?",
-            "GuardedHandler.check_client() in gateway.py decides which requests count for the "
-            "rate. Which requests should never be refused for it?",
+            "GuardedHandler.check_client() in microshop/gateway.py decides which requests count "
+            "for the rate. Which requests should never be refused for it?",
             "There is a set of such paths, MONITORED_PATHS. A path may come with a query, or with "
             "a slash at the end.",
         )),
@@ -54,8 +54,8 @@ EXERCISES: list[Exercise] = [
         hints=(
             "A timeout that starts again whenever something arrives is no limit for the whole. "
             "Find the one for the body of a request.",
-            "note_arrival() in chassis/handler.py is called when a part of the body has arrived. "
-            "How much more time may a single byte bring?",
+            "note_arrival() in microshop/chassis/handler.py is called when a part of the body has "
+            "arrived. How much more time may a single byte bring?",
             "Let each byte bring 1 / BODY_RATE seconds: add this to the deadline that there was. "
             "But after a silence of BODY_TIME it is over, however much came before (min).",
         )),
@@ -85,8 +85,8 @@ EXERCISES: list[Exercise] = [
         hints=(
             "A limit for connections exists: --max-connections. What should happen to a client "
             "that comes when all are busy?",
-            "process_request() in chassis/listener.py makes room by closing a connection that is "
-            "idle. What does close_oldest() return if none is idle?",
+            "process_request() in microshop/chassis/listener.py makes room by closing a "
+            "connection that is idle. What does close_oldest() return if none is idle?",
             "If it returns False, answer 503 at once and do not serve the connection: _reject().",
         )),
     Exercise(
@@ -118,7 +118,8 @@ EXERCISES: list[Exercise] = [
         hints=(
             "A process that has to end should drain: take no new work, and finish what is in "
             "flight. Find where the end of a process is written down.",
-            "drain() in chassis/server.py. When may it return, and how long may it wait at most?",
+            "drain() in microshop/chassis/server.py. When may it return, and how long may it wait "
+            "at most?",
             "Wait in a loop with short pauses, as long as there are connections and the grace "
             "period (self.settings.grace) is not over. The heartbeat has to go on meanwhile, and "
             "connections that have become idle have to be closed.",
@@ -150,8 +151,8 @@ EXERCISES: list[Exercise] = [
         hints=(
             "During a rolling restart, a service has two processes for a moment. Which event "
             "proves that the old one is not needed any more?",
-            "Look at everything in chassis/supervisor.py that calls replace(), which asks a "
-            "former process to end. At which moment does each of these calls come?",
+            "Look at everything in microshop/chassis/supervisor.py that calls replace(), which "
+            "asks a former process to end. At which moment does each of these calls come?",
             "A process that has just been started may fail. _note_ready() is called when it "
             "serves. Only there may the former process be asked to end.",
         )),

@@ -128,10 +128,11 @@ EXERCISES: list[Exercise] = [
             """,
         hints=("What is on disk if the orders service is killed while it waits for another "
                "service? Look at how an order is placed.",
-               "create_order() in microshop/orders.py: which call to another service comes before "
-               "the order is stored? Is what it checks checked later, too?",
-               "add_order() must come first. The saga finds out by itself that there is no such "
-               "product, and rejects the order."),
+               "create_order() in microshop/orders.py: an order exists as soon as add_order() has "
+               "stored it. What is lost if the process is killed before that, or another service "
+               "is down?",
+               "Call no other service before add_order(). That check is not needed: if there is no "
+               "such product, products refuses to reserve it, and the saga rejects the order."),
         chapter="crash"),
     Exercise(
         title="One click, two orders",
@@ -201,5 +202,6 @@ EXERCISES: list[Exercise] = [
                "move_order(): what if another worker has moved the order since this one read it? "
                "What does Saga.move() expect it to return then?",
                "The UPDATE must find the row only if it still has the previous status (compare and "
-               "set): AND status = :previous.")),
+               "set): AND status = :previous."),
+        related="crash"),
 ]
