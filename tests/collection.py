@@ -308,13 +308,15 @@ class WritableCollectionTests(CollectionTests):
     def test_an_invalid_body_is_422_and_names_every_wrong_field_at_once(self):
         before = self.stored()
         for content, fields in self.wrong_bodies():
+            source = f" (a body in {type(self).__name__}.wrong)" * ((content, fields) in self.wrong)
             for method, target in (("POST", self.path), ("PUT", self.one)):
                 with self.subTest(method, content=f"{content!r:.60}"):
                     answer = self.ask(method, target, content)
                     self.assert_refused(answer, 422, before, self.about(method, target, content))
                     errors = answer.json["errors"]
                     self.assertEqual(sorted(error["field"] for error in errors), sorted(fields),
-                                     f"the wrong fields of {method} {target} {content!r:.200}")
+                                     f"the wrong fields of {method} {target} "
+                                     f"{content!r:.200}{source}")
                     for error in errors:
                         self.assertRegex(error["detail"], "^(must be|is not)")
 

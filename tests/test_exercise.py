@@ -202,6 +202,14 @@ class CollectionTest(unittest.TestCase):
             [(_, printed)] = copied.failures
             self.assertIn(expected, printed, "what the test prints")
 
+    def test_a_body_whose_wrong_fields_are_others_than_the_class_says_is_found_in_it(self):
+        case = test_users.UsersTest(
+            "test_an_invalid_body_is_422_and_names_every_wrong_field_at_once")
+        case.wrong = [({"name": "Ann", "stock": 1}, ["price"])]
+        [(_, printed), *_] = case.run().failures
+        self.assertIn("the wrong fields of POST /users {'name': 'Ann', 'stock': 1} "
+                      "(a body in UsersTest.wrong)", printed)
+
     def test_a_text_that_is_too_long_is_refused_with_a_message_that_says_how_long_it_may_be(self):
         case = test_users.UsersTest(
             "test_an_invalid_body_is_422_and_names_every_wrong_field_at_once")
