@@ -12,6 +12,7 @@ delete that folder.
 """
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def check(copy: Copy) -> Iterator[str]:
             raise NotDone
     copy.note(done=True)
     yield f"\nDone: exercise {number}, {exercise.title}. All its tests pass."
-    yield f"Your code beside the original: {COMMAND} diff {number}"
+    yield f"Your code beside a solution: {COMMAND} diff {number}"
     if exercise.look:
         yield "\n" + draw_text(
             "To see it, start your shop, and ask its gateway in another terminal. For PORT, write "
@@ -127,13 +128,18 @@ def hint(copy: Copy) -> Iterator[str]:
     yield draw_text(f"Hint {given} of {len(hints)}: {hints[given - 1]}")
     if given == len(hints):
         yield draw_text(f"That was the last hint. {copy.exercise.answer} When your check passes, "
-                        f"{COMMAND} diff {copy.number} shows your code beside the original.")
+                        f"{COMMAND} diff {copy.number} shows your code beside a solution.")
 
 
 def diff(copy: Copy) -> Iterator[str]:
     if not copy.notes()["done"]:
         raise Refused(f"exercise {copy.number} is not done yet: {COMMAND} check {copy.number}")
-    yield copy.difference().rstrip() or "Your code is the same as the original."
+    with tempfile.TemporaryDirectory() as folder:
+        solution, title = TOP, "original"
+        if isinstance(copy.exercise, Addition):
+            solution, title = Path(folder, "model"), "model"
+            Copy(copy.number, copy.exercise, solution).make(copy.exercise.solve)
+        yield copy.difference(solution, title).rstrip() or f"Your code is the same as the {title}."
 
 
 COMMANDS = {"start": start, "check": check, "hint": hint, "diff": diff}
@@ -191,6 +197,10 @@ def main() -> None:
     except BrokenPipeError:  # what read our output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # such as a full disk, or a file where there should be a folder
+        print(f"{COMMAND}: {error.filename}: {error.strerror}" if error.filename
+              else f"{COMMAND}: {str(error)[:200]}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -316,6 +316,49 @@ class RunnerTest(SmallProject):
         test.unlink()
         self.assert_prints("check 1", 1, "not its tests", command)
 
+    def test_a_test_that_does_not_run_to_its_end_does_not_count(self):
+        self.run_command("start", "1")
+        write(self.top / ".exercises/1", {"microshop/__init__.py": "import os; os._exit(0)"})
+        self.assert_prints("check 1", 1, "    of 1 tests in")
+
+    def test_fewer_tests_than_in_the_original_do_not_count(self):
+        self.run_command("start", "1")
+        copy = Copy(1, FAULT, self.top / ".exercises/1")
+        with mock.patch("tests.exercises.copies.count_tests", return_value=3):
+            self.repair()
+            self.assertRegex(copy.find_failure("test_price").message, "of 3 tests .* only 2 have")
+
+    def test_a_start_that_was_killed_can_be_repeated(self):
+        write(self.top, {".exercises/1.draft/microshop/old.py": "half of a copy"})
+        self.assert_prints("start 1", 0, FAULT.story)
+        self.assertEqual([path.name for path in (self.top / ".exercises").iterdir()], ["1"])
+        self.assertFalse((self.code.parent / "old.py").exists(), "the rest of the first start")
+
+    def test_notes_that_are_damaged_count_as_none(self):
+        self.run_command("start", "1")
+        for text in ('{"hints": null, "done": true}', '{"done": "no"}', "[]", "7", "",
+                     '{"hints": -9, "done": false}', '{"hints": "x", "done": 1}'):
+            write(self.top, {".exercises/1/exercise.json": text})
+            self.assert_prints("hint 1", 0, "Hint 1 of 2")
+            self.assert_prints("diff 1", 2, "is not done yet")
+
+    def test_what_the_system_refuses_is_one_line(self):
+        write(self.top, {".exercises": "a file"})
+        self.assert_is_one_line("start 1", "Not a directory")
+
+    def test_an_addition_is_compared_with_the_model_solution(self):
+        def solve(top: Path) -> None:
+            write(top, {"microshop/price.py": SHOP["microshop/price.py"] + "# the model\n"})
+
+        addition = Addition(title=FAULT.title, pattern=FAULT.pattern, minutes=5, test=FAULT.test,
+                            further=(), may_change=(), solution=solve, story="", hints=(), look="/")
+        with mock.patch("tests.exercise.EXERCISES", [addition]):
+            self.run_command("start", "1")
+            write(self.top, {".exercises/1/tests/.swap": ""})
+            (self.top / ".exercises/1/tests/.swap").write_bytes(b"\xff\x00")  # an editor's
+            self.run_command("check", "1")
+            self.assert_prints("diff 1", 0, "model/microshop/price.py", "-# the model")
+
     def test_help_prints_how_to_use_it_and_list_prints_the_list(self):
         for word in ("-h", "--help", "help"):
             self.assert_prints(word, 0, "python -m tests.exercise start 3", "To begin again")

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import unittest
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ class Failure:
             lines[MESSAGE_LINES:] = ["    ..."]
         if self.raised_in_a_process:
             lines += ["  A process has logged:", draw_lines(self.raised_in_a_process, "    ")]
-        return "\n".join([draw_text(f"{self.sentence}{self.case}:", "  "), *lines])
+        title = [draw_text(f"{self.sentence}{self.case}:", "  ")] if self.sentence else []
+        return "\n".join([*title, *lines])
 
 
 def last_raised(text: str) -> str:
@@ -80,8 +82,9 @@ class Copy:
     def notes(self) -> dict[str, Any]:
         """Return how many hints were given, and whether the exercise is done."""
         try:
-            return {"hints": 0, "done": False, **json.loads((self.folder / NOTES).read_text())}
-        except (OSError, ValueError, TypeError):
+            notes = json.loads((self.folder / NOTES).read_text())
+            return {"hints": max(int(notes["hints"]), 0), "done": notes["done"] is True}
+        except (OSError, ValueError, TypeError, KeyError):  # a learner may have edited it
             return {"hints": 0, "done": False}
 
     def note(self, **notes: Any) -> None:
@@ -95,13 +98,16 @@ class Copy:
     # --- the files
 
     def make(self, change: Callable[[Path], None]) -> None:
-        """Copy the project here and change it, or leave nothing behind."""
-        self.folder.mkdir(parents=True)
+        """Copy the project here and change it, or leave nothing that looks like a copy."""
+        draft = self.folder.with_name(f"{self.folder.name}.draft")
+        shutil.rmtree(draft, ignore_errors=True)  # of a start that was killed
+        draft.mkdir(parents=True)
         try:
-            copy_project(self.folder)
-            change(self.folder)
+            copy_project(draft)
+            change(draft)
+            draft.rename(self.folder)
         except BaseException:
-            shutil.rmtree(self.folder)
+            shutil.rmtree(draft)
             raise
 
     def changed_tests(self) -> list[str]:
@@ -111,13 +117,13 @@ class Copy:
                 and (not (self.folder / name).is_file()
                      or (self.folder / name).read_bytes() != original.read_bytes())]
 
-    def difference(self) -> str:
-        """Return a diff from the original to this copy, of all that was added or changed."""
-        names = {name for top in (self.folder, TOP) for part in COPIED
+    def difference(self, solution: Path, title: str) -> str:
+        """Return a diff from a solution to this copy, of all that was added or changed."""
+        names = {name for top in (self.folder, solution) for part in COPIED
                  for name in files_below(top / part, top)}
         return "".join(
             line for name in sorted(names) for line in difflib.unified_diff(
-                lines_of(TOP / name), lines_of(self.folder / name), f"original/{name}",
+                lines_of(solution / name), lines_of(self.folder / name), f"{title}/{name}",
                 f"yours/{name}"))
 
     # --- what runs in it
@@ -156,9 +162,22 @@ class Copy:
                     raise
 
     def find_failure(self, test: str) -> Failure | None:
-        """Run a test, or a module of tests, with a name below tests."""
+        """Run a test, or a module of tests, with a name below tests.
+
+        It has also failed if fewer tests have run than the original has.
+        """
         status, printed = self.run("unittest", f"tests.{test}")
-        return Failure(printed) if status else None
+        if status:
+            return Failure(printed)
+        ran = re.search(r"(?m)^Ran (\d+) tests? ", printed)
+        count, expected = int(ran[1]) if ran else 0, count_tests(test)
+        return None if count >= expected else Failure(
+            f"of {expected} tests in tests.{test}, only {count} have run")
+
+
+def count_tests(test: str) -> int:
+    """Return how many tests the original has under a name below tests; 1 if it has no such name."""
+    return unittest.defaultTestLoader.loadTestsFromName(f"tests.{test}").countTestCases()
 
 
 def files_below(folder: Path, top: Path) -> dict[str, Path]:
@@ -169,4 +188,4 @@ def files_below(folder: Path, top: Path) -> dict[str, Path]:
 
 
 def lines_of(path: Path) -> list[str]:
-    return path.read_text().splitlines(keepends=True) if path.exists() else []
+    return path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
