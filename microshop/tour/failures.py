@@ -193,6 +193,19 @@ def deadline(tour: Tour) -> None:
     waited = max(span["duration"] / 1e6 for span in spans if span["name"] == "put products")
     tour.expect(f"The orders service waited for clearly less than {CALL_TIME:g} s",
                 waited, lambda seconds: seconds < CALL_TIME * 0.9)
+    refuse_late(tour)
+    show_hurry(tour)
+    tour.trade_off("""
+        The header could give the time of day at which the client stops waiting. But the clocks of
+        two machines differ, often by more than a request takes. The price: a service does not know
+        how long a request has been waiting to be read. In the trace above, the products service
+        carried out a request after its caller had given up: it did not know that it had been
+        paused.
+        """)
+
+
+def refuse_late(tour: Tour) -> None:
+    """Show that a request whose time is over is not worked on."""
     tour.say("""
         The order is stored, and the orders service will try again later. A request whose time is
         over is not worked on at all. Here we send one to users directly, as the gateway would:
@@ -202,14 +215,6 @@ def deadline(tour: Tour) -> None:
     tour.expect("The late request is refused", late.status, 503)
     name = tour.curl("/users/2").json["name"]
     tour.expect("The late request has changed nothing", name, "Bob")
-    show_hurry(tour)
-    tour.trade_off("""
-        The header could give the time of day at which the client stops waiting. But the clocks of
-        two machines differ, often by more than a request takes. The price: a service does not know
-        how long a request has been waiting to be read. In the trace above, the products service
-        carried out a request after its caller had given up: it did not know that it had been
-        paused.
-        """)
 
 
 def show_hurry(tour: Tour) -> None:
