@@ -1,6 +1,6 @@
 """Lanes: several processes that run the test suite together.
 
-The tests spend most of their time waiting for processes and deadlines, so three lanes take little
+The tests spend most of their time waiting for processes and deadlines, so four lanes take little
 more than a third of the time of one. A lane that is free takes the next class of tests; the tests
 of one class stay together. The runner prints the same as without lanes.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests import journal
 
-LANES = 3
+LANES = 4
 KINDS = ("failures", "errors", "skipped")  # attributes of a TestResult: each a list of (test, text)
 
 
