@@ -17,8 +17,8 @@ class Pattern(NamedTuple):
     """A row of the index."""
 
     name: str
-    meaning: str                     # in one sentence
     place: str                       # a module below microshop, and a name in it; "": in tests
+    meaning: str                     # in one sentence
     test: str                        # below tests
     chapter: str = ""                # the function of the chapter that shows it
     exercises: tuple[int, ...] = ()  # their numbers in tests/exercise.py
@@ -49,215 +49,174 @@ class Pattern(NamedTuple):
 
 
 INDEX = [
-    Pattern("API gateway",
+    Pattern("API gateway", "gateway:GatewayHandler.forward",
             "Clients talk to one process, which forwards their requests to the services.",
-            "gateway:GatewayHandler.forward",
             "test_gateway.ForwardingTest."
             "test_method_and_body_arrive_unchanged", "one_request"),
-    Pattern("Correlation id",
+    Pattern("Correlation id", "chassis.tracing:Trace.headers",
             "A request has one id, which is in the log of every process that works on it.",
-            "chassis.tracing:Trace.headers",
             "test_composition.CallTest."
             "test_all_calls_have_the_same_trace_and_correlation_id", "one_request", (1,)),
-    Pattern("Distributed tracing",
+    Pattern("Distributed tracing", "chassis.tracing:format_span",
             "A record of which process did what for a request, and when.",
-            "chassis.tracing:format_span",
             "test_traces.OneTraceTest."
             "test_the_id_of_a_try_is_the_parent_of_what_the_called_service_does", "one_request"),
-    Pattern("Database per service",
+    Pattern("Database per service", "users:Users",
             "Only one service uses a database; the others have to ask that service.",
-            "users:Users",
             "test_laws.RoomLawTest."
             "test_a_service_uses_only_its_own_tables_and_file", "own_data"),
-    Pattern("API composition",
+    Pattern("API composition", "gateway:GatewayHandler.compose",
             "One answer is put together from the answers of several services.",
-            "gateway:GatewayHandler.compose",
             "test_composition.MissingTest."
             "test_a_user_is_missing_if_the_service_cannot_be_reached", "own_data", (2,)),
-    Pattern("Audit of eventual consistency",
+    Pattern("Audit of eventual consistency", "audit:find_violations",
             "A check from outside that the databases agree.",
-            "audit:find_violations",
             "test_audit.ViolationTest."
             "test_each_kind_of_violation_is_found", "own_data"),
-    Pattern("Supervisor, restart with backoff",
+    Pattern("Supervisor, restart with backoff", "chassis.child:RestartPolicy",
             "A process that ends is started again, after a pause that doubles.",
-            "chassis.child:RestartPolicy",
             "chassis.test_child.RestartPolicyTest."
             "test_the_pauses_of_a_child_that_crashes_as_soon_as_it_is_ready_double",
             "service_gone", (10,)),
-    Pattern("Timeout",
+    Pattern("Timeout", "chassis.client:Client.call",
             "A call ends after some seconds, whatever the other side does.",
-            "chassis.client:Client.call",
             "chassis.test_client.DeadlineTest."
             "test_a_deadline_may_shorten_the_timeout_but_not_extend_it", "service_hangs"),
-    Pattern("Circuit breaker",
+    Pattern("Circuit breaker", "chassis.resilience:CircuitBreaker",
             "An instance that keeps failing gets no calls until a probe succeeds.",
-            "chassis.resilience:CircuitBreaker",
             "chassis.test_resilience.CircuitBreakerTest."
             "test_the_state_follows_from_the_history", "service_hangs", (7, 8)),
-    Pattern("Heartbeat",
+    Pattern("Heartbeat", "chassis.server:Heartbeat",
             "A process reports regularly; if it stops reporting, it hangs.",
-            "chassis.server:Heartbeat",
             "chassis.test_server.SupervisedTest."
             "test_a_supervised_service_sends_heartbeats_and_stops_when_the_supervisor_is_gone"),
-    Pattern("Deadline propagation",
+    Pattern("Deadline propagation", "chassis.handler:find_deadline",
             "Each call says how much time is left for it.",
-            "chassis.handler:find_deadline",
             "test_gateway.DeadlineTest."
             "test_the_service_gets_what_is_left_of_the_time_and_a_client_can_only_shorten_it",
             "deadline", (9,)),
-    Pattern("Bulkhead",
+    Pattern("Bulkhead", "chassis.resilience:Bulkhead",
             "At most N calls to one service at a time, so that it cannot block the others.",
-            "chassis.resilience:Bulkhead",
             "chassis.test_client.BulkheadTest."
             "test_a_service_that_hangs_occupies_a_limited_number_of_calls", "bulkhead", (6,)),
-    Pattern("Retry with backoff and jitter",
+    Pattern("Retry with backoff and jitter", "chassis.client:find_pause",
             "A call that failed is sent again, after a random pause that grows.",
-            "chassis.client:find_pause",
             "chassis.test_client.RetryTest."
             "test_a_pause_is_random_between_zero_and_a_limit_that_doubles"),
-    Pattern("Retry budget",
+    Pattern("Retry budget", "chassis.resilience:RetryBudget",
             "Retries are at most a small share of all calls.",
-            "chassis.resilience:RetryBudget",
             "chassis.test_client.RetryTest."
             "test_retries_stop_when_their_budget_is_spent", "", (11,)),
-    Pattern("Safe retry",
+    Pattern("Safe retry", "chassis.client:Call.is_idempotent",
             "A request is sent again only if it does no harm when it is carried out twice.",
-            "chassis.client:Call.is_idempotent",
             "chassis.test_client.RetryTest."
             "test_a_post_with_an_idempotency_key_is_retried_at_an_idempotent_receiver_only",
             "retries", (5,)),
-    Pattern("Idempotency key",
+    Pattern("Idempotency key", "orders:add_order",
             "The client gives its request a name, so that a repeat is recognized.",
-            "orders:add_order",
             "test_orders.IdempotencyKeyTest."
             "test_a_repeated_key_makes_no_second_order", "crash", (17,)),
-    Pattern("Service discovery by configuration",
+    Pattern("Service discovery by configuration", "chassis.config:service_url",
             "Settings say where a process finds the services that it calls.",
-            "chassis.config:service_url",
             "test_run_all.OpenShopTest."
             "test_orders_finds_the_services_that_an_order_needs"),
-    Pattern("Client-side load balancing",
+    Pattern("Client-side load balancing", "chassis.client:Upstream.choose",
             "The caller spreads its calls over the instances of a service.",
-            "chassis.client:Upstream.choose",
             "chassis.test_client.LoadBalancingTest."
             "test_the_instance_with_the_fewest_requests_in_flight_is_called"),
-    Pattern("Saga, orchestrated",
+    Pattern("Saga, orchestrated", "orders:Saga",
             "Small steps in several services, led by one of them, replace a transaction.",
-            "orders:Saga",
             "test_saga.StatusTest."
             "test_an_order_moves_only_along_the_arrows_of_the_diagram", "saga"),
-    Pattern("Compare and set",
+    Pattern("Compare and set", "orders:move_order",
             "A row is changed only if it still has the value that was read.",
-            "orders:move_order",
             "test_saga.InterleavingTest."
             "test_a_worker_that_is_too_late_does_not_confirm_a_cancelled_order", "", (19,)),
-    Pattern("Compensating transaction",
+    Pattern("Compensating transaction", "orders:Saga.release",
             "A step that undoes what an earlier step has done.",
-            "orders:Saga.release",
             "test_saga.IndefiniteAnswerTest."
             "test_an_order_is_not_cancelled_before_its_units_are_released", "saga", (18,)),
-    Pattern("Durable saga log",
+    Pattern("Durable saga log", "orders:add_order",
             "What has to be done is on disk before it begins, so a crash loses nothing.",
-            "orders:add_order",
             "test_saga.InterleavingTest."
             "test_an_order_is_in_the_file_before_any_service_is_called", "crash", (16,)),
-    Pattern("Eventual consistency",
+    Pattern("Eventual consistency", "orders:Saga.advance",
             "The databases may differ for a while, but agree in the end.",
-            "orders:Saga.advance",
             "test_saga.IndefiniteAnswerTest."
             "test_an_order_whose_reservation_gets_no_answer_stays_pending", "no_answer", (14,)),
-    Pattern("Idempotent receiver",
+    Pattern("Idempotent receiver", "products:reserve",
             "A request that arrives twice is carried out once.",
-            "products:reserve",
             "test_products.ReservationTest."
             "test_a_repeated_reserve_takes_the_units_once", "no_answer", (15,)),
-    Pattern("Tombstone",
+    Pattern("Tombstone", "products:release",
             "A marker for something that is gone: a late request cannot bring it back.",
-            "products:release",
             "test_products.ReservationTest."
             "test_a_reserve_that_arrives_after_its_release_is_refused", "tombstone", (12, 13)),
-    Pattern("Optimistic concurrency",
+    Pattern("Optimistic concurrency", "chassis.handler:RouteHelpers.changing",
             "A change is made only if there was no other since the client looked.",
-            "chassis.handler:RouteHelpers.changing",
             "test_products.ProductsTest."
             "test_an_outdated_if_match_is_412_and_changes_nothing", "two_editors", (3, 4)),
-    Pattern("Load shedding",
+    Pattern("Load shedding", "chassis.listener:Listener.process_request",
             "What is too much is refused at once, so that the rest stays quick.",
-            "chassis.listener:Listener.process_request",
             "chassis.test_listener.FullServiceTest."
             "test_without_an_idle_connection_a_newcomer_gets_503_at_once_and_no_thread",
             "overload", (22,)),
-    Pattern("Slow client timeout",
+    Pattern("Slow client timeout", "chassis.handler:RequestReader.note_arrival",
             "A client that sends too slowly loses its connection.",
-            "chassis.handler:RequestReader.note_arrival",
             "chassis.test_handler.SlowClientTest."
             "test_the_time_for_a_body_does_not_begin_again_with_each_byte", "overload", (21,)),
-    Pattern("Rate limit",
+    Pattern("Rate limit", "chassis.admission:RateLimit",
             "A client may send at most N requests in a period.",
-            "chassis.admission:RateLimit",
             "test_gateway.RateLimitTest."
             "test_health_checks_do_not_count", "overload", (20,)),
-    Pattern("Access token",
+    Pattern("Access token", "gateway:GuardedHandler.check_client",
             "Each write must carry a secret that the shop knows.",
-            "gateway:GuardedHandler.check_client",
             "test_gateway.TokenTest."
             "test_every_write_needs_the_token_whatever_its_path"),
-    Pattern("Health check",
+    Pattern("Health check", "chassis.handler:Handler.health",
             "A URL that tells a monitor whether a process works.",
-            "chassis.handler:Handler.health",
             "chassis.test_handler.RouteTest."
             "test_only_the_health_of_a_service_that_drains_without_a_successor_is_503"),
-    Pattern("Graceful drain",
+    Pattern("Graceful drain", "chassis.server:Service.drain",
             "A process that has to end first finishes the requests that it has begun.",
-            "chassis.server:Service.drain",
             "chassis.test_server.DrainTest."
             "test_requests_in_flight_are_finished_and_idle_connections_are_closed",
             "rolling_restart", (23,)),
-    Pattern("Rolling restart",
+    Pattern("Rolling restart", "chassis.supervisor:RollingRestart",
             "One process after another is replaced, and no request fails.",
-            "chassis.supervisor:RollingRestart",
             "test_run_all.RollingRestartTest."
             "test_where_a_new_process_fails_the_old_one_goes_on_and_the_others_stay",
             "rolling_restart", (24,)),
-    Pattern("Metrics",
+    Pattern("Metrics", "chassis.telemetry:service_families",
             "Counts and durations that a monitoring system collects.",
-            "chassis.telemetry:service_families",
             "test_metrics.CountTest."
             "test_requests_are_counted_by_method_route_and_status"),
-    Pattern("Problem details",
+    Pattern("Problem details", "chassis.errors:ServiceError",
             "All errors are JSON documents of one form (RFC 9457).",
-            "chassis.errors:ServiceError",
             "chassis.test_answer.DescribeTest."
             "test_an_error_is_a_problem_document_with_the_id_of_its_request"),
-    Pattern("Published API (OpenAPI)",
+    Pattern("Published API (OpenAPI)", "chassis.openapi:make_document",
             "A document that programs can read says what the API offers.",
-            "chassis.openapi:make_document",
             "test_openapi.ServicesTest."
             "test_each_route_is_published_and_nothing_else"),
-    Pattern("Externalized configuration",
+    Pattern("Externalized configuration", "chassis.config:read",
             "Settings come from outside: flags and environment variables.",
-            "chassis.config:read",
             "test_run_all.EndedShopTest."
             "test_a_flag_wins_over_its_environment_variable"),
-    Pattern("Schema version",
+    Pattern("Schema version", "chassis.database:Database._upgrade",
             "A database file knows its version, and a newer program upgrades it.",
-            "chassis.database:Database._upgrade",
             "chassis.test_database.SchemaTest."
             "test_an_older_file_is_upgraded", "", (26,)),
-    Pattern("Microservice chassis",
+    Pattern("Microservice chassis", "chassis",
             "The code that every process needs, without any business rule.",
-            "chassis",
             "test_laws.RoomLawTest."
             "test_the_chassis_does_not_know_what_the_shop_sells", "", (25,)),
-    Pattern("Consumer-driven contract",
+    Pattern("Consumer-driven contract", "",
             "Each caller writes down what it needs, and the called service tests that.",
-            "",
             "test_contracts.ProvidersTest."
             "test_each_provider_keeps_its_contracts"),
-    Pattern("Chaos test",
+    Pattern("Chaos test", "",
             "Faults are injected while clients work, and no order may be lost.",
-            "",
             "test_chaos.OneRunTest."
             "test_every_order_is_stored_once_and_as_its_client_was_answered_and_the_stock_adds_up"),
 ]
