@@ -384,7 +384,8 @@ class WritableCollectionTests(CollectionTests):
             answer = self.ask("GET", self.one, If_None_Match=tag)
             self.assertEqual((answer.status, answer.body), (304, b""))
             self.assertEqual(answer.headers["etag"], known)
-        self.ask("PUT", self.one, self.content)
+        changed = self.ask("PUT", self.one, self.content)
+        self.assertEqual(changed.status, 200, f"PUT {self.one} {self.content}: {changed.body!r}")
         answer = self.ask("GET", self.one, If_None_Match=known)
         self.assertEqual(answer.json, {"id": self.item["id"], **self.content})
 

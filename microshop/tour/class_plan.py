@@ -50,8 +50,9 @@ one fault. Prior knowledge: HTTP, some Python, what a process and a signal are.
           top folder; `diff` shows it beside theirs.
   80-90   Chapter 15, the version that most of us write first. Ask: which of its
           faults did your last project have? What is not shown here (see below)?
-  Board   gone: 502, hangs: 504, breaker open: 503;  pending, confirmed,
-          rejected, cancelling, cancelled;  same key, same order
+  Board   gone: tried again, then 502; hangs: 504; breaker open: 503
+          pending, confirmed, rejected, cancelling, cancelled
+          same key, same order
 
 Without thinking, a chapter takes 1 to 5 seconds (chapter 13: 12); with two
 questions and 60 to 130 lines to read, plan 8 to 10 minutes.

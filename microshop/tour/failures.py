@@ -59,9 +59,9 @@ def service_gone(tour: Tour) -> None:
     """A service is gone."""
     tour.say("""
         Processes end: they have a bug, or the memory is full, or a person makes a mistake. The
-        supervisor (run_all) starts a service again that has ended. It also keeps the listening
-        socket of the service open. So meanwhile, new connections are not refused: they wait in the
-        queue of that socket.
+        supervisor (run_all) starts a service again that has ended. It also holds the port of the
+        service open. So meanwhile, new connections are not refused: they wait until the new process
+        accepts them.
 
         Here the users service gets a request, and is killed before it can answer. To be sure that
         it has the request by then, we pause it first.
@@ -82,10 +82,10 @@ def service_gone(tour: Tour) -> None:
     tour.trade_off(f"""
         The supervisor could start a service at once, each time. But some services fail whenever
         they start, for instance because of a damaged file. They would then start and fail without
-        end, use a whole core, and fill the disk with their logs. So the pause doubles, up to
-        {RestartPolicy.LAST_PAUSE:g} s. A random part of it (jitter) keeps services that failed
-        together from starting together. The price: after many failures, a service stays away for
-        some seconds although it could run again.
+        end, use a whole core, and fill the disk with their logs. So the range of the pause doubles,
+        up to {RestartPolicy.LAST_PAUSE:g} s. A random part of it (jitter) keeps services that
+        failed together from starting together. The price: after many failures, a service stays away
+        for some seconds although it could run again.
         """)
 
 
@@ -93,13 +93,21 @@ def show_backoff(tour: Tour) -> None:
     """Show how long a service that is killed again and again stays away."""
     tour.predict(f"Now we kill the users service {KILLS} times more. How long does the supervisor "
                  "wait each time before it starts it again?")
+    shown = len(tour.shop.lines)
     for _ in range(KILLS):
         kill_and_wait(tour, "users")
         tour.curl("/users/1")
-    lines = tour.show_log("users was killed", "run_all")
-    pauses = [float(re.findall("again in ([0-9.]+) s", line)[0]) for line in lines]
+    tour.show_lines("run_all", since=shown)
+    first = RestartPolicy.FIRST_PAUSE
+    tour.say(f"""
+        Each pause is a random time in a range, and the range doubles: {first:g} to {2 * first:g} s
+        after the first end of a process, then {2 * first:g} to {4 * first:g} s, and so on. After
+        {RestartPolicy.HEALTHY_TIME:g} s without an end, it begins again.
+        """)
+    pauses = [float(pause) for line in tour.shop.lines[shown:]
+              for pause in re.findall("^run_all .*again in ([0-9.]+) s", line)]
     least = min(RestartPolicy.FIRST_PAUSE * 2 ** (KILLS - 1), RestartPolicy.LAST_PAUSE / 2)
-    tour.expect(f"The pauses double (backoff): the last one is at least {least:g} s",
+    tour.expect(f"The ranges double (backoff): the last pause is at least {least:g} s",
                 pauses[-1], lambda pause: pause > least - 0.05)  # the log rounds it
 
 

@@ -17,6 +17,8 @@ def one_request(tour: Tour) -> None:
     answer = tour.curl("/users/1", show=("X-Request-Id",))
     tour.expect("The answer is 200", answer.status, 200)
     tour.say("""
+        (Of an answer's headers, only those are shown that matter here; your own curl prints more.)
+
         The gateway has given the request an id, a correlation id. It sends the id on, in the header
         X-Request-Id, and each process writes it into its log.
         """)

@@ -41,6 +41,7 @@ def overload(tour: Tour) -> None:
         same effect.
         """)
     tour.start_shop(f"--max-connections={CONNECTIONS}", f"--rate={RATE}/h")
+    tour.say("(In this chapter the gateway counts requests. Do not send any of your own.)")
     tour.predict(f"{CONNECTIONS} clients begin a POST, and each sends one byte every {DRIP:g} s. "
                  "What does the next client get: an answer, a long wait, or an error? And how long "
                  "do the slow ones keep their places?")
@@ -94,7 +95,8 @@ def drip(stream: SocketIO) -> Answer:
                 text = stream.read().decode()
                 break
             stream.write(b".")
-    _, status, reason = (text.partition("\r\n")[0] or "- 0 no answer").split(" ", 2)
+    line = text.partition("\r\n")[0]
+    _, status, reason = (line if line.startswith("HTTP/1.1 ") else "- 0 no answer").split(" ", 2)
     return Answer(int(status), reason, {}, text, time.monotonic() - began)
 
 
@@ -109,15 +111,16 @@ def exceed_rate(tour: Tour) -> None:
     left = RATE - CONNECTIONS - 1  # after the slow requests and the one after them
     tour.say(f"""
         Against a single client that asks too often, there is a rate limit. Here it may send {RATE}
-        requests an hour, even all of them together. Your address has sent {CONNECTIONS + 1} so far
-        that count: the slow ones, and the last one.
+        at once, and after that one more every {3600 / RATE:g} s. Your address has sent
+        {CONNECTIONS + 1} so far that count: the slow ones, and the last one. (The 503 does not
+        count: that request was not even read.)
         """)
     answers = tour.curl_at_once(AT_ONCE, "/users/1")
     tour.expect(f"{left} more get 200, and the others get 429 Too Many Requests",
                 Counter(answer.status for answer in answers), {200: left, 429: AT_ONCE - left})
     tour.say("""
         A monitor asks often, too. If it got 429, it would believe that the shop is down. So health
-        checks do not count.
+        checks do not count. (Your other requests get 429 for some minutes now.)
         """)
     tour.expect("A health check gets 200", tour.curl("/health/live").status, 200)
 

@@ -33,9 +33,10 @@ def saga(tour: Tour) -> None:
         undoes what an earlier step has done.
         """)
     tour.start_shop()
-    before = stock(tour)
     tour.predict(f"A client orders {UNITS} laptops. Which services does the orders service call, "
                  "and what has changed in which database when the answer comes?")
+    before = stock(tour)
+
     placed = tour.curl("/orders", data=ORDER)
     tour.show_trace(placed.id, "orders", "users", "products")
     tour.say("""
@@ -90,8 +91,7 @@ def crash(tour: Tour) -> None:
         memory is lost. What matters is what is on disk, and what other services have done already.
         """)
     tour.start_shop()
-    before = stock(tour)
-    order_id = kill_between_steps(tour)
+    order_id, before = kill_between_steps(tour)
     tour.expect(f"Order {order_id} is confirmed", lambda: status(tour, order_id), "confirmed")
     tour.expect(f"{UNITS} laptops have left the stock, not {2 * UNITS}",
                 before - stock(tour), UNITS)
@@ -109,8 +109,11 @@ def crash(tour: Tour) -> None:
         """)
 
 
-def kill_between_steps(tour: Tour) -> int:
-    """Place an order, and kill orders while it waits for products; return the order's id."""
+def kill_between_steps(tour: Tour) -> tuple[int, int]:
+    """Place an order, and kill orders while it waits for products.
+
+    Return the order's id, and how many laptops were free before.
+    """
     tour.say("""
         We kill the orders service at the worst moment: it has asked the products service to reserve
         units, and has no answer yet. To have time for that, we pause the products service first.
@@ -118,16 +121,17 @@ def kill_between_steps(tour: Tour) -> int:
         The client has given its order a name that it has made up, the Idempotency-Key. If it sends
         the request once more, it will use the same key.
         """)
-    tour.predict("Will the units be reserved, though the orders service is gone? What finishes "
-                 "the order? How many units leave the stock?")
+    tour.predict(f"The client orders {UNITS} laptops. Will they be reserved, though the orders "
+                 "service is gone? What finishes the order? How many units leave the stock?")
+    before = stock(tour)
     tour.pause("products")
     pending = tour.begin_curl("/orders", data=ORDER, headers=WITH_KEY)
     await_call(tour, pending)
-    stored = tour.find("orders", "orders", key=KEY)
+    stored = tour.find("orders", "orders", status="pending")
+    for row in stored:
+        tour.show_order(row["id"], "id", "key", "status", "reservation", "due")
     tour.expect("The order is on disk (pending: not decided yet), with its key, before the "
-                "products service has answered",
-                [row["status"] for row in stored], ["pending"])
-    row = tour.show_order(stored[0]["id"], "id", "key", "status", "reservation", "due")
+                "products service has answered", [row["key"] for row in stored], [KEY])
     tour.kill("orders")
     tour.resume("products")
     answer = tour.finish_curl(pending, ("Idempotency-Replayed",))
@@ -138,17 +142,23 @@ def kill_between_steps(tour: Tour) -> int:
         Without a repeated request, it resumes each unfinished order as well: the column due says
         when (in seconds since 1970).
         """)
+    show_two_reserves(tour, answer.id)
+    return stored[0]["id"], before
+
+
+def show_two_reserves(tour: Tour, request_id: str) -> None:
+    """Show the calls of the killed process, and those of the new one."""
     calls = [span["tags"]["http.status_code"]
-             for span in tour.show_trace(answer.id, "products")
+             for span in tour.show_trace(request_id, "products")
              if span["name"] == "put /reservations/{id}"]
     tour.expect("The reservation was sent twice, and made once", calls, ["201", "200"])
     tour.say("""
-        Two lines at the left have no caller: the killed process took the record of its calls with
-        it. Compare the two PUTs. The killed process sent the first: the products service reserved
-        the units (201), but no process was left to read the answer. The new one sent the same
-        again, with the same reservation id, and nothing changed (200).
+        Two lines of the trace are not indented: their caller is missing, since the killed process
+        took the record of its calls with it. (Idempotency-Replayed says that the order was stored
+        already when the request came.) Compare the two PUTs. The killed process sent the first: the
+        products service reserved the units (201), but no process was left to read the answer. The
+        new one sent the same again, with the same reservation id, and nothing changed (200).
         """)
-    return row["id"]
 
 
 def no_answer(tour: Tour) -> None:
@@ -159,9 +169,9 @@ def no_answer(tour: Tour) -> None:
         will it be carried out later? It cannot know. To see this, we pause the products service.
         """)
     tour.start_shop(f"--timeout={TIMEOUT}")
-    before = stock(tour)
     tour.predict("Which answer to the client is true then: 201 (confirmed), 409 (refused), 504 (no "
                  "answer in time), or another one?")
+    before = stock(tour)
     tour.pause("products")
     answer = tour.curl("/orders", data=ORDER, headers=WITH_KEY, show=("Location", "Retry-After"))
     tour.expect("The answer is 202: the order is accepted, but not decided", answer.status, 202)
@@ -175,22 +185,28 @@ def no_answer(tour: Tour) -> None:
     tour.say(f"""
         The orders service asks again in the background, after a wait that grows with each attempt,
         up to {RETRY_LAST:g} s (backoff). It sends the same reservation id, so the products service
-        recognizes the repeat.
+        recognizes the repeat. (No client has asked for this, so the request id is made from the
+        order's.)
         """)
     tour.expect(f"Order {row['id']} is confirmed, without any request from the client",
                 lambda: status(tour, row["id"]), "confirmed")
     tour.show_log(target, "products")
     tour.expect(f"It was asked twice, and {UNITS} laptops have left the stock, not {2 * UNITS}: it "
                 "is an idempotent receiver", before - stock(tour), UNITS)
-    again = tour.curl("/orders", data=ORDER, headers=WITH_KEY, show=("Idempotency-Replayed",))
-    tour.expect("The client repeats its request, and gets the final answer of its order: 201",
-                (again.status, again.json["id"]), (201, row["id"]))
+    repeat_order(tour, row["id"])
     tour.trade_off("""
         The orders service could take silence as a refusal, and answer 504. That is simple, but
         whenever the units were reserved all the same, they are lost to the shop. Or it could let
         the client wait until the answer comes, which may take hours. 202 is true at once. Its
         price: the client has to ask again.
         """)
+
+
+def repeat_order(tour: Tour, order_id: int) -> None:
+    """Send the same order again, with its key."""
+    again = tour.curl("/orders", data=ORDER, headers=WITH_KEY, show=("Idempotency-Replayed",))
+    tour.expect("The client repeats its request, and gets the final answer of its order: 201",
+                (again.status, again.json["id"]), (201, order_id))
 
 
 def tombstone(tour: Tour) -> None:
@@ -202,8 +218,8 @@ def tombstone(tour: Tour) -> None:
         it gets both, in any order.
         """)
     tour.start_shop(f"--timeout={TIMEOUT}")
-    before = stock(tour)
     tour.predict("What must the products service do if the DELETE comes first?")
+    before = stock(tour)
     tour.pause("products")
     answer = tour.curl("/orders", data={**ORDER, "userId": 2})
     tour.expect("No answer came, so the order is pending (202): it is not decided yet",

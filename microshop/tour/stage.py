@@ -207,7 +207,7 @@ class Tour(Stage):
         lines = poll(f"log lines with {request_id} of {', '.join(processes)}", find, is_there)
         if request_id in self.watch:
             self.choose_watch(self.watch)
-        self.print(f"(the log of all processes: the lines with {request_id})")
+        self.print(f"(the log of all processes: the lines with \"{request_id}\")")
         self.print(drawing.draw_lines("\n".join(lines)) + "\n")
         return lines
 

@@ -91,8 +91,9 @@ def show_mistakes(tour: Tour, gateway: Textbook) -> None:
     tour.expect("The textbook version answers 200, the shop 404",
                 (wrong.status, right.status), (200, 404))
     tour.say("""
-        A client of the textbook version now believes that it has user 9. The next client misspells
-        a field of a new user:
+        The textbook service ignores the rest of the path, and answers with all users: nothing has
+        reminded its author of that case. A client now believes that it has user 9. The next client
+        misspells a field of a new user:
         """)
     carol = {"nmae": "Carol"}
     wrong = tour.curl("/users", data=carol, to=gateway.name, show=("Content-Type",))

@@ -185,17 +185,20 @@ EXERCISES: list[Addition] = [
         solution=add_price,
         look="/products/101",
         story="""
-            Products get a price, in cents: an integer from 0 on. Shops that run already have
-            databases without it. After the update they must start as before, with all their
-            products and reservations; the old products cost 0 until someone sets their price.
+            Products get a field `price`, in cents: an integer from 0 on, which GET /products/101
+            shows. Shops that run already have databases without it. A database file knows the
+            version of its tables; a newer program upgrades an older file when it starts. After the
+            update they must start as before, with all their products and reservations; the old
+            products cost 0 until someone sets their price.
 
             POST /products may leave the price out: then it is 0. PUT must name it, as it must name
             the stock: a client that does not know prices must not set one to 0 by accident. The
             list of products stays as it is, and the published API knows the new field.
 
             The tests of products know all fields of a product, so you may change them here:
-            tests/test_products.py and tests/test_openapi.py. (The commands in README.md show
-            products, too, and run as tests. Leave them as they are in this exercise.)
+            tests/test_products.py and tests/test_openapi.py. Lines are at most 100 columns wide.
+            (The commands in README.md show products, too, and run as tests. Leave them as they are
+            in this exercise.)
             """,
         hints=("Everything is in microshop/products.py: SCHEMA, the two tables of fields, and the "
                "queries that read, insert and update a product. SCHEMA is a list of versions: what "
@@ -204,6 +207,6 @@ EXERCISES: list[Addition] = [
                "3, with an ALTER TABLE products ADD COLUMN that has a DEFAULT.",
                "FIELDS is for PUT, NEW_FIELDS for POST, where stock shows how a field gets a "
                "default. SELECT, INSERT and UPDATE name the columns: find_product, add_product, "
-               "change_product. Then run the tests in tests/test_products.py, and give their "
-               "bodies a price.")),
+               "change_product. Then the tests: item, insert, content, replaced and wrong in "
+               "tests/test_products.py, and the bodies that it and tests/test_openapi.py send.")),
 ]

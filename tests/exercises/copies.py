@@ -34,7 +34,7 @@ class Failure:
         self.test = name if name.startswith("tests.") else ""  # unless a module cannot be imported
         self.sentence = test.rpartition(".")[2].removeprefix("test_").replace("_", " ")
         text, _, journal = text.partition("\nWhat happened last:")
-        self.raised_in_a_process = last_raised(journal) if self.kind == "FAIL" else ""
+        self.raised_in_a_process = last_raised(journal)
         last = re.split(r"(?m)^(?:During handling|The above exception) .*$", text)[-1]
         raised = re.search(r"(?ms)^[\w.]*(?:Error|Exception|Exit|Interrupt)\b.*", last)
         message = raised[0] if raised else last

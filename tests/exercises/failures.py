@@ -79,10 +79,10 @@ EXERCISES: list[Exercise] = [
              "test_a_timeout_opens_the_circuit_breaker_unless_the_call_had_less_than_half_the_time",
         chapter="service_hangs",
         story="""
-            users hangs. Every client that asks for a user waits until the timeout is over, and
-            then gets 504, for as long as users hangs. It was different when users crashed: then
-            the circuit breaker of the gateway opened after a few failures, and clients got 503 at
-            once. This time it has stayed closed.
+            The users service hangs. Every client that asks for a user waits until the timeout is
+            over, and then gets 504, for as long as it hangs. It was different when the service
+            answered each request with 500: then the circuit breaker of the gateway opened after a
+            few failures, and clients got 503 at once. This time it has stayed closed.
             """,
         hints=(
             "A circuit breaker can count only what it is told. The client tells it how each try "
