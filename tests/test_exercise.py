@@ -328,6 +328,12 @@ class RunnerTest(SmallProject):
             self.repair()
             self.assertRegex(copy.find_failure("test_price").message, "of 3 tests .* only 2 have")
 
+    def test_a_test_that_never_ends_is_told_of(self):
+        self.run_command("start", "1")
+        self.code.write_text("while True: pass\n")
+        with mock.patch("tests.exercises.copies.TEST_TIME", 0.5):
+            self.assert_prints("check 1", 1, "did not end within 0.5 s", "ending the test")
+
     def test_a_start_that_was_killed_can_be_repeated(self):
         write(self.top, {".exercises/1.draft/microshop/old.py": "half of a copy"})
         self.assert_prints("start 1", 0, FAULT.story)
@@ -474,6 +480,16 @@ class ProofTest(SmallProject):
         test = SHOP["tests/test_price.py"]
         write(self.top, {"tests/test_price.py": test.replace(', "the price of 3 and 4"', "")})
         self.assertRegex(self.problems_of(), "should say more than: 11 != 7")
+
+    def test_a_chapter_that_differs_because_no_shop_starts_is_a_problem(self):
+        write(self.top, {"microshop/tour/__init__.py": "", "microshop/tour/__main__.py":
+                         "print('[!!]\\n  expected: the shop runs'); raise SystemExit(1)"})
+        self.assertRegex(self.problems_of(chapter="one_request"), "does not come out differently")
+
+    def test_a_chapter_that_shows_the_fault_is_proof(self):
+        write(self.top, {"microshop/tour/__init__.py": "", "microshop/tour/__main__.py":
+                         "print('HTTP/1.1 200 OK\\n[!!] differently'); raise SystemExit(1)"})
+        self.assertEqual(self.problems_of(chapter="one_request"), "")
 
     def test_a_test_that_fails_without_the_fault_is_a_problem(self):
         test = SHOP["tests/test_price.py"]

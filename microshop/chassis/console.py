@@ -6,6 +6,7 @@ import errno
 import os
 import queue
 import select
+import stat
 import threading
 from collections.abc import Callable, Sequence
 
@@ -31,7 +32,8 @@ class Console:
         self.title = title
         self._is_broken = False  # a line could not be printed: the reader of our output is gone
         self._output = select.poll()
-        self._output.register(STDOUT, 0)  # with 0, it tells only of what has gone
+        if stat.S_ISFIFO(os.fstat(STDOUT).st_mode) or os.isatty(STDOUT):  # others have no reader
+            self._output.register(STDOUT, 0)  # with 0, it tells only of what has gone
         self._lost = 0           # lines that were not printed, and not told of yet
         self._losing = threading.Lock()  # held to change _lost
         self._labels = make_labels(title, names, wants_colours and os.isatty(STDOUT))

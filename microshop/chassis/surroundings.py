@@ -19,6 +19,7 @@ MOST_FILES = 10_240
 def prepare() -> None:
     """Repair what this process has inherited."""
     open_missing_streams()
+    accept_any_text()
     reset_signals()
     raise_file_limit()
 
@@ -30,6 +31,16 @@ def open_missing_streams() -> None:
     os.close(stream)
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # None: it was closed when Python began
     sys.stderr = sys.stderr or open(2, "w", closefd=False)
+
+
+def accept_any_text() -> None:
+    """Let our streams write what their encoding does not have as an escape, like \\xe9.
+
+    A message may name a folder whose letters the user's locale does not know.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # it is no text file, as in a test
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def reset_signals() -> None:

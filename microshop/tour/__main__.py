@@ -153,7 +153,6 @@ def main() -> None:
     surroundings.prepare()
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # else it is ignored, as after nohup
         signal.signal(signal.SIGHUP, surroundings.exit_at_once)
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         sys.exit(0 if run() else 1)
     except SystemExit as end:

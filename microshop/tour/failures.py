@@ -137,6 +137,8 @@ def service_hangs(tour: Tour) -> None:
     tour.expect("The others get 503, and the users service is not called",
                 statuses(quick)[:CALLERS - 1], [503] * (CALLERS - 1))
     tour.expect("They learn when to try again", "retry-after" in quick[0].headers, True)
+    product = tour.curl("/products/101")
+    tour.expect("The circuit breaker for products is closed", product.status, 200)
     tour.expect("They wait less than the first ones", quick[CALLERS - 2].seconds,
                 lambda seconds: seconds < slow[0].seconds)
     show_probe(tour)

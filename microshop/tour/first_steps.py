@@ -1,4 +1,5 @@
 """The chapters about requests and data, before anything fails."""
+from microshop.chassis.config import TIMEOUT
 from microshop.tour.drawing import Answer
 from microshop.tour.stage import Tour
 
@@ -83,6 +84,8 @@ def expand_without_users(tour: Tour) -> None:
     answer = tour.curl("/orders/201?expand=user,product", show=("X-Complete", "Cache-Control"),
                        headers={"X-Request-Timeout": str(CLIENT_TIME)})
     tour.resume("users")
+    tour.expect(f"It does not have to wait for the gateway's own limit, {TIMEOUT.default} s",
+                answer.seconds, lambda seconds: seconds < float(TIMEOUT.default or 0))
     tour.expect("The order comes all the same, but not complete",
                 (answer.status, answer.headers.get("x-complete")), (200, "1/2"))
     tour.expect("Its product is there, and its user is null",

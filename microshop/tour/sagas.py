@@ -48,10 +48,7 @@ def saga(tour: Tour) -> None:
     tour.print(MOVES)
     tour.expect(f"The answer is 201, and {before - UNITS} of {before} laptops are free",
                 (placed.status, stock(tour)), (201, before - UNITS))
-    tour.say("If a service refuses, the order is rejected. It is stored, too, with the reason:")
-    rejected = tour.curl("/orders", data={**ORDER, "quantity": before})
-    tour.expect("The answer is 409, and the stock has not changed",
-                (rejected.status, stock(tour)), (409, before - UNITS))
+    reject(tour, before)
     cancel_slowly(tour, placed.json["id"])
     tour.expect(f"All {before} laptops are free again, and the databases agree",
                 (tour.show_audit(), stock(tour)), (True, before))
@@ -62,6 +59,17 @@ def saga(tour: Tour) -> None:
         it waits. Its price: clients see statuses like cancelling, and a step that changes another
         service needs one that undoes it.
         """)
+
+
+def reject(tour: Tour, quantity: int) -> None:
+    """Order more laptops than there are."""
+    before = stock(tour)
+    tour.say("If a service refuses, the order is rejected. It is stored, too, with the reason:")
+    rejected = tour.curl("/orders", data={**ORDER, "quantity": quantity})
+    row = tour.show_order(rejected.json["order"]["id"], "id", "quantity", "status", "reason")
+    tour.expect("The answer is 409, the stock has not changed, and the reason is stored",
+                (rejected.status, stock(tour), row["status"], bool(row["reason"])),
+                (409, before, "rejected", True))
 
 
 def cancel_slowly(tour: Tour, order_id: int) -> None:
@@ -131,7 +139,8 @@ def kill_between_steps(tour: Tour) -> tuple[int, int]:
     for row in stored:
         tour.show_order(row["id"], "id", "key", "status", "reservation", "due")
     tour.expect("The order is on disk (pending: not decided yet), with its key, before the "
-                "products service has answered", [row["key"] for row in stored], [KEY])
+                "products service has answered; it is due to be resumed if that takes too long",
+                [(row["key"], row["due"] is not None) for row in stored], [(KEY, True)])
     tour.kill("orders")
     tour.resume("products")
     answer = tour.finish_curl(pending, ("Idempotency-Replayed",))

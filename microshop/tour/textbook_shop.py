@@ -99,9 +99,10 @@ def show_mistakes(tour: Tour, gateway: Textbook) -> None:
     wrong = tour.curl("/users", data=carol, to=gateway.name, show=("Content-Type",))
     right = tour.curl("/users", data=carol, show=("Content-Type",))
     found = [answer.headers.get("content-type", "").partition(";")[0] for answer in (wrong, right)]
+    fields = {error["field"] for error in right.json["errors"]}
     tour.expect("The textbook version answers with HTML, for people; the shop answers with a "
                 "problem document (RFC 9457), for programs: it names the fields",
-                found, ["text/html", "application/problem+json"])
+                [*found, fields], ["text/html", "application/problem+json", {"name", "nmae"}])
 
 
 def show_pause(tour: Tour, users: Textbook, gateway: Textbook) -> None:

@@ -475,6 +475,10 @@ class BulkheadTest(ClientTest):
                              f"only call has failed ({error.__name__})")
 
     def test_a_call_that_is_retried_has_one_place_and_gives_it_back_once(self):
+        good = self.serve(Stub(ALICE))
+        self.call(good)
+        self.assertEqual(good.bulkhead.in_use, 0, "calls that have a place, after the only call "
+                                                  "has succeeded")
         users = self.serve(NOBODY)
         self.assertRaises(Unreachable, self.call, users)
         self.assertEqual(len(self.time.pauses), 2, "retries")

@@ -1,5 +1,7 @@
 """What a person sees of the processes: labels and colours, and every line if it is read."""
+import contextlib
 import os
+import socket
 import tempfile
 import threading
 import unittest
@@ -45,11 +47,14 @@ class LabelTest(unittest.TestCase):
 class ReaderTest(unittest.TestCase):
     """What a console that prints nothing knows of the reader of its output."""
 
-    def has_lost_reader(self, writer: int) -> bool:
+    def make_idle(self, writer: int) -> Console:
         with mock.patch.object(console, "STDOUT", writer):
             idle = Console("run_all", ["users"], wants_colours=False)
-            self.addCleanup(idle.close)
-            return idle.has_lost_reader()
+        self.addCleanup(idle.close)
+        return idle
+
+    def has_lost_reader(self, writer: int) -> bool:
+        return self.make_idle(writer).has_lost_reader()
 
     def test_the_end_of_a_pipes_reader_is_noticed_although_nothing_is_printed(self):
         reader, writer = os.pipe()
@@ -60,13 +65,19 @@ class ReaderTest(unittest.TestCase):
         os.close(reader)
         self.assertTrue(self.has_lost_reader(writer), "nothing can read the pipe any more")
 
-    def test_a_file_and_a_terminal_are_always_read(self):
-        with open(os.devnull, "wb") as null, tempfile.TemporaryFile() as file:
+    def test_a_file_and_a_terminal_are_always_read_and_a_datagram_needs_no_reader(self):
+        with (open(os.devnull, "wb") as null, tempfile.TemporaryFile() as file,
+              socket.socket(type=socket.SOCK_DGRAM) as datagrams):
+            datagrams.connect(("127.0.0.1", 1))
+            for _ in range(2):
+                with contextlib.suppress(ConnectionRefusedError):
+                    datagrams.send(b"refused")
             ours, theirs = os.openpty()
-            for output in (null.fileno(), file.fileno(), theirs):
+            for output in (null.fileno(), file.fileno(), theirs, datagrams.fileno()):
                 self.assertFalse(self.has_lost_reader(output))
+            idle = self.make_idle(theirs)
             os.close(ours)
-            self.assertTrue(self.has_lost_reader(theirs), "the terminal was closed")
+            self.assertTrue(idle.has_lost_reader(), "the terminal was closed")
             os.close(theirs)
 
 

@@ -38,6 +38,11 @@ class SurroundingsTest(unittest.TestCase):
             sys.exit(7)""", before=CLOSED)
         self.assertEqual(status, 7, "the exit status of a process that prints and exits with 7")
 
+    def test_letters_that_the_encoding_of_the_terminal_lacks_are_printed_as_escapes(self):
+        done = run("print('wéird'); print('päth', file=sys.stderr)",
+                   "os.environ['PYTHONIOENCODING'] = 'ascii'")
+        self.assertEqual(done, (0, "w\\xe9ird\np\\xe4th\n"))
+
     def test_the_exit_status_of_a_child_is_seen_although_the_parent_ignored_sigchld(self):
         done = run("print(subprocess.run(['sh', '-c', 'exit 7']).returncode)",
                    "signal.signal(signal.SIGCHLD, signal.SIG_IGN)")

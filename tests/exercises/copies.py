@@ -20,6 +20,7 @@ from tests.source import COPIED, copy_project
 NOTES = "exercise.json"  # in a copy: what its learner has done
 MESSAGE_LINES = 14       # of a failure that are shown
 PATIENCE = "20"          # seconds that a test waits in vain: a learner is watching
+TEST_TIME = 300.0        # seconds that a test, or a module of tests, may take
 END_TIME = 30.0          # seconds that an interrupted test has to end its processes
 
 
@@ -141,7 +142,7 @@ class Copy:
             try:
                 if self.is_interrupted:
                     self.interrupt()
-                printed, _ = self.running.communicate()
+                printed, _ = self.running.communicate(timeout=TEST_TIME)
             except BaseException:
                 print(f"(ending the test, up to {END_TIME:g} s; Ctrl-C again: at once)",
                       file=sys.stderr, flush=True)
@@ -166,7 +167,10 @@ class Copy:
 
         It has also failed if fewer tests have run than the original has.
         """
-        status, printed = self.run("unittest", f"tests.{test}")
+        try:
+            status, printed = self.run("unittest", f"tests.{test}")
+        except subprocess.TimeoutExpired:
+            return Failure(f"tests.{test} did not end within {TEST_TIME:g} s")
         if status:
             return Failure(printed)
         ran = re.search(r"(?m)^Ran (\d+) tests? ", printed)
