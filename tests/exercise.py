@@ -10,7 +10,6 @@
 The copy is in the folder .exercises/3. What happens in it changes nothing else. To begin again,
 delete that folder.
 """
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 from microshop.chassis import surroundings
 from microshop.tour.chapters import number_of
 from microshop.tour.drawing import WIDTH, draw_text
+from microshop.tour.own_shop import discard_output
 from tests.exercises import Addition, Exercise, adding, failures, first_steps, running, sagas
 from tests.exercises.copies import NOTES, Copy
 from tests.helpers import TOP
@@ -195,7 +195,7 @@ def main() -> None:
     except NotDone:
         sys.exit(1)
     except BrokenPipeError:  # what read our output has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         sys.exit(1)
     except OSError as error:  # such as a full disk, or a file where there should be a folder
         print(f"{COMMAND}: {error.filename}: {error.strerror}" if error.filename

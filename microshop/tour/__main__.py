@@ -4,7 +4,6 @@ What was done is remembered in the file .tour of the current folder.
 """
 import argparse
 import contextlib
-import os
 import signal
 import sqlite3
 import sys
@@ -17,11 +16,10 @@ from microshop.chassis import surroundings
 from microshop.tour import class_plan, index
 from microshop.tour.chapters import Chapter, all_chapters
 from microshop.tour.drawing import draw_lines, draw_text
-from microshop.tour.own_shop import Different
+from microshop.tour.own_shop import ENDINGS, Different, discard_output
 from microshop.tour.stage import Tour
 
 COMMAND = "python -m microshop.tour"
-ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NOTES = Path(".tour")  # the numbers of the chapters that were done here, one on a line
 
 
@@ -163,7 +161,7 @@ def main() -> None:
     except EOFError:  # instead of Enter
         sys.exit(0)
     except OSError as error:  # our output cannot be written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         if not isinstance(error, BrokenPipeError):
             print(f"{COMMAND}: {error.strerror}", file=sys.stderr)
         sys.exit(1)

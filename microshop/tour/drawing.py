@@ -5,6 +5,7 @@ What is meant to be copied (a command, the name of a test) is never broken.
 import json
 import re
 import shlex
+import signal
 import textwrap
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -61,6 +62,11 @@ def draw_curl(url: str, method: str, headers: dict[str, str], body: str | None) 
     if body is not None:
         words += ["-d", shlex.quote(body)]
     return " ".join(words)
+
+
+def draw_kill(pid: int, number: signal.Signals, name: str) -> str:
+    """Return the command that sends a signal to a process."""
+    return f"$ kill -{number.name.removeprefix('SIG')} {pid}    # {name}"
 
 
 def draw_answer(answer: Answer, shown: tuple[str, ...]) -> str:

@@ -142,7 +142,7 @@ def service_hangs(tour: Tour) -> None:
     tour.expect("They wait less than the first ones", quick[CALLERS - 2].seconds,
                 lambda seconds: seconds < slow[0].seconds)
     show_probe(tour)
-    tour.watch = f"#request={quick[0].id}"
+    tour.choose_watch(f"#request={quick[0].id}")
     tour.trade_off("""
         Each call could just wait for its timeout. But then every client waits in vain, however
         often the service has failed. And if it hangs because it has too much to do, more requests
@@ -170,7 +170,7 @@ def show_probe(tour: Tour) -> None:
     tour.resume("users")
     tour.print(f"$ until curl -sf localhost:{tour.port()}/users/1; do sleep 0.1; done\n")
     tour.expect("The users service answers again",
-                lambda: send(tour.port(), "GET", "/users/1", {}, None).status, 200)
+                lambda: send(tour.port(), "GET", "/users/1").status, 200)
     tour.shop.await_line("circuit breaker for users at .* closed")
     lines = tour.show_log("circuit breaker", "gateway")
     pauses = re.findall(r"opened (?:again )?for ([0-9.]+) s", "\n".join(lines))
@@ -260,9 +260,7 @@ def bulkhead(tour: Tour) -> None:
                 rejected.seconds, lambda seconds: seconds > BULKHEAD_TIME * 0.9)
     product = tour.curl("/products/101")
     tour.expect("The products service has a bulkhead of its own, and answers", product.status, 200)
-    tour.say("""
-        The calls that hang keep their places until their time is over:
-        """)
+    tour.say("The calls that hang keep their places until their time is over:")
     answers = [tour.finish_curl(each) for each in pending]
     tour.expect("They get 504", statuses(answers), [504] * LIMIT)
     tour.resume("users")

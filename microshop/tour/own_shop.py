@@ -16,6 +16,7 @@ from typing import Any
 
 PATIENCE = 60.0  # seconds: the bound on waits; reached only if what a chapter waits for never comes
 PAUSE = 0.01     # seconds between two looks
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that end the tour
 
 
 class Different(Exception):
@@ -90,8 +91,8 @@ class OwnShop:
 
     def find(self, pattern: str) -> re.Match | None:
         """Return the last line that matches, or None."""
-        found = [match for line in self.lines if (match := re.search(pattern, line))]
-        return found[-1] if found else None
+        matches = (re.search(pattern, line) for line in reversed(self.lines))
+        return next(filter(None, matches), None)
 
     def port(self, name: str) -> int:
         """Return the port of a process, like "gateway"."""
@@ -119,6 +120,11 @@ def plain_environment() -> dict[str, str]:
     """Return our environment without settings of a shop, and without proxies."""
     return {name: value for name, value in os.environ.items()
             if not name.startswith("MICROSHOP_") and not name.lower().endswith("_proxy")}
+
+
+def discard_output() -> None:
+    """Discard what could not be printed: else Python would try it again at its end, and fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def send_signal(pid: int, number: signal.Signals) -> None:

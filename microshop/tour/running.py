@@ -13,7 +13,7 @@ from pathlib import Path
 from socket import SocketIO
 
 from microshop.chassis.handler import BODY_TIME
-from microshop.tour.drawing import Answer
+from microshop.tour.drawing import Answer, draw_kill
 from microshop.tour.own_shop import PATIENCE, send_signal
 from microshop.tour.stage import Pending, Tour, send
 
@@ -152,7 +152,7 @@ def rolling_restart(tour: Tour) -> None:
         is a client refused. The old gateway gets no new requests now, but it still runs: it drains,
         that is, it waits for the request in flight. We let the old users process go on.
         """)
-    tour.print(f"$ kill -CONT {old}    # the old process of users\n")
+    tour.print(draw_kill(old, signal.SIGCONT, "the old process of users") + "\n")
     send_signal(old, signal.SIGCONT)
     answer = tour.finish_curl(pending, show=("Connection",))
     tour.choose_watch(f"#request={answer.id}")
@@ -182,7 +182,7 @@ def steady_load(tour: Tour, target: str) -> Iterator[list[Answer]]:
 
     def ask() -> None:
         while not is_over.is_set():
-            answers.append(send(port, "GET", target, {}, None))
+            answers.append(send(port, "GET", target))
 
     tour.print(f"$ while true; do curl -s localhost:{port}{target}; done    # Ctrl-C stops it\n")
     client = threading.Thread(target=ask, daemon=True)

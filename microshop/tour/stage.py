@@ -104,7 +104,7 @@ class Stage:
 
     def _signal(self, name: str, number: signal.Signals) -> None:
         pid = self.shop.signal(name, number)
-        self.print(f"$ kill -{number.name.removeprefix('SIG')} {pid}    # {name}\n")
+        self.print(drawing.draw_kill(pid, number, name) + "\n")
 
     # --- words
 
@@ -179,11 +179,11 @@ class Stage:
     def curl_at_once(self, count: int, target: str, *, to: str = "gateway",
                      headers: dict[str, str] | None = None) -> list[Answer]:
         """Send GETs at the same time; print the status and the time of each, as they come."""
-        port, fields = self.port(to), headers or {}
-        command = drawing.draw_curl(f"localhost:{port}{target}", "GET", fields, None)
+        port = self.port(to)
+        command = drawing.draw_curl(f"localhost:{port}{target}", "GET", headers or {}, None)
         shown = command.replace("curl -i", "curl -so /dev/null -w '%{http_code} %{time_total}\\n'")
         self.print(f"$ for n in $(seq {count}); do {shown} & done; wait")
-        pending = [Pending(f"GET {target}", lambda: send(port, "GET", target, fields, None))
+        pending = [Pending(f"GET {target}", lambda: send(port, "GET", target, headers))
                    for _ in range(count)]
         answers = sorted((each.wait() for each in pending), key=lambda answer: answer.seconds)
         for answer in answers:
@@ -205,7 +205,7 @@ class Tour(Stage):
             return bool(lines) and labels.issuperset(processes)
 
         lines = poll(f"log lines with {request_id} of {', '.join(processes)}", find, is_there)
-        if request_id in self.watch:
+        if request_id in self.watch:  # it is the last request
             self.choose_watch(self.watch)
         self.print(f"(the log of all processes: the lines with \"{request_id}\")")
         self.print(drawing.draw_lines("\n".join(lines)) + "\n")
@@ -221,7 +221,7 @@ class Tour(Stage):
         """Return the spans of a request, as soon as each of the services has recorded one."""
         def find() -> list[dict]:
             return [span for name in ("gateway", *SERVICES)
-                    for span in send(self.port(name), "GET", "/traces", {}, None).json
+                    for span in send(self.port(name), "GET", "/traces").json
                     if span["tags"].get("request.id") == request_id]
 
         def are_there(spans: list[dict]) -> bool:
@@ -242,7 +242,7 @@ class Tour(Stage):
 
     def metrics(self, of: str = "gateway") -> Metrics:
         """Return the metrics of a process."""
-        return parse_metrics(send(self.port(of), "GET", "/metrics", {}, None).body)
+        return parse_metrics(send(self.port(of), "GET", "/metrics").body)
 
     def in_flight(self, service: str, of: str = "gateway") -> int:
         """Return how many calls of a process to a service have not ended yet."""
@@ -250,23 +250,23 @@ class Tour(Stage):
 
     def show_order(self, order_id: int, *columns: str) -> dict:
         """Print these columns of an order's row, as it is on disk now; return all of it."""
-        [row] = self.rows("orders", "SELECT * FROM orders WHERE id = ?", order_id)
+        [row] = self.find("orders", "orders", id=order_id)
         self.print(f"(from the row of order {order_id} in orders.db)")
         self.print(drawing.draw_row({column: row[column] for column in columns}) + "\n")
         self.choose_watch(f"#order={order_id}")
         return row
 
-    def rows(self, service: str, query: str, *values: Any) -> list[dict]:
-        """Return rows of a service's database, which is opened only to read it."""
+    def find(self, service: str, table: str, **wanted: Any) -> list[dict]:
+        """Return the rows of a table whose columns have these values, like id=203.
+
+        The database is opened only to read it.
+        """
         path = Path(self.shop.folder(), f"{service}.db")
+        conditions = " AND ".join(f"{column} = ?" for column in wanted)
+        query = f"SELECT * FROM {table} WHERE {conditions}"
         with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
             database.row_factory = sqlite3.Row
-            return [dict(row) for row in database.execute(query, values)]
-
-    def find(self, service: str, table: str, **wanted: Any) -> list[dict]:
-        """Return the rows of a table whose columns have these values, like id=203."""
-        conditions = " AND ".join(f"{column} = ?" for column in wanted)
-        return self.rows(service, f"SELECT * FROM {table} WHERE {conditions}", *wanted.values())
+            return [dict(row) for row in database.execute(query, list(wanted.values()))]
 
     def show_audit(self) -> bool:
         """Run the audit on the shop's databases, print what it says; return whether they agree."""
@@ -277,14 +277,14 @@ class Tour(Stage):
         return done.returncode == 0
 
 
-def send(port: int, method: str, target: str, headers: dict[str, str],
-         body: str | None) -> Answer:
+def send(port: int, method: str, target: str, headers: dict[str, str] | None = None,
+         body: str | None = None) -> Answer:
     """Send a request on a connection of its own, as curl does. Status 0: there was no answer."""
     began = time.monotonic()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     with contextlib.closing(connection):
         try:
-            connection.request(method, target, body, headers)
+            connection.request(method, target, body, headers or {})
             response = connection.getresponse()
             text = response.read().decode()
         except (OSError, http.client.HTTPException) as error:

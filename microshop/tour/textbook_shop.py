@@ -1,18 +1,19 @@
 """The chapter about the version of the shop that textbooks show.
 
-That version is tests/textbook.py. It is no part of an installed package, so it may be missing.
+That version is tests/textbook.py. It is not part of an installed package, so it may be missing.
 """
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from microshop.tour.own_shop import PATIENCE, Different, plain_environment, send_signal
+from microshop.tour.drawing import draw_kill
+from microshop.tour.own_shop import (
+    ENDINGS, PATIENCE, Different, plain_environment, send_signal)
 from microshop.tour.stage import Tour, send
 
 TOP = Path(__file__).parents[2]
 TIMEOUT = 2  # seconds: the shop's --timeout
-ENDINGS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 class Textbook:
@@ -42,15 +43,13 @@ class Textbook:
         self.tour.also[self.name] = self.port
         return self
 
-
     def __exit__(self, *_: object) -> None:
         with self.process:
             self.process.kill()
 
     def signal(self, number: signal.Signals) -> None:
         send_signal(self.process.pid, number)
-        name = number.name.removeprefix("SIG")
-        self.tour.print(f"$ kill -{name} {self.process.pid}    # {self.name}")
+        self.tour.print(draw_kill(self.process.pid, number, self.name))
 
 
 def textbook(tour: Tour) -> None:
@@ -131,7 +130,7 @@ def show_kill(tour: Tour, users: Textbook, gateway: Textbook) -> None:
     lost = [tour.curl("/users", to=gateway.name).status]
     tour.curl("/users")
     tour.expect("The shop has started its service again: it answers 200",
-                lambda: send(tour.port(), "GET", "/users", {}, None).status, 200)
+                lambda: send(tour.port(), "GET", "/users").status, 200)
     lost.append(tour.curl("/users", to=gateway.name).status)
     tour.expect("The gateway of the textbook version closes the connection without an answer, now "
                 "and later: urlopen has raised an exception, and no process starts users again",
