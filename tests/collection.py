@@ -17,7 +17,6 @@ The attributes are explained in the two classes. One that is missing, or does no
 fails each test with a sentence that names it.
 """
 import contextlib
-import json
 import re
 import tempfile
 import threading
@@ -27,7 +26,7 @@ from unittest import mock
 
 from microshop.chassis import database
 from microshop.chassis.database import Database
-from tests.helpers import PATIENCE, ask, exchange, process, running, together
+from tests.helpers import PATIENCE, ask, ask_json, exchange, process, running, together
 
 LONGEST = 200  # characters of a text
 ABOUT_TEXTS = (f"a text has 1 to {LONGEST} characters, not only spaces, and none of them is a "
@@ -96,12 +95,8 @@ class CollectionTests:
             yield f"{own}.insert needs one placeholder, which is for the id: {self.insert}"
 
     def ask(self, method, target, content=None, **headers):
-        """Send a request, with JSON if there is `content`; If_Match="x" sends a header."""
-        headers = {name.replace("_", "-"): value for name, value in headers.items()}
-        if content is None:
-            return ask(self.server.server_port, method, target, headers)
-        body = json.dumps(content).encode()
-        return ask(self.server.server_port, method, target, {**JSON, **headers}, body)
+        """Ask the service, as ask_json() does."""
+        return ask_json(self.server.server_port, method, target, content, **headers)
 
     def get(self, target):
         return self.ask("GET", target)

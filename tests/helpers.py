@@ -152,6 +152,19 @@ def ask(port: int, method: str = "GET", target: str = "/", headers: dict[str, st
     return answered
 
 
+def ask_json(port: int, method: str, target: str, content: Any = None,
+             **headers: str) -> Answered:
+    """Send one request, with JSON if there is `content`.
+
+    A header is given as a keyword: Idempotency_Key="k".
+    """
+    fields = {name.replace("_", "-"): value for name, value in headers.items()}
+    if content is None:
+        return ask(port, method, target, fields)
+    fields = {"Content-Type": "application/json", **fields}
+    return ask(port, method, target, fields, json.dumps(content).encode())
+
+
 @contextlib.contextmanager
 def log_to_stderr() -> Iterator[None]:
     """Let logs in this process use sys.stderr, which a test may have redirected."""
@@ -213,17 +226,10 @@ class Shop(NamedTuple):
     orders: Any
 
     def ask(self, method: str, target: str, content: Any = None, **headers: str) -> Answered:
-        """Ask the service that owns the target, with JSON if there is `content`.
-
-        A header is given as a keyword: Idempotency_Key="k".
-        """
+        """Ask the service that owns the target, as ask_json() does."""
         owners = {"users": self.users, "orders": self.orders}
         server = owners.get(re.split("[/?]", target)[1], self.products)
-        fields = {name.replace("_", "-"): value for name, value in headers.items()}
-        if content is None:
-            return ask(server.server_port, method, target, fields)
-        fields = {"Content-Type": "application/json", **fields}
-        return ask(server.server_port, method, target, fields, json.dumps(content).encode())
+        return ask_json(server.server_port, method, target, content, **headers)
 
     def stock(self, product: int = 101) -> int:
         return self.ask("GET", f"/products/{product}").json["stock"]

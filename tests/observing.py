@@ -3,7 +3,6 @@
 A process records a request after it has sent the answer, so a test has to wait for the record.
 """
 import contextlib
-import json
 import re
 import socket
 import threading
@@ -12,7 +11,8 @@ from typing import Any
 
 from microshop import SERVICES
 from tests.formats import Metrics, Timing, parse_metrics, parse_server_timing, parse_spans
-from tests.helpers import PATIENCE, Answered, Process, ask, process, read_request, wait_until
+from tests.helpers import (
+    PATIENCE, Answered, Process, ask, ask_json, process, read_request, wait_until)
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 JSON_TYPE = {"Content-Type": "application/json"}
@@ -126,12 +126,8 @@ class RealShop:
                     if (match := re.search(rf"started {name} \(pid (\d+)\)", line))][-1])
 
     def ask(self, method: str, target: str, content: Any = None, **headers: str) -> Answered:
-        """Ask the gateway, as helpers.Shop.ask() does."""
-        fields = {name.replace("_", "-"): value for name, value in headers.items()}
-        if content is None:
-            return ask(self.gateway, method, target, fields)
-        return ask(self.gateway, method, target, {**JSON_TYPE, **fields},
-                   json.dumps(content).encode())
+        """Ask the gateway, as ask_json() does."""
+        return ask_json(self.gateway, method, target, content, **headers)
 
 
 @contextlib.contextmanager

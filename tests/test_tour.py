@@ -51,6 +51,8 @@ def run_tour(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 def shops_of(folder: Path) -> list[str]:
     """Return the processes that chapters have started with this folder for temporary files."""
+    if not Path("/proc/self/environ").exists():
+        raise unittest.SkipTest("no /proc on this system, so processes that are left are not seen")
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

@@ -4,7 +4,6 @@
 """
 import contextlib
 import importlib
-import json
 import sqlite3
 import tempfile
 import unittest
@@ -14,7 +13,7 @@ from typing import Any
 from microshop import SERVICES
 from microshop.products import SCHEMA, Products
 from tests.collection import WritableCollectionTests
-from tests.helpers import Answered, ask, process, running
+from tests.helpers import Answered, ask_json, process, running
 from tests.test_laws import missing_parts
 
 OLD_VERSION = 2
@@ -42,15 +41,10 @@ def sent(request: tuple) -> str:
 class AskingTestCase(unittest.TestCase):
     port: int
 
-    def ask(self, method: str, target: str, content: Any = None) -> Answered:
-        headers = {} if content is None else {"Content-Type": "application/json"}
-        body = None if content is None else json.dumps(content).encode()
-        return ask(self.port, method, target, headers, body)
-
     def assert_answer(self, request: tuple, status: int, content: Any = None,
                       when: str = "") -> Answered:
         """Send a request: method, target, content. Check what is answered."""
-        answer = self.ask(*request)
+        answer = ask_json(self.port, *request)
         asked = f"{sent(request)} {when}".rstrip()
         self.assertEqual(answer.status, status,
                          f"status of {asked}; the body was {answer.body.decode()}")
