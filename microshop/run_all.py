@@ -77,7 +77,7 @@ def plan_environment(listeners: dict[str, socket.socket]) -> dict[str, str]:
     """Return a copy of our environment, and add the URL of each process if it is not set there."""
     environment = dict(os.environ)
     for name in ("gateway", *SERVICES):
-        variable = f"MICROSHOP_{name.upper()}_URL"
+        variable = config.variable(f"{name}-url")
         if not environment.get(variable):  # an empty one counts as not set
             environment[variable] = local_url(listeners[name])
     return environment

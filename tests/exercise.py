@@ -18,7 +18,6 @@ from pathlib import Path
 from microshop.chassis import surroundings
 from microshop.tour.chapters import number_of
 from microshop.tour.drawing import WIDTH, draw_text
-from microshop.tour.own_shop import discard_output
 from tests.exercises import Addition, Exercise, adding, failures, first_steps, running, sagas
 from tests.exercises.copies import NOTES, Copy
 from tests.helpers import TOP
@@ -195,7 +194,7 @@ def main() -> None:
     except NotDone:
         sys.exit(1)
     except BrokenPipeError:  # what read our output has ended
-        discard_output()
+        surroundings.discard_output()
         sys.exit(1)
     except OSError as error:  # such as a full disk, or a file where there should be a folder
         print(f"{COMMAND}: {error.filename}: {error.strerror}" if error.filename

@@ -210,6 +210,11 @@ def read(program: str, settings: Sequence[Setting],
     return values
 
 
+def variable(name: str) -> str:
+    """Return the environment variable of the setting with this name."""
+    return "MICROSHOP_" + name.replace("-", "_").upper()
+
+
 def as_flags(values: argparse.Namespace, settings: Sequence[Setting]) -> list[str]:
     """Return flags for another process: those of the settings that were given to us as flags.
 
@@ -228,11 +233,11 @@ def _find_text(setting: Setting, flags: dict[str, str]) -> tuple[str, str | None
     """
     if setting.name in flags:
         return f"--{setting.name}", flags[setting.name]
-    variable = "MICROSHOP_" + setting.name.replace("-", "_").upper()
-    text = os.environ.get(variable)
+    name = variable(setting.name)
+    text = os.environ.get(name)
     if not text and setting.default is not None:
         text = setting.default
-    return variable, text
+    return name, text
 
 
 class _Parser(argparse.ArgumentParser):

@@ -43,6 +43,11 @@ def accept_any_text() -> None:
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
+def discard_output() -> None:
+    """Discard what could not be printed: else Python would try it again at its end, and fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def reset_signals() -> None:
     """Undo what a parent has set and exec() keeps: ignored and blocked signals.
 

@@ -16,7 +16,7 @@ from microshop.chassis import surroundings
 from microshop.tour import class_plan, index
 from microshop.tour.chapters import Chapter, all_chapters
 from microshop.tour.drawing import draw_lines, draw_text
-from microshop.tour.own_shop import ENDINGS, Different, discard_output
+from microshop.tour.own_shop import ENDINGS, Different
 from microshop.tour.stage import Tour
 
 COMMAND = "python -m microshop.tour"
@@ -161,7 +161,7 @@ def main() -> None:
     except EOFError:  # instead of Enter
         sys.exit(0)
     except OSError as error:  # our output cannot be written
-        discard_output()
+        surroundings.discard_output()
         if not isinstance(error, BrokenPipeError):
             print(f"{COMMAND}: {error.strerror}", file=sys.stderr)
         sys.exit(1)

@@ -122,11 +122,6 @@ def plain_environment() -> dict[str, str]:
             if not name.startswith("MICROSHOP_") and not name.lower().endswith("_proxy")}
 
 
-def discard_output() -> None:
-    """Discard what could not be printed: else Python would try it again at its end, and fail."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def send_signal(pid: int, number: signal.Signals) -> None:
     """Send a signal to a process, if it still runs."""
     with contextlib.suppress(ProcessLookupError):

@@ -1,0 +1,481 @@
+"""The same shop on Kubernetes: print a manifest, which needs no image but a stock one of Python.
+
+    python -m microshop.kubernetes | kubectl apply --server-side -f -
+
+Kubernetes does for many machines what run_all does on one:
+
+    run_all                                     Kubernetes
+    starts each module as a process             a Pod each: of a StatefulSet if it owns data, so
+                                                  that it keeps its volume; else of a Deployment
+    restarts it, after a growing pause          restartPolicy Always, with CrashLoopBackOff
+    kills it when its heartbeat stops           liveness probe
+    "ready": each process has said that         startup and readiness probes
+      it listens
+    keeps the listening socket open while       Service: a name and an address that stay; it leads
+      processes come and go                       to the pods that are ready
+    --workers: gateways share one port          replicas, behind one Service
+    tells each process where the others are     DNS: each Service has a name
+    SIGHUP: rolling restart                     RollingUpdate, whenever a pod template changes
+    SIGTERM, a grace period, then SIGKILL       the same, after preStop
+    the services listen on 127.0.0.1            NetworkPolicy
+    labels in front of the lines of the log     kubectl logs
+
+What cannot be had in this way: a service that owns data has one pod, since SQLite has one writer.
+
+Read from top to bottom: the settings, the processes, the source, the pods, the network, the
+workloads. The API is described at https://kubernetes.io/docs/reference/kubernetes-api/.
+
+Law: it prints; it talks to no cluster. Names, ports and settings come from the processes' classes.
+"""
+import ast
+import hashlib
+import importlib
+import json
+import math
+import re
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+from microshop import SERVICES
+from microshop.chassis import config, surroundings
+from microshop.chassis.server import Service
+
+Object = dict  # of the Kubernetes API
+
+TOP = Path(__file__).parent.parent
+HTTP_PORT, DNS_PORT = 80, 53
+SOURCE, DATA, TOKEN = "/app", "/data", "/run/microshop"  # where a pod finds them
+USER = 10001    # of every process: any number but 0, which is root
+PRESTOP = 5     # seconds until no node of the cluster sends clients to an ending gateway any more
+LAST_STEP = 5   # seconds after the grace period: the saga's last call (orders.CALL_TIME), closing
+CORE = "700m"   # thousandths of a core, above which one more gateway is started: it can use 1000
+
+
+# --- the settings
+
+def pattern(expression: str, what: str) -> Callable[[str], str]:
+    """Return a parser that accepts texts that match; `what` says what they are."""
+    def parse(text: str) -> str:
+        if not re.fullmatch(expression, text):
+            raise ValueError(f"{text!r} is not {what}")
+        return text
+    return parse
+
+
+def checked(setting: config.Setting) -> config.Setting:
+    """Return a setting whose value is its text: it is not for us, but for a process in a pod."""
+    def parse(text: str) -> str:
+        setting.parse(text)
+        return text
+    return setting._replace(parse=parse)
+
+
+NAME = pattern("[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?", "a name in Kubernetes, like a-z, 0-9 and -")
+PASSED_ON = [checked(setting) for setting in (*config.FOR_GATEWAY, *config.SHARED)
+             if setting.name != "token-file"]
+OPTIONS = [
+    config.Setting("image", pattern(r"[\w.:/@-]+", "the name of an image"), "python:3.12-slim",
+                   "image with Python 3.11 or newer"),
+    config.Setting("replicas", config.count, "2", "number of gateways"),
+    config.Setting("autoscale", config.count, None,
+                   "let a HorizontalPodAutoscaler add gateways, up to this number"),
+    config.Setting("storage", pattern("[1-9][0-9]*[MGT]i", "a size, like 500Mi or 10Gi"), "1Gi",
+                   "size of each database's volume; Kubernetes cannot change it later"),
+    config.Setting("storage-class", NAME, None,
+                   "class of the volumes (default: the cluster's own default); not NFS, on which "
+                   "SQLite's write-ahead log does not work"),
+    config.Setting("expose", pattern("ClusterIP|NodePort|LoadBalancer",
+                                     "ClusterIP, NodePort or LoadBalancer"), "ClusterIP",
+                   "how the gateway can be reached: ClusterIP (within the cluster, or through an "
+                   "Ingress), NodePort or LoadBalancer"),
+    config.Setting("token-secret", NAME, "microshop-token",
+                   "name of the Secret with the token that every write needs, under the key token"),
+    config.Setting("scrape-from", NAME, None,
+                   "namespace whose pods may read the /metrics of the services, for Prometheus"),
+    config.Setting("live", config.switch, "", "add the live picture, for kubectl port-forward"),
+    *PASSED_ON,
+    config.QUIET,
+]
+
+
+def check(settings: Namespace) -> None:
+    """Raise ValueError if settings contradict each other."""
+    if settings.autoscale and settings.autoscale < settings.replicas:
+        raise ValueError(f"--autoscale: {settings.autoscale} is less than the {settings.replicas} "
+                         "of --replicas, which are always there")
+
+
+# --- the processes
+
+Process = type[Service]
+
+
+def process_of(name: str) -> Process:
+    """Return the class of the process with this name, like Users."""
+    module = importlib.import_module(f"microshop.{name}")
+    return next(value for value in vars(module).values()
+                if isinstance(value, type) and issubclass(value, Service) and value.name == name)
+
+
+def callees(process: Process) -> list[str]:
+    """Return the names of the processes that this one calls: it has a setting for each URL."""
+    return [setting.name.removesuffix("-url") for setting in process.options
+            if setting.name.endswith("-url")]
+
+
+def has_option(process: Process, name: str) -> bool:
+    return name in [setting.name for setting in (*process.options, *config.SHARED)]
+
+
+class Shop:
+    """What is to run, and with which settings."""
+
+    def __init__(self, settings: Namespace):
+        self.settings = settings
+        self.services = [process_of(name) for name in SERVICES]
+        self.gateway, self.live = process_of("gateway"), process_of("live")
+        self.processes = [*self.services, self.gateway, *([self.live] if settings.live else [])]
+
+    def callers(self, process: Process) -> list[str]:
+        return [other.name for other in self.processes if process.name in callees(other)]
+
+    def url(self, caller: Process, name: str) -> str:
+        """Return where a process finds another one: the name of a Service.
+
+        live asks every gateway for what it has counted, so it needs the addresses of all pods.
+        """
+        is_every_pod_asked = caller is self.live and name == self.gateway.name
+        return f"http://{name}{'-pods' if is_every_pod_asked else ''}:{process_of(name).port}"
+
+    def variables(self, process: Process) -> dict[str, str]:
+        """Return the environment of a process: it holds its settings, and how to run Python."""
+        settings = {"host": "0.0.0.0", "port": str(process.port), "data": DATA,
+                    "token-file": f"{TOKEN}/token",
+                    **{f"{name}-url": self.url(process, name) for name in callees(process)}}
+        for setting in PASSED_ON:
+            text = getattr(self.settings, setting.name.replace("-", "_"))
+            if text != setting.default:
+                settings[setting.name] = text
+        if self.settings.quiet:
+            settings["quiet"] = "1"
+        if process is self.live:  # it stays on 127.0.0.1, which kubectl port-forward reaches
+            del settings["host"]
+        own = {config.variable(name): text for name, text in settings.items()
+               if name == "port" or has_option(process, name)}
+        # The source is read-only, so Python cannot keep its compiled form there.
+        return {**own, "PYTHONPATH": SOURCE, "PYTHONDONTWRITEBYTECODE": "1",
+                "PYTHONUNBUFFERED": "1"}
+
+
+# --- the source
+#
+# Immutable ConfigMaps hold it, so the stock image of Python will do. The name of each has a hash of
+# its content: so new source means a new pod template, and that is a rollout. The old ConfigMap
+# stays, so `kubectl rollout undo` brings the old source back. A pod gets the modules that its
+# process imports, and no other: when one service changes, the others are not even restarted
+# (independent deployment). The chassis is one ConfigMap for all.
+
+def modules_of(*names: str) -> set[Path]:
+    """Return the files of these modules, and of all modules of microshop that they import."""
+    found: set[Path] = set()
+    names_to_find = [*names]
+    while names_to_find:
+        name = names_to_find.pop()
+        path = TOP.joinpath(*name.split("."))
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if path in found or not path.exists():  # the last part was a name in a module
+            continue
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names_to_find += [node.module, *[f"{node.module}.{alias.name}"
+                                                 for alias in node.names]]
+    return found
+
+
+def files_of(shop: Shop, process: Process) -> set[Path]:
+    """Return the files that a process needs."""
+    files = modules_of(f"microshop.{process.name}")
+    files |= set(TOP.glob(f"microshop/{process.name}.*"))  # live has a page
+    if process is shop.gateway:  # so that there is a place in the cluster to run the audit
+        files |= modules_of("microshop.audit")
+    return files
+
+
+def sources(shop: Shop) -> dict[str, dict[str, Object]]:
+    """Return the ConfigMaps of each process, by the folder whose files they hold.
+
+    There is one for each folder, mounted one inside the other, and its keys are the files' names.
+    """
+    everything = [*shop.services, shop.gateway, shop.live]  # else --live would change the chassis
+    files = {process.name: files_of(shop, process) for process in everything}
+    chassis = {path for paths in files.values() for path in paths if path.parent.name == "chassis"}
+    shared = config_map("chassis", chassis)
+    return {name: {"microshop": config_map(name, paths - chassis), "microshop/chassis": shared}
+            for name, paths in files.items()}
+
+
+def config_map(name: str, files: set[Path]) -> Object:
+    """Return a ConfigMap of these files. Kubernetes takes at most 1 MiB."""
+    texts = {path.name: path.read_text("utf-8") for path in sorted(files)}
+    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:10]
+    return {"apiVersion": "v1", "kind": "ConfigMap", "immutable": True, "data": texts,
+            "metadata": {"name": f"{name}-source-{digest}", "labels": labels(name)}}
+
+
+# --- the pods
+
+def labels(name: str) -> dict[str, str]:
+    """Return what selects the pods of a process."""
+    return {"app.kubernetes.io/name": name, "app.kubernetes.io/part-of": "microshop"}
+
+
+def selector(name: str) -> Object:
+    return {"matchLabels": labels(name)}
+
+
+def pod_template(shop: Shop, process: Process, of_source: dict[str, Object]) -> Object:
+    """Return the template of the pods in which a process runs."""
+    settings, name = shop.settings, process.name
+    grace = float(settings.grace) + LAST_STEP + (PRESTOP if process is shop.gateway else 0)
+    volumes, mounts = volumes_of(shop, process, of_source)
+    return {
+        "metadata": {"labels": labels(name), "annotations": scraping(shop, process)},
+        "spec": {
+            "containers": [container(shop, process, mounts)],
+            "volumes": volumes,
+            # The kubelet kills what has not ended by then.
+            "terminationGracePeriodSeconds": math.ceil(grace),
+            # Otherwise a Service called microshop would set MICROSHOP_PORT=tcp://...
+            "enableServiceLinks": False,
+            # The first process of a container ignores a SIGTERM for which it has no handler, and
+            # Python needs a moment until it has one. So let another process be the first.
+            "shareProcessNamespace": True,
+            # The lost packet of a look-up costs 1 s, not 5.
+            "dnsConfig": {"options": [{"name": "timeout", "value": "1"},
+                                      {"name": "attempts", "value": "2"}]},
+            # A process needs no rights in the cluster, and none of root.
+            "automountServiceAccountToken": False,
+            "securityContext": {
+                "runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER,
+                "fsGroup": USER, "fsGroupChangePolicy": "OnRootMismatch",  # so it may write to DATA
+                "seccompProfile": {"type": "RuntimeDefault"}},
+            # Several gateways run on different machines, as far as there are any.
+            "topologySpreadConstraints": [
+                {"maxSkew": 1, "topologyKey": "kubernetes.io/hostname",
+                 "whenUnsatisfiable": "ScheduleAnyway", "labelSelector": selector(name)}]}}
+
+
+def scraping(shop: Shop, process: Process) -> dict[str, str]:
+    """Return the annotations by which many setups of Prometheus find /metrics."""
+    if process is shop.live:
+        return {}
+    return {"prometheus.io/scrape": "true", "prometheus.io/port": str(process.port),
+            "prometheus.io/path": "/metrics"}
+
+
+def volumes_of(shop: Shop, process: Process,
+               of_source: dict[str, Object]) -> tuple[list[Object], list[Object]]:
+    """Return the volumes of a pod, without that of its database, and where they are mounted."""
+    volumes, mounts = [], []
+    for folder, configured in of_source.items():
+        name = folder.replace("/", "-")
+        volumes.append({"name": name, "configMap": {"name": configured["metadata"]["name"]}})
+        mounts.append({"name": name, "mountPath": f"{SOURCE}/{folder}", "readOnly": True})
+    # The rest of the file system is read-only, but SQLite needs temporary files for an index.
+    volumes.append({"name": "tmp", "emptyDir": {}})
+    mounts.append({"name": "tmp", "mountPath": "/tmp"})
+    if process.schema:
+        mounts.append({"name": "data", "mountPath": DATA})
+    if has_option(process, "token-file"):
+        # Pods wait until there is such a Secret: no write is ever open to everybody.
+        volumes.append({"name": "token", "secret": {
+            "secretName": shop.settings.token_secret, "optional": False, "defaultMode": 0o440}})
+        mounts.append({"name": "token", "mountPath": TOKEN, "readOnly": True})
+    return volumes, mounts
+
+
+def container(shop: Shop, process: Process, mounts: list[Object]) -> Object:
+    """Return the container of a pod: the process itself."""
+    # The pod's address is taken away from the Service while SIGTERM is on its way, and a process
+    # that gets it closes its port at once. So a gateway goes on listening for a moment. Not so a
+    # service: its only pod would just come back later.
+    stop = {"lifecycle": {"preStop": {"exec": {"command": ["sleep", str(PRESTOP)]}}}}
+    return {
+        "name": process.name,
+        "image": shop.settings.image,
+        "command": ["python", "-m", f"microshop.{process.name}"],
+        "env": [{"name": name, "value": value}
+                for name, value in shop.variables(process).items()],
+        "ports": [{"name": "http", "containerPort": process.port}],
+        "volumeMounts": mounts,
+        **probes(shop, process),
+        **(stop if process is shop.gateway else {}),
+        # Measured: 15 to 24 MiB. A limit on CPU would make a process wait while cores are idle.
+        "resources": {"requests": {"cpu": "100m", "memory": "64Mi"},
+                      "limits": {"memory": "256Mi"}},
+        "securityContext": {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True,
+                            "capabilities": {"drop": ["ALL"]}},
+        # `kubectl describe pod` shows the line that says which setting is wrong.
+        "terminationMessagePolicy": "FallbackToLogsOnError"}
+
+
+def probes(shop: Shop, process: Process) -> Object:
+    """Return how the kubelet finds out whether a pod is ready, and whether it must be restarted.
+
+    Liveness asks the process alone: gateways must not be restarted because a service hangs.
+    """
+    def ask(path: str, **times: int) -> Object:
+        if process is shop.live:  # the kubelet does not reach 127.0.0.1 of the pod
+            code = (f"import urllib.request as r; "
+                    f"r.urlopen('http://127.0.0.1:{process.port}{path}', timeout=4)")
+            return {"exec": {"command": ["python", "-c", code]}, "timeoutSeconds": 5, **times}
+        return {"httpGet": {"path": path, "port": "http"}, "timeoutSeconds": 5, **times}
+
+    return {
+        "startupProbe": ask("/health", periodSeconds=1, failureThreshold=60),
+        "readinessProbe": ask("/health", periodSeconds=2, failureThreshold=2),
+        # A process that hangs drains nothing: after 15 s of silence, it has 1 s to end.
+        "livenessProbe": ask("/health/live", periodSeconds=5, failureThreshold=3,
+                             terminationGracePeriodSeconds=1)}
+
+
+# --- the network
+
+def make(api: str, kind: str, name: str, spec: Object, of: str = "") -> Object:
+    """Return an object of the API. `of` names the process that it is for."""
+    return {"apiVersion": api, "kind": kind,
+            "metadata": {"name": name, "labels": labels(of or name)}, "spec": spec}
+
+
+def service(process: Process, port: int, **more: str) -> Object:
+    """Return a Service: a name in DNS, and an address that leads to the ready pods of a process.
+
+    Without a ready pod, it refuses connections at once. (A headless one, which has no address of
+    its own, would vanish from DNS.)
+    """
+    ports = [{"name": "http", "port": port, "targetPort": "http"}]
+    return make("v1", "Service", process.name,
+                {"selector": labels(process.name), "ports": ports, **more})
+
+
+def network_policy(shop: Shop, process: Process) -> Object:
+    """Return who may call a process, and whom it may call: others, and any name server."""
+    name = process.name
+    callers: list[Object] = [{"podSelector": selector(caller)} for caller in shop.callers(process)]
+    if shop.settings.scrape_from and process is not shop.live:
+        namespace = {"kubernetes.io/metadata.name": shop.settings.scrape_from}
+        callers.append({"namespaceSelector": {"matchLabels": namespace}})
+    ports = [{"port": process.port}]
+    spec: Object = {"podSelector": selector(name), "policyTypes": ["Ingress", "Egress"]}
+    if process is shop.gateway:
+        spec["ingress"] = [{"ports": ports}]  # from everybody
+    elif callers:
+        spec["ingress"] = [{"from": callers, "ports": ports}]
+    if called := callees(process):
+        spec["egress"] = [
+            *[{"to": [{"podSelector": selector(other)}],
+               "ports": [{"port": process_of(other).port}]} for other in called],
+            {"ports": [{"port": DNS_PORT, "protocol": kind} for kind in ("UDP", "TCP")]}]
+    return make("networking.k8s.io/v1", "NetworkPolicy", name, spec)
+
+
+# --- the workloads
+
+def stateful_set(shop: Shop, process: Process, template: Object) -> Object:
+    """Return what keeps one pod of a service that owns data, always with the same volume.
+
+    There is no PodDisruptionBudget for it: that would make it impossible to drain its machine.
+    """
+    settings = shop.settings
+    storage = {"accessModes": ["ReadWriteOnce"],
+               "resources": {"requests": {"storage": settings.storage}}}
+    if settings.storage_class:
+        storage["storageClassName"] = settings.storage_class
+    return make("apps/v1", "StatefulSet", process.name, {
+        "replicas": 1,  # SQLite has one writer
+        "serviceName": process.name,
+        # Otherwise a pod that never gets ready could not be replaced by a repaired one.
+        "podManagementPolicy": "Parallel",
+        "selector": selector(process.name),
+        "template": template,
+        "volumeClaimTemplates": [
+            {"metadata": {"name": "data", "labels": labels(process.name)}, "spec": storage}]})
+
+
+def deployment(process: Process, template: Object, **more: object) -> Object:
+    """Return what keeps pods of a process that owns no data; any of them will do."""
+    return make("apps/v1", "Deployment", process.name,
+                {"selector": selector(process.name), "template": template, **more})
+
+
+def gateway_objects(shop: Shop, template: Object) -> list[Object]:
+    """Return the gateways: never fewer than there should be, also while they are replaced."""
+    settings, name = shop.settings, shop.gateway.name
+    rolling = {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}}
+    # With an autoscaler, a number here would undo its choice at each apply.
+    number = {} if settings.autoscale else {"replicas": settings.replicas}
+    # Otherwise the clients' addresses would be those of the nodes, and --rate would see these.
+    local = {} if settings.expose == "ClusterIP" else {"externalTrafficPolicy": "Local"}
+    objects = [
+        service(shop.gateway, HTTP_PORT, type=settings.expose, **local),
+        deployment(shop.gateway, template, strategy=rolling, **number),
+        # Machines are drained one after another: at most one gateway is away.
+        make("policy/v1", "PodDisruptionBudget", name,
+             {"maxUnavailable": 1, "selector": selector(name)})]
+    if settings.autoscale:
+        target = {"type": "AverageValue", "averageValue": CORE}
+        objects.append(make("autoscaling/v2", "HorizontalPodAutoscaler", name, {
+            "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": name},
+            "minReplicas": settings.replicas, "maxReplicas": settings.autoscale,
+            "metrics": [{"type": "Resource", "resource": {"name": "cpu", "target": target}}]}))
+    return objects
+
+
+def live_objects(shop: Shop, template: Object) -> list[Object]:
+    """Return the live picture, and a headless Service: a name with the addresses of all gateways.
+
+    No other pod may call live, and no Service leads to it.
+    """
+    gateway = shop.gateway
+    every_pod = {"clusterIP": "None", "publishNotReadyAddresses": True,
+                 "selector": labels(gateway.name),
+                 "ports": [{"name": "http", "port": gateway.port}]}
+    return [make("v1", "Service", f"{gateway.name}-pods", every_pod, of=gateway.name),
+            deployment(shop.live, template, replicas=1, strategy={"type": "Recreate"})]
+
+
+def make_manifest(settings: Namespace) -> Object:
+    """Return the whole manifest, a List. What others need comes first."""
+    shop = Shop(settings)
+    source = sources(shop)
+    templates = {process.name: pod_template(shop, process, source[process.name])
+                 for process in shop.processes}
+    config_maps = {configured["metadata"]["name"]: configured for process in shop.processes
+                   for configured in source[process.name].values()}
+    items = [*config_maps.values(), *[network_policy(shop, one) for one in shop.processes]]
+    for one in shop.services:
+        items += [service(one, one.port), stateful_set(shop, one, templates[one.name])]
+    items += gateway_objects(shop, templates[shop.gateway.name])
+    if settings.live:
+        items += live_objects(shop, templates[shop.live.name])
+    return {"apiVersion": "v1", "kind": "List", "items": items}
+
+
+def main() -> None:
+    surroundings.prepare()
+    settings = config.read("microshop.kubernetes", OPTIONS, check)
+    try:
+        print(json.dumps(make_manifest(settings), indent=2), flush=True)
+    except BrokenPipeError:  # what read our output has ended
+        surroundings.discard_output()
+        sys.exit(1)
+    if sys.stdout.isatty():
+        print("kubernetes: this was a manifest; to apply it: "
+              "python -m microshop.kubernetes | kubectl apply --server-side -f -", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
