@@ -327,12 +327,13 @@ def process(*arguments: str, **environment: str) -> Iterator["Process"]:
 class Process:
     """A subprocess whose output, both streams together, is read in the background."""
 
-    def __init__(self, *arguments: str, folder: Path = TOP, **environment: str):
+    def __init__(self, *arguments: str, folder: Path = TOP, user: int | None = None,
+                 **environment: str):
         self.command = " ".join(["python -m", *arguments])
         self.popen = subprocess.Popen(
             [sys.executable, "-m", *arguments], cwd=folder, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-            env=clean_environment(PYTHONUNBUFFERED="1", **environment))
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, user=user,
+            env=clean_environment(**{"PYTHONUNBUFFERED": "1", **environment}))
         self.lines: list[str] = []
         self._news = threading.Condition()
         self._ended = False

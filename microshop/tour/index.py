@@ -203,6 +203,14 @@ INDEX = [
             "Settings come from outside: flags and environment variables.",
             "test_run_all.EndedShopTest."
             "test_a_flag_wins_over_its_environment_variable"),
+    Pattern("Independent deployment", "kubernetes:sources",
+            "A new version of one service replaces its own processes, and no others.",
+            "test_kubernetes.SourceTest."
+            "test_a_change_of_one_service_is_a_rollout_of_that_service_alone"),
+    Pattern("Container orchestration", "kubernetes:make_manifest",
+            "A cluster is told what should run, and keeps it running on many machines.",
+            "test_kubernetes.RunTest."
+            "test_the_pods_commands_run_a_shop_and_end_in_good_order"),
     Pattern("Schema version", "chassis.database:Database._upgrade",
             "A database file knows its version, and a newer program upgrades it.",
             "chassis.test_database.SchemaTest."
