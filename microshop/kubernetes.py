@@ -175,7 +175,7 @@ class Shop:
 # its content: so new source means a new pod template, and that is a rollout. The old ConfigMap
 # stays, so `kubectl rollout undo` brings the old source back. A pod gets the modules that its
 # process imports, and no other: when one service changes, the others are not even restarted
-# (independent deployment). The chassis is one ConfigMap for all.
+# (independent deployment). Pods whose content is the same, as of the chassis, share a ConfigMap.
 
 def modules_of(*names: str) -> set[Path]:
     """Return the files of these modules, and of all modules of microshop that they import."""
@@ -204,17 +204,15 @@ def files_of(shop: Shop, process: Process) -> set[Path]:
     return files
 
 
-def sources(shop: Shop) -> dict[str, dict[str, Object]]:
-    """Return the ConfigMaps of each process, by the folder whose files they hold.
+def source_of(shop: Shop, process: Process) -> dict[str, Object]:
+    """Return the ConfigMaps with the source of a process, by the folder whose files they hold.
 
     There is one for each folder, mounted one inside the other, and its keys are the files' names.
     """
-    everything = [*shop.services, shop.gateway, shop.live]  # else --live would change the chassis
-    files = {process.name: files_of(shop, process) for process in everything}
-    chassis = {path for paths in files.values() for path in paths if path.parent.name == "chassis"}
-    shared = config_map("chassis", chassis)
-    return {name: {"microshop": config_map(name, paths - chassis), "microshop/chassis": shared}
-            for name, paths in files.items()}
+    files = files_of(shop, process)
+    chassis = {path for path in files if path.parent.name == "chassis"}
+    return {"microshop": config_map(process.name, files - chassis),
+            "microshop/chassis": config_map("chassis", chassis)}
 
 
 def config_map(name: str, files: set[Path]) -> Object:
@@ -236,11 +234,11 @@ def selector(name: str) -> Object:
     return {"matchLabels": labels(name)}
 
 
-def pod_template(shop: Shop, process: Process, of_source: dict[str, Object]) -> Object:
+def pod_template(shop: Shop, process: Process, source: dict[str, Object]) -> Object:
     """Return the template of the pods in which a process runs."""
     settings, name = shop.settings, process.name
     grace = float(settings.grace) + LAST_STEP + (PRESTOP if process is shop.gateway else 0)
-    volumes, mounts = volumes_of(shop, process, of_source)
+    volumes, mounts = volumes_of(shop, process, source)
     return {
         "metadata": {"labels": labels(name), "annotations": scraping(shop, process)},
         "spec": {
@@ -277,10 +275,10 @@ def scraping(shop: Shop, process: Process) -> dict[str, str]:
 
 
 def volumes_of(shop: Shop, process: Process,
-               of_source: dict[str, Object]) -> tuple[list[Object], list[Object]]:
+               source: dict[str, Object]) -> tuple[list[Object], list[Object]]:
     """Return the volumes of a pod, without that of its database, and where they are mounted."""
     volumes, mounts = [], []
-    for folder, configured in of_source.items():
+    for folder, configured in source.items():
         name = folder.replace("/", "-")
         volumes.append({"name": name, "configMap": {"name": configured["metadata"]["name"]}})
         mounts.append({"name": name, "mountPath": f"{SOURCE}/{folder}", "readOnly": True})
@@ -450,11 +448,12 @@ def live_objects(shop: Shop, template: Object) -> list[Object]:
 def make_manifest(settings: Namespace) -> Object:
     """Return the whole manifest, a List. What others need comes first."""
     shop = Shop(settings)
-    source = sources(shop)
-    templates = {process.name: pod_template(shop, process, source[process.name])
-                 for process in shop.processes}
-    config_maps = {configured["metadata"]["name"]: configured for process in shop.processes
-                   for configured in source[process.name].values()}
+    config_maps: dict[str, Object] = {}
+    templates: dict[str, Object] = {}
+    for process in shop.processes:
+        source = source_of(shop, process)
+        config_maps |= {one["metadata"]["name"]: one for one in source.values()}
+        templates[process.name] = pod_template(shop, process, source)
     items = [*config_maps.values(), *[network_policy(shop, one) for one in shop.processes]]
     for one in shop.services:
         items += [service(one, one.port), stateful_set(shop, one, templates[one.name])]

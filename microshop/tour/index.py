@@ -203,7 +203,7 @@ INDEX = [
             "Settings come from outside: flags and environment variables.",
             "test_run_all.EndedShopTest."
             "test_a_flag_wins_over_its_environment_variable"),
-    Pattern("Independent deployment", "kubernetes:sources",
+    Pattern("Independent deployment", "kubernetes:source_of",
             "A new version of one service replaces its own processes, and no others.",
             "test_kubernetes.SourceTest."
             "test_a_change_of_one_service_is_a_rollout_of_that_service_alone"),
