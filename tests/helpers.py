@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -325,12 +325,16 @@ def process(*arguments: str, **environment: str) -> Iterator["Process"]:
 
 
 class Process:
-    """A subprocess whose output, both streams together, is read in the background."""
+    """A subprocess whose output, both streams together, is read in the background.
 
-    def __init__(self, *arguments: str, folder: Path = TOP, **environment: str):
+    `within` is a command that runs another one in surroundings of its own, like nsenter.
+    """
+
+    def __init__(self, *arguments: str, folder: Path = TOP, within: Sequence[str] = (),
+                 **environment: str):
         self.command = " ".join(["python -m", *arguments])
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", *arguments], cwd=folder, stdin=subprocess.DEVNULL,
+            [*within, sys.executable, "-m", *arguments], cwd=folder, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
             env=clean_environment(PYTHONUNBUFFERED="1", **environment))
         self.lines: list[str] = []
