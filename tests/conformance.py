@@ -6,6 +6,8 @@
     /openapi.json   openapi-spec-validator; schemathesis, which sends what the document allows and
                     what it forbids, to a shop without a token and to one with a token
     /traces, Server-Timing    the parsers of tests/formats.py
+    microshop.kubernetes      kubernetes-validate, for the oldest Kubernetes that the README names
+                              and for the newest; kubectl, without a cluster
 
 The packages go into a temporary environment. Each check prints a line; the exit status is 1 if one
 has failed, or if the packages cannot be had. With --if-possible, it is 0 in the second case.
@@ -26,12 +28,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.formats import FormatError, parse_metrics, parse_server_timing, parse_spans
-from tests.helpers import Answered, ask, exchange, wait_until
+from tests.helpers import TOP, Answered, ask, exchange, wait_until
 from tests.observing import JSON_TYPE, METRICS_TYPE, RealShop, real_shop
 from tests.peers import Absent, prepare
 
 # A newer schemathesis may have more checks: try it, then change the version.
-PACKAGES = ("prometheus_client", "openapi-spec-validator", "schemathesis==4.32.5")
+PACKAGES = ("prometheus_client", "openapi-spec-validator", "schemathesis==4.32.5",
+            "kubernetes-validate")
+TOOLS = {  # that are used if they are installed, and where they come from
+    "promtool": "Debian: apt-get install prometheus",
+    "kubectl": "https://kubernetes.io/docs/tasks/tools",
+}
 TOKEN = "s3cret"
 SEED, EXAMPLES = 13, 40   # of schemathesis: its random seed, and the cases for each operation
 TOOL_TIME = 120.0         # seconds after which a judge is ended; schemathesis takes about 17
@@ -46,6 +53,28 @@ READ_METRICS = """if True:
     json.dump([f"{sample.name} {sorted(sample.labels.items())} {float(sample.value)}"
                for family in families for sample in family.samples], sys.stdout)
 """
+
+# What Kubernetes' own schemas say; strict: they refuse unknown fields, too. Exit status 1 if it is
+# an error, or if there is no schema for a kind.
+OLDEST = "1.26"
+VALIDATE = """if True:
+    import json, sys
+    from kubernetes_validate import utils
+    items, errors = json.load(sys.stdin)["items"], []
+    for version in (sys.argv[1], utils.latest_version()):
+        for item in items:
+            try:
+                found = utils.validate(item, version, strict=True)
+                assert found == utils.major_minor(version), f"these are the schemas of {found}"
+            except Exception as error:
+                path = ".".join(map(str, getattr(error, "path", [])))
+                errors.append(f"{item['kind']} {item['metadata']['name']}, {version}: {path}: "
+                              f"{getattr(error, 'message', error)}")
+    print("\\n".join(errors) or f"{len(items)} items, Kubernetes {sys.argv[1]} and {version}")
+    sys.exit(bool(errors))
+"""
+MANIFESTS = ((), ("--live", "--autoscale=5", "--expose=LoadBalancer", "--rate=100/s",
+                  "--scrape-from=monitoring", "--storage-class=fast"))
 
 
 class Difference(NamedTuple):
@@ -192,6 +221,60 @@ def settings() -> str:
     return "\n".join([*lines, ""])
 
 
+def judge_manifest(tools: Path, flags: Sequence[str]) -> str:
+    """Let kubernetes-validate read each item of the manifest."""
+    return run_tool([f"{tools}/bin/python", "-c", VALIDATE, OLDEST],
+                    json.dumps(manifest(flags)).encode()).strip()
+
+
+def manifest(flags: Sequence[str]) -> dict[str, Any]:
+    return json.loads(run_tool([sys.executable, "-m", "microshop.kubernetes", *flags],
+                               folder=str(TOP)))
+
+
+def judge_manifest_with_kubectl(flags: Sequence[str]) -> str:
+    """Let kubectl decode each item into the types of Kubernetes. It needs no cluster for that."""
+    said = run_tool(["kubectl", "version", "--client", "-o=json"])
+    version = json.loads(said)["clientVersion"]["gitVersion"]  # like v1.32.4
+    if int(version.split(".")[1]) < int(OLDEST.split(".")[1]):
+        return f"not checked: kubectl {version} is older than {OLDEST}"
+    errors = [error for item in manifest(flags)["items"] for error in errors_of_kubectl(item)]
+    if errors:
+        raise Failed("\n".join(errors))
+    return version
+
+
+def errors_of_kubectl(item: dict[str, Any]) -> list[str]:
+    """Return what kubectl finds wrong with an item of the manifest.
+
+    `kubectl set --local` fails for wrong types and unknown kinds. Of items with pods, and of
+    Services, it prints what it has decoded: a field that it does not know is missing there.
+    """
+    what, change = f"{item['kind']} {item['metadata']['name']}", ["env", "X=y"]
+    if item["kind"] == "Service":
+        selector = item["spec"]["selector"].items()
+        change = ["selector", ",".join(f"{name}={value}" for name, value in selector)]
+    try:
+        decoded = run_tool(["kubectl", "set", change[0], "--local", "-f=-", "-o=json", change[1]],
+                           json.dumps(item).encode())
+    except Failed as failure:
+        is_decoded = "does not have a pod template" in str(failure)
+        return [] if is_decoded else [f"{what}: {failure}"]
+    return [f"{what}: kubectl knows no {path}" for path in lost(item, json.loads(decoded))]
+
+
+def lost(sent: Any, returned: Any, path: str = "") -> Iterator[str]:
+    """Yield the paths of what was sent and is not in what was returned, which may have more."""
+    if isinstance(sent, dict) and isinstance(returned, dict):
+        for key, value in sent.items():
+            yield from lost(value, returned.get(key), f"{path}.{key}")
+    elif isinstance(sent, list) and isinstance(returned, list) and len(sent) <= len(returned):
+        for number, value in enumerate(sent):
+            yield from lost(value, returned[number], f"{path}[{number}]")
+    elif sent != returned:
+        yield path
+
+
 # --- what happens before they judge
 
 def expect(answer: Answered, status: int) -> None:
@@ -263,7 +346,17 @@ def judge(tools: Path) -> int:
     with real_shop(MICROSHOP_TOKEN=TOKEN) as shop:
         report.check("a gateway with a token does what its document says, schemathesis",
                      judge_behaviour, tools, shop.gateway, TOKEN)
+    judge_deployment(report, tools)
     return report.failures
+
+
+def judge_deployment(report: Report, tools: Path) -> None:
+    """Judge what the shop says of clusters, as far as the tools are installed."""
+    for flags in MANIFESTS:
+        what = " ".join(["microshop.kubernetes", *flags])
+        report.check(f"{what}, kubernetes-validate", judge_manifest, tools, flags)
+        if shutil.which("kubectl"):
+            report.check(f"{what}, kubectl", judge_manifest_with_kubectl, flags)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -273,8 +366,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if_possible = parser.parse_args(arguments).if_possible
     try:
         with environment() as tools:
-            if not shutil.which("promtool"):
-                print("promtool is not installed (Debian: apt-get install prometheus)")
+            for tool, source in TOOLS.items():
+                if not shutil.which(tool):
+                    print(f"{tool} is not installed ({source})")
             sys.exit(1 if judge(tools) else 0)
     except Absent as absent:
         print(f"conformance is not checked: {absent}")
