@@ -18,6 +18,7 @@ Where to look:
     exercise.py exercises/      exercises for learners; proofs.py proves that each does what it says
     lanes.py                    runs the whole suite in several processes at once
     chaos.py fuzz.py soak.py bench.py conformance.py    longer runs; `make help` lists them
+    front.py                    the README's systemd unit and nginx, for conformance.py
     peers.py aiohttp_pair.py textbook.py    what bench.py compares the shop with; the tour shows
                                 textbook.py, too
 

@@ -8,6 +8,8 @@
     /traces, Server-Timing    the parsers of tests/formats.py
     microshop.kubernetes      kubernetes-validate, for the oldest Kubernetes that the README names
                               and for the newest; kubectl, without a cluster
+    the README's unit         systemd-analyze; and a shop is started with its command
+    the README's nginx.conf   nginx, in front of that shop
 
 The packages go into a temporary environment. Each check prints a line; the exit status is 1 if one
 has failed, or if the packages cannot be had. With --if-possible, it is 0 in the second case.
@@ -19,17 +21,24 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from microshop.chassis import wire
 from tests.formats import FormatError, parse_metrics, parse_server_timing, parse_spans
-from tests.helpers import TOP, Answered, ask, exchange, wait_until
-from tests.observing import JSON_TYPE, METRICS_TYPE, RealShop, real_shop
+from tests.front import block, find_tool, nginx, replaced, shop_of_unit
+from tests.helpers import (
+    TOP, Answered, ask, ask_json, exchange, read_request, together, upstream, wait_until)
+from tests.observing import JSON_TYPE, METRICS_TYPE, OK, RealShop, real_shop
 from tests.peers import Absent, prepare
 
 # A newer schemathesis may have more checks: try it, then change the version.
@@ -38,11 +47,15 @@ PACKAGES = ("prometheus_client", "openapi-spec-validator", "schemathesis==4.32.5
 TOOLS = {  # that are used if they are installed, and where they come from
     "promtool": "Debian: apt-get install prometheus",
     "kubectl": "https://kubernetes.io/docs/tasks/tools",
+    "systemd-analyze": "Debian: apt-get install systemd",
+    "nginx": "Debian: apt-get install nginx-light",
 }
 TOKEN = "s3cret"
 SEED, EXAMPLES = 13, 40   # of schemathesis: its random seed, and the cases for each operation
 TOOL_TIME = 120.0         # seconds after which a judge is ended; schemathesis takes about 17
 LINES, WIDTH = 60, 300    # of what a judge says, that are shown
+BEARER = {"Authorization": f"Bearer {TOKEN}"}
+RATE = "10000r/s"         # for nginx, where it is to refuse nothing
 ORDER = {"userId": 1, "productId": 101}
 
 # What the real parser of Prometheus finds, as JSON.
@@ -275,6 +288,88 @@ def lost(sent: Any, returned: Any, path: str = "") -> Iterator[str]:
         yield path
 
 
+def judge_unit() -> None:
+    """Let systemd-analyze read the unit; it must have nothing to say."""
+    with tempfile.TemporaryDirectory(prefix="microshop-conformance-") as folder:
+        unit = Path(folder, "microshop.service")
+        unit.write_text(replaced(block("ini"), {"/usr/bin/python3": sys.executable}))
+        if said := run_tool(["systemd-analyze", "verify", "--recursive-errors=no", str(unit)]):
+            raise Failed(said)
+
+
+def judge_front_connections() -> None:
+    """Count the connections that nginx opens to a gateway: it must keep one open, and use it."""
+    connections = []
+
+    def answer(connection: socket.socket) -> None:
+        connections.append(connection)
+        while request := read_request(connection):
+            connection.sendall(OK)
+            if b" HTTP/1.1\r\n" not in request or b"Connection: close" in request:
+                return
+
+    with upstream(answer) as url, nginx(int(url.rpartition(":")[2]), RATE) as port:
+        for _ in range(5):
+            expect(ask(port), 200)
+    if len(connections) != 1:
+        raise Failed(f"nginx opened {len(connections)} connections for 5 requests, not one")
+
+
+def judge_front() -> str:
+    """Send requests to a shop, which runs as the unit says, through nginx."""
+    with shop_of_unit(TOKEN) as shop:
+        judge_passing(shop.gateway)
+        with nginx(shop.gateway, "1r/m") as port:
+            expect(ask(port, target="/users"), 200)
+            wait_until(lambda: ask(port, target="/users").status == 429, "requests to get 429")
+        return judge_rolling_restart(shop)
+
+
+def judge_passing(gateway: int) -> None:
+    """Send requests that show what nginx passes on."""
+    with nginx(gateway, RATE) as port:
+        direct, passed = (ask(at, target="/users") for at in (gateway, port))
+        expect(passed, 200)
+        if passed.body != direct.body:
+            raise Failed(f"GET /users: {passed.body!r}, and without nginx {direct.body!r}")
+        for origin, status in (("https://shop.example.com", 201), ("https://evil.example", 403)):
+            expect(ask_json(port, "POST", "/orders", ORDER, **BEARER,
+                            Host="shop.example.com", Origin=origin), status)
+        expect(ask(gateway, target="/metrics"), 200)
+        expect(ask(port, target="/metrics", headers={"Host": "localhost"}), 403)
+        largest = b" " * wire.MAX_BODY
+        expect(ask(port, "POST", "/users", {**JSON_TYPE, **BEARER}, largest), 400)
+
+
+def judge_rolling_restart(shop: RealShop) -> str:
+    """Send reads and writes through nginx while SIGHUP replaces every process: none may fail."""
+    failures, counts, is_over = [], Counter(), threading.Event()
+
+    def send(method: str, status: int, *rest: Any) -> None:
+        while not is_over.is_set():
+            answer = ask(port, method, "/users", *rest)
+            counts[method] += 1
+            if answer.status != status:
+                failures.append(f"{method} /users: {answer.status} {answer.body[:WIDTH]!r}")
+
+    def restart() -> None:
+        try:
+            wait_until(lambda: len(counts) == 2, "the first answers")
+            shop.run_all.popen.send_signal(signal.SIGHUP)
+            shop.run_all.wait_for("every process has been replaced")
+        finally:
+            is_over.set()
+
+    with nginx(shop.gateway, RATE) as port:
+        write = partial(send, "POST", 201, {**JSON_TYPE, **BEARER}, b'{"name":"Carol"}')
+        read = partial(send, "GET", 200)
+        outcomes = together(restart, read, read, write, write)
+    failures += [repr(outcome) for outcome in outcomes if outcome is not None]
+    if failures:
+        raise Failed("\n".join([f"{len(failures)} failures, like these:", *failures[:5]]))
+    return f"{counts['GET']} reads, {counts['POST']} writes"
+
+
 # --- what happens before they judge
 
 def expect(answer: Answered, status: int) -> None:
@@ -351,12 +446,18 @@ def judge(tools: Path) -> int:
 
 
 def judge_deployment(report: Report, tools: Path) -> None:
-    """Judge what the shop says of clusters, as far as the tools are installed."""
+    """Judge what the shop says of clusters and servers, as far as the tools are installed."""
     for flags in MANIFESTS:
         what = " ".join(["microshop.kubernetes", *flags])
         report.check(f"{what}, kubernetes-validate", judge_manifest, tools, flags)
-        if shutil.which("kubectl"):
+        if find_tool("kubectl"):
             report.check(f"{what}, kubectl", judge_manifest_with_kubectl, flags)
+    if find_tool("systemd-analyze"):
+        report.check("the README's unit, systemd-analyze", judge_unit)
+    if find_tool("nginx"):
+        report.check("the README's nginx keeps connections", judge_front_connections)
+        report.check("the README's nginx in front of the unit's shop, a rolling restart",
+                     judge_front)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -367,7 +468,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with environment() as tools:
             for tool, source in TOOLS.items():
-                if not shutil.which(tool):
+                if not find_tool(tool):
                     print(f"{tool} is not installed ({source})")
             sys.exit(1 if judge(tools) else 0)
     except Absent as absent:

@@ -11,7 +11,7 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-from tests import conformance, peers
+from tests import conformance, front, peers
 from tests.formats import FormatError
 from tests.peers import Absent
 
@@ -87,6 +87,17 @@ class KubectlTest(unittest.TestCase):
             with self.subTest(change=change):
                 errors = conformance.errors_of_kubectl({**self.SERVICE, **change})
                 self.assertRegex("".join(errors), error or "^$")
+
+
+class FrontTest(unittest.TestCase):
+    def test_a_block_is_used_as_it_is_apart_from_what_must_be_replaced(self):
+        self.assertEqual(front.replaced("listen 80;", {"80": "8080"}), "listen 8080;")
+        with self.assertRaisesRegex(AssertionError, "does not contain '443'"):
+            front.replaced("listen 80;", {"443": "8443"})
+
+    def test_a_block_that_the_readme_does_not_have_is_an_error(self):
+        with self.assertRaisesRegex(AssertionError, "the README has 0 blocks ```fortran, not one"):
+            front.block("fortran")
 
 
 class DifferencesTest(unittest.TestCase):
