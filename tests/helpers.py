@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -325,15 +325,14 @@ def process(*arguments: str, **environment: str) -> Iterator["Process"]:
 
 
 class Process:
-    """A subprocess whose output, both streams together, is read in the background."""
+    """A subprocess whose output, both streams together, is read in the background.
 
-    def __init__(self, *arguments: str, folder: Path = TOP, user: int | None = None,
-                 **environment: str):
+    def __init__(self, *arguments: str, folder: Path = TOP, within: Sequence[str] = (),
+                 user: int | None = None, **environment: str):
         self.command = " ".join(["python -m", *arguments])
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", *arguments], cwd=folder, stdin=subprocess.DEVNULL,
+            [*within, sys.executable, "-m", *arguments], cwd=folder, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, user=user,
-            env=clean_environment(**{"PYTHONUNBUFFERED": "1", **environment}))
         self.lines: list[str] = []
         self._news = threading.Condition()
         self._ended = False

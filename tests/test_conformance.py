@@ -4,13 +4,14 @@ The judges themselves are not called here: they need packages.
 """
 import contextlib
 import io
+import shutil
 import sys
 import tomllib
 import unittest
 from pathlib import Path
 from unittest import mock
 
-from tests import conformance, peers
+from tests import conformance, front, peers
 from tests.formats import FormatError
 from tests.peers import Absent
 
@@ -64,6 +65,39 @@ class CheckTest(unittest.TestCase):
         with (mock.patch.object(conformance, "TOOL_TIME", 0.1),
               self.assertRaisesRegex(conformance.Failed, "took longer than 0.1 s")):
             conformance.run_tool(["sleep", "60"])
+
+
+class KubectlTest(unittest.TestCase):
+    SERVICE = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "users"},
+               "spec": {"selector": {"app": "users"}, "ports": [{"port": 3001}]}}
+
+    def test_what_was_sent_and_has_not_come_back_is_named_and_what_was_added_is_not(self):
+        sent = {"spec": {"ports": [{"port": 80, "prot": "TCP"}], "replicas": 2, "hosts": ["a"]}}
+        returned = {"spec": {"ports": [{"port": 80}, {}], "replicas": 3, "hosts": []}, "status": {}}
+        self.assertEqual(list(conformance.lost(sent, returned)),
+                         [".spec.ports[0].prot", ".spec.replicas", ".spec.hosts"])
+
+    @unittest.skipUnless(shutil.which("kubectl"), "kubectl is not installed")
+    def test_kubectl_notices_a_misspelt_field_a_wrong_type_and_an_unknown_version(self):
+        spec = self.SERVICE["spec"]
+        for change, error in (
+                ({}, None), ({"spec": {**spec, "prots": []}}, r"kubectl knows no \.spec\.prots$"),
+                ({"spec": {**spec, "ports": "80"}}, "cannot unmarshal string"),
+                ({"apiVersion": "v7"}, 'no kind "Service" is registered for version "v7"')):
+            with self.subTest(change=change):
+                errors = conformance.errors_of_kubectl({**self.SERVICE, **change})
+                self.assertRegex("".join(errors), error or "^$")
+
+
+class FrontTest(unittest.TestCase):
+    def test_a_block_is_used_as_it_is_apart_from_what_must_be_replaced(self):
+        self.assertEqual(front.replaced("listen 80;", {"80": "8080"}), "listen 8080;")
+        with self.assertRaisesRegex(AssertionError, "does not contain '443'"):
+            front.replaced("listen 80;", {"443": "8443"})
+
+    def test_a_block_that_the_readme_does_not_have_is_an_error(self):
+        with self.assertRaisesRegex(AssertionError, "the README has 0 blocks ```fortran, not one"):
+            front.block("fortran")
 
 
 class DifferencesTest(unittest.TestCase):
