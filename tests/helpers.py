@@ -327,12 +327,16 @@ def process(*arguments: str, **environment: str) -> Iterator["Process"]:
 class Process:
     """A subprocess whose output, both streams together, is read in the background.
 
+    `within` is a command that runs another one in surroundings of its own, like nsenter.
+    """
+
     def __init__(self, *arguments: str, folder: Path = TOP, within: Sequence[str] = (),
                  user: int | None = None, **environment: str):
         self.command = " ".join(["python -m", *arguments])
         self.popen = subprocess.Popen(
             [*within, sys.executable, "-m", *arguments], cwd=folder, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, user=user,
+            env=clean_environment(**{"PYTHONUNBUFFERED": "1", **environment}))
         self.lines: list[str] = []
         self._news = threading.Condition()
         self._ended = False
