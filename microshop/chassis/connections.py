@@ -18,7 +18,7 @@ from microshop.chassis.content import parse_json
 from microshop.chassis.errors import BadRequest
 from microshop.chassis.resolver import Resolver
 
-MAX_REPLY = 8 * 1024 * 1024   # bytes of a reply's body
+MAX_REPLY = 8 * 1024 * 1024   # bytes of a reply's body, unless a request allows more
 MAX_IDLE = 128                 # idle connections kept per address
 IDLE_TIME = 30.0               # seconds to keep one: less than a service does (answer.IDLE_TIME)
 MAX_AGE = 60.0                 # seconds to use one: then a name may lead to another instance
@@ -56,6 +56,7 @@ class Request(urllib.request.Request):
     """A request for KeepAliveHandler, and how far it got."""
 
     deadline = 0.0       # of time.monotonic
+    max_reply = MAX_REPLY
     is_retry = False     # then use a new connection: an old one may be why an attempt failed
     is_reuse = False     # whether it was sent on a connection that had been kept
     is_sent = False      # whether the service may have received any of it
@@ -92,7 +93,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
         is_reusable = False
         try:
             connection.send_request(request)
-            reply, is_reusable = connection.read_reply(request.get_method())
+            reply, is_reusable = connection.read_reply(request.get_method(), request.max_reply)
             return reply
         finally:
             if is_reusable:
@@ -197,16 +198,19 @@ class Connection:
         request.is_sent = True
         self.stream.send(message)
 
-    def read_reply(self, method: str) -> tuple[Reply, bool]:
-        """Return the reply to a request, and whether the connection can be used again."""
+    def read_reply(self, method: str, limit: int) -> tuple[Reply, bool]:
+        """Return the reply to a request, and whether the connection can be used again.
+
+        `limit` is in bytes of its body.
+        """
         status, version, fields, length = self._read_final_head()
         is_delimited = True
         if method == "HEAD" or status in (204, 304):
             body = b""
         elif length is not None:
-            body = self.stream.read_body(length, MAX_REPLY)
+            body = self.stream.read_body(length, limit)
         else:
-            body, is_delimited = self.stream.read_to_end(MAX_REPLY), False
+            body, is_delimited = self.stream.read_to_end(limit), False
         is_reusable = (is_delimited and wire.keeps_alive(version, fields)
                        and not self.stream.has_bytes())
         return Reply(status, version, fields, body), is_reusable

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from microshop.chassis.connections import KeepAliveHandler, Request
+from microshop.chassis.connections import MAX_REPLY, KeepAliveHandler, Reply, Request
 from microshop.chassis.errors import ServiceError
 from microshop.chassis.exposition import Metrics, add_up, parse_metrics
 from microshop.chassis.trace_memory import Span, TraceMemory, parse_spans
@@ -37,20 +37,25 @@ class Silent(Exception):
     """A process has not answered as it should; the text says in few words how."""
 
 
-def fetch(url: str, deadline: float) -> bytes:
-    """Return what a GET is answered with, on a connection of its own.
+def get(url: str, deadline: float, max_reply: int = MAX_REPLY) -> Reply:
+    """Send a GET on a connection of its own; return the reply.
 
-    Raises Silent, or a ServiceError if the answer is not valid HTTP or too large.
+    Raises Silent if there is none, or a ServiceError if it is not valid HTTP or too large.
     """
     request = Request(url, headers={"Connection": "close"})
-    request.deadline = deadline
+    request.deadline, request.max_reply = deadline, max_reply
     try:
         with contextlib.closing(KeepAliveHandler()) as connections:
-            reply = connections.http_open(request)
+            return connections.http_open(request)
     except TimeoutError:
         raise Silent("no answer in time") from None
     except (OSError, EOFError):
         raise Silent("refused") from None
+
+
+def fetch(url: str, deadline: float) -> bytes:
+    """Return the body of the answer to a GET. Raises as get() does, and Silent unless it is 200."""
+    reply = get(url, deadline)
     if reply.status != 200:
         raise Silent(f"answered {reply.status}")
     return reply.body

@@ -312,7 +312,7 @@ class InvalidResponseTest(ClientTest):
         self.assert_bad_gateway(self.serve(Stub(Reset(b""))), "broke the connection: .*reset")
         self.assert_bad_gateway(self.serve(self.refusing_url()), "cannot be reached: .*refused")
 
-    @mock.patch.object(connections, "MAX_REPLY", 1000)
+    @mock.patch.object(connections.Request, "max_reply", 1000)
     def test_a_response_that_is_too_large_is_a_bad_gateway(self):
         def declared(size: int) -> bytes:
             return OK + b"Content-Length: %d\r\n\r\n" % size + b"x" * min(size, 1000)
@@ -327,7 +327,7 @@ class InvalidResponseTest(ClientTest):
         for frame in (declared, chunked, until_close):
             with self.subTest(frame.__name__):
                 largest = self.call(self.serve(Stub(frame(1000)))).body
-                self.assertEqual(largest, b"x" * 1000, "a body of exactly MAX_REPLY is allowed")
+                self.assertEqual(largest, b"x" * 1000, "a body of exactly max_reply is allowed")
                 self.assert_bad_gateway(self.serve(Stub(frame(1001))), "1000 bytes")
 
 

@@ -6,7 +6,7 @@ from unittest import mock
 
 from microshop.chassis import connections
 from microshop.chassis import watch as module
-from microshop.chassis.watch import Node, Silent, Watch, ask, fetch
+from microshop.chassis.watch import Node, Silent, Watch, ask, fetch, get
 from tests.chassis.told import Stage, metrics
 from tests.helpers import PATIENCE, read_request, upstream
 
@@ -363,6 +363,13 @@ class FetchTest(unittest.TestCase):
                         b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(large), large)):
             with self.subTest(message[:50]):
                 self.assertEqual(self.silence(self.answering(message)), "unintelligible")
+
+    def test_a_large_reply_is_accepted_if_the_caller_allows_more(self):
+        size = connections.MAX_REPLY + 1
+        message = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (size, b"x" * size)
+        with upstream(self.answering(message)) as url:
+            reply = get(url, time.monotonic() + PATIENCE, size)
+        self.assertEqual(len(reply.body), size)
 
     def test_a_connection_that_breaks_counts_as_refused(self):
         for message in (b"", b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc"):
