@@ -37,12 +37,13 @@ class Silent(Exception):
     """A process has not answered as it should; the text says in few words how."""
 
 
-def get(url: str, deadline: float, max_reply: int = MAX_REPLY) -> Reply:
-    """Send a GET on a connection of its own; return the reply.
+def get(url: str, deadline: float, max_reply: int = MAX_REPLY, token: str = "") -> Reply:
+    """Send a GET on a connection of its own, with a token if there is one; return the reply.
 
     Raises Silent if there is none, or a ServiceError if it is not valid HTTP or too large.
     """
-    request = Request(url, headers={"Connection": "close"})
+    credentials = {"Authorization": f"Bearer {token}"} if token else {}
+    request = Request(url, headers={"Connection": "close", **credentials})
     request.deadline, request.max_reply = deadline, max_reply
     try:
         with contextlib.closing(KeepAliveHandler()) as connections:
@@ -53,24 +54,26 @@ def get(url: str, deadline: float, max_reply: int = MAX_REPLY) -> Reply:
         raise Silent("refused") from None
 
 
-def fetch(url: str, deadline: float) -> bytes:
+def fetch(url: str, deadline: float, token: str = "") -> bytes:
     """Return the body of the answer to a GET. Raises as get() does, and Silent unless it is 200."""
-    reply = get(url, deadline)
+    reply = get(url, deadline, token=token)
+    if reply.status == 403:
+        raise Silent("answered 403 (set --token-file or MICROSHOP_TOKEN to the shop's token)")
     if reply.status != 200:
         raise Silent(f"answered {reply.status}")
     return reply.body
 
 
-def ask(url: str, deadline: float) -> tuple["Process", list[Span]]:
+def ask(url: str, deadline: float, token: str = "") -> tuple["Process", list[Span]]:
     """Return what a process at this base URL tells of itself, and its spans. Raises Silent.
 
     If several processes share the address, any of them may answer, and next time another one.
     """
     try:
-        process = Process(url, parse_metrics(fetch(f"{url}/metrics", deadline).decode()))
+        process = Process(url, parse_metrics(fetch(f"{url}/metrics", deadline, token).decode()))
         spans: list[Span] = []
         with contextlib.suppress(Silent):  # spans may be late: the metrics say that it is up
-            spans = parse_spans(fetch(f"{url}/traces", deadline))
+            spans = parse_spans(fetch(f"{url}/traces", deadline, token))
         return process, spans
     except (ServiceError, ValueError, TypeError, KeyError, AttributeError):
         raise Silent("unintelligible") from None
@@ -110,14 +113,14 @@ class Process:
 
 
 class Node:
-    """What has a name, and runs at one or more base URLs.
+    """What has a name, and runs at one or more base URLs. It may want a token from who watches it.
 
     `state` is "up", "draining", or "down" if nothing of it answers (`silence` says how); "" before
     the first round. `metrics`, `rates` and `grown` are the sums of those of all processes.
     """
 
-    def __init__(self, name: str, urls: list[str]):
-        self.name, self.urls = name, urls
+    def __init__(self, name: str, urls: list[str], token: str = ""):
+        self.name, self.urls, self.token = name, urls, token
         self.processes: dict[tuple[str, int, float], Process] = {}  # by URL, pid and start
         self.state, self.silence = "", ""
         self.heard_at = 0.0  # the Unix time of the last round in which any of it answered
@@ -181,7 +184,7 @@ class Watch:
         """Ask every process, in parallel, and record what it answers. `now` is a Unix time."""
         deadline = time.monotonic() + ASK_TIME
         with ThreadPoolExecutor(MAX_THREADS) as pool:
-            answers = [[pool.submit(ask, url, deadline) for url in node.urls_to_ask()]
+            answers = [[pool.submit(ask, url, deadline, node.token) for url in node.urls_to_ask()]
                        for node in self.nodes]
         for node, of_node in zip(self.nodes, answers, strict=True):
             before = node.state

@@ -371,14 +371,29 @@ class FetchTest(unittest.TestCase):
             reply = get(url, time.monotonic() + PATIENCE, size)
         self.assertEqual(len(reply.body), size)
 
+    def test_a_token_is_sent_if_there_is_one(self):
+        requests = []
+
+        def answer(connection):
+            requests.append(read_request(connection).lower())
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+        with upstream(answer) as url:
+            for token in ("s3cret", ""):
+                fetch(url, time.monotonic() + PATIENCE, token)
+        self.assertIn(b"\r\nauthorization: bearer s3cret\r\n", requests[0])
+        self.assertNotIn(b"authorization", requests[1])
+
     def test_a_connection_that_breaks_counts_as_refused(self):
         for message in (b"", b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc"):
             with self.subTest(message):
                 self.assertEqual(self.silence(self.answering(message)), "refused")
 
     def test_any_status_but_200_is_named(self):
-        message = b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"
-        self.assertEqual(self.silence(self.answering(message)), "answered 503")
+        for status, silence in ((b"503 Busy", "answered 503"), (b"403 Forbidden", (
+                "answered 403 (set --token-file or MICROSHOP_TOKEN to the shop's token)"))):
+            message = b"HTTP/1.1 %b\r\nContent-Length: 0\r\n\r\n" % status
+            self.assertEqual(self.silence(self.answering(message)), silence)
 
 
 if __name__ == "__main__":

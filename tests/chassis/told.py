@@ -44,6 +44,7 @@ class Stage:
     def __init__(self) -> None:
         self.answers: dict[str, list[str | Exception]] = {}
         self.asked: list[str] = []
+        self.tokens: dict[str, str] = {}  # which came last, by URL
 
     def answer(self, base_url: str, *metrics: str | Exception, spans: list[dict] | None = None,
                traces: str | Exception | None = None) -> None:
@@ -51,8 +52,9 @@ class Stage:
         self.answers[f"{base_url}/traces"] = [
             json.dumps(spans or []) if traces is None else traces]
 
-    def fetch(self, url: str, deadline: float) -> bytes:
+    def fetch(self, url: str, deadline: float, token: str = "") -> bytes:
         self.asked.append(url)
+        self.tokens[url] = token
         answers = self.answers[url]
         answers.append(answer := answers.pop(0))
         if isinstance(answer, Exception):
