@@ -134,7 +134,7 @@ class ObserverTest(unittest.TestCase):
 
     def setUp(self):
         self.stage = Stage()
-        self.enterContext(mock.patch.object(watch, "fetch", self.stage.fetch))
+        self.enterContext(self.stage.patch())
         self.enterContext(mock.patch.object(live, "PAUSE", 0.0))
         self.observer = self.observe()
         self.stage.answer("http://g:1", metrics(1))
@@ -203,7 +203,7 @@ class LiveTest(unittest.TestCase):
 
     def setUp(self):
         self.stage = Stage()
-        self.enterContext(mock.patch.object(watch, "fetch", self.stage.fetch))
+        self.enterContext(self.stage.patch())
         for name in ("gateway", *SERVICES):
             self.stage.answer(f"http://{name}:1", metrics(1, service=name))
         self.live = self.enterContext(running(

@@ -6,7 +6,8 @@ from unittest import mock
 
 from microshop.chassis import connections
 from microshop.chassis import watch as module
-from microshop.chassis.watch import Node, Silent, Watch, ask, fetch, get
+from microshop.chassis.resolver import Resolver
+from microshop.chassis.watch import Node, Silent, Watch, ask, fetch, find_addresses, get
 from tests.chassis.told import Stage, metrics
 from tests.helpers import PATIENCE, read_request, upstream
 
@@ -28,7 +29,7 @@ class WatchTest(unittest.TestCase):
 
     def setUp(self):
         self.stage = Stage()
-        self.enterContext(mock.patch.object(module, "fetch", self.stage.fetch))
+        self.enterContext(self.stage.patch())
         self.watch_at(A)
 
     def watch_at(self, *urls):
@@ -175,6 +176,65 @@ class WorkersTest(WatchTest):
         for _ in range(3):
             self.hear(Silent("refused"), metrics(1), metrics(2))
         self.assertEqual((self.node.state, self.told()), ("up", []))
+
+
+class AddressesTest(WatchTest):
+    """One name leads to several processes, as that of a headless Service of Kubernetes does."""
+
+    PODS = ("http://10.0.0.1:1", "http://10.0.0.2:1", "http://[fd00::3]:1")
+
+    def setUp(self):
+        super().setUp()
+        self.stage.addresses["a"] = ["10.0.0.1", "10.0.0.2", "fd00::3"]
+        for number, url in enumerate(self.PODS, start=1):
+            # In a container of its own, each process has the pid 1.
+            self.stage.answer(url, metrics(1, f"a {number}", started=1000.0 + number / 1e6))
+
+    def hear(self):
+        self.stage.asked.clear()
+        self.now += 1.0
+        self.watch.ask_all(self.now)
+
+    def asked(self):
+        return [url.removesuffix("/metrics") for url in self.stage.asked if "/metrics" in url]
+
+    def test_each_is_asked_once_in_a_round_and_counts(self):
+        for _ in range(2):
+            self.hear()
+            self.assertCountEqual(self.asked(), self.PODS)
+            self.assertEqual(self.node.metrics.total("a"), 1 + 2 + 3)
+
+    def test_an_address_that_is_new_is_asked_in_the_next_round_and_one_that_is_gone_is_not(self):
+        self.hear()
+        self.stage.addresses["a"] = ["10.0.0.2", "10.0.0.4"]
+        self.stage.answer("http://10.0.0.4:1", metrics(1, "a 4", started=1001.5))
+        self.hear()
+        self.assertCountEqual(self.asked(), ["http://10.0.0.2:1", "http://10.0.0.4:1"])
+        self.assertEqual(self.node.metrics.total("a"), 2 + 4)
+
+    def test_a_process_that_answers_at_two_addresses_counts_once(self):
+        self.stage.addresses["a"] = ["10.0.0.1", "::1"]
+        self.stage.answer("http://[::1]:1", metrics(1, "a 1", started=1000.000001))
+        for _ in range(2):
+            self.hear()
+        self.assertEqual(self.node.metrics.total("a"), 1)
+
+    def test_while_one_of_them_answers_the_node_is_up(self):
+        for url in self.PODS[:2]:
+            self.stage.answer(url, Silent("refused"))
+        for _ in range(3):
+            self.hear()
+        self.assertEqual((self.node.state, self.node.silence), ("up", ""))
+
+    def test_a_name_that_is_unknown_is_a_silence_until_it_is_known(self):
+        known = self.stage.addresses["a"]
+        self.stage.addresses["a"] = OSError("the name a cannot be resolved")
+        self.hear()
+        self.assertEqual((self.node.state, self.node.silence), ("down", "unknown host name"))
+        self.assertEqual(self.asked(), [])
+        self.stage.addresses["a"] = known
+        self.hear()
+        self.assertEqual((self.node.state, self.node.silence), ("up", ""))
 
 
 class StateTest(WatchTest):
@@ -344,6 +404,19 @@ class FetchTest(unittest.TestCase):
             port = listener.getsockname()[1]
         with self.assertRaisesRegex(Silent, "^refused$"):
             fetch(f"http://127.0.0.1:{port}/metrics", time.monotonic() + PATIENCE)
+
+    def test_a_name_stands_for_all_its_addresses(self):
+        self.assertIn("http://127.0.0.1:3000", find_addresses("http://localhost:3000", Resolver()))
+        for url, address in (("http://127.0.0.2:80", "http://127.0.0.2:80"),
+                             ("http://127.0.0.2", "http://127.0.0.2:80"),
+                             ("http://[::2]:3000", "http://[::2]:3000")):
+            self.assertEqual(find_addresses(url, Resolver()), [address])
+
+    def test_a_name_that_cannot_be_resolved_is_named(self):
+        nothing = mock.Mock(side_effect=socket.gaierror(-2, "Name or service not known"))
+        with (mock.patch.object(socket, "getaddrinfo", nothing),
+              self.assertRaisesRegex(Silent, "^the name orders cannot be resolved")):
+            get("http://orders:3003/database", time.monotonic() + PATIENCE)
 
     def test_a_process_that_hangs_or_sends_slowly_does_not_answer_in_time(self):
         def drip(connection):
