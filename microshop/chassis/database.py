@@ -30,7 +30,7 @@ from microshop.chassis.errors import (
 QUEUE_TIMEOUT = 1.5  # seconds to wait for a lock or a connection that another thread holds
 BUSY_TIMEOUT = 1.5   # seconds to wait after that for a lock that another process holds
 MAX_CHECKED = 2**14  # pages of 4 KiB; to check more for damage would take over a second
-MAX_COPY = 64 * 1024 * 1024  # bytes of a copy of the file: for a moment, it takes twice the memory
+MAX_COPY = 64 * 1024 * 1024  # bytes of a copy; until it is sent, it may take twice that memory
 OLDEST = (3, 25, 0)  # version of SQLite: older ones cannot rename a column
 CONNECTIONS = 16     # in a pool: each holds two file descriptors and about 100 KiB of memory
 LOOK = 0.05          # seconds between two checks by readers that the files are still at their paths
@@ -226,6 +226,7 @@ class Database:
         self.path = path
         self._pool = ConnectionPool(path)
         self._write_lock = threading.RLock()  # between threads; SQLite has one between processes
+        self._copy_lock = threading.Lock()  # one copy is made at a time: each takes memory
         self._queue: deque[tuple[str, Values, Future[Written]]] = deque()  # writes that wait
         if sqlite3.sqlite_version_info < OLDEST:
             raise DatabaseUnusable(f"microshop needs SQLite {'.'.join(map(str, OLDEST))} or newer; "
@@ -290,7 +291,8 @@ class Database:
             raise InsufficientStorage(f"{self.path.name} has {size} bytes, more than the {MAX_COPY}"
                                       " that are sent: audit the file itself, with --data")
         # Through a file, since some builds of SQLite lack serialize().
-        with (self._pool.lend() as connection, tempfile.NamedTemporaryFile() as file,
+        with (self._copy_lock, self._pool.lend() as connection,
+              tempfile.NamedTemporaryFile() as file,
               contextlib.closing(sqlite3.connect(file.name)) as copy):
             copy.execute("PRAGMA synchronous = OFF")  # the file need not survive anything
             connection.backup(copy)
