@@ -1,13 +1,13 @@
-"""The audit: do the databases of a shop agree? `python -m microshop.audit [--data FOLDER]`
+"""The audit: do the databases of a shop agree? `python -m microshop.audit [--data FOLDER|--remote]`
 
 Since each service owns its database, no constraint spans two of them; the audit checks what must
 hold between them. Like the backup, and unlike any service, it opens the files of all services. The
 shop may be running.
 
 Without --data it checks the folder `data`, and those of shops that run with --fresh. With --remote
-it asks the services of one shop for copies of their databases, wherever they run. For each shop it
-prints one line, and one for each violation. Exit status: 0 if all agree, 1 if there is a violation
-or a database cannot be read, 2 if there is nothing to check or a setting is bad.
+it asks the services for copies of their databases, as where each is on a volume of its own. For
+each shop it prints one line, and one for each violation. Exit status: 0 if all agree, 1 if there is
+a violation or a database cannot be read, 2 if there is nothing to check or a setting is bad.
 
 Law: it only reads; it changes and repairs nothing.
 """
@@ -134,20 +134,30 @@ def run_queries(connection: sqlite3.Connection, now: float) -> list[str]:
     return lines
 
 
-# --- which databases
+# --- copies, for which it asks the services
+
+def find_remote_violations(urls: dict[str, str], timeout: float) -> list[str]:
+    """Return a line for each violation in a shop whose services are at these base URLs.
+
+    `timeout` is in seconds for a copy. Raises Silent if a service does not send one.
+    """
+    return seen_twice(partial(look_at_copies, urls, timeout))
+
 
 def look_at_copies(urls: dict[str, str], timeout: float) -> list[str]:
-    """Ask each service for a copy, and return a line for each violation in them.
+    """Return a line for each violation in new copies. Raises Silent, or sqlite3.Error.
 
-    The copies are files, since in memory all three may need more than a container is given. Raises
-    sqlite3.Error, OSError, or Silent if a service does not answer as it should.
+    The copies are files: in memory, all of them may need more than a container is given.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for service, url in urls.items():
             (folder / f"{service}.db").write_bytes(fetch_copy(service, url, timeout))
         with attached_files(folder) as connection:
-            return run_queries(connection, time.time())
+            try:
+                return run_queries(connection, time.time())
+            except sqlite3.OperationalError as error:
+                raise Silent(f"{error}; check which service is at which URL") from None
 
 
 def fetch_copy(service: str, url: str, timeout: float) -> bytes:
@@ -158,14 +168,16 @@ def fetch_copy(service: str, url: str, timeout: float) -> bytes:
     except (Silent, ServiceError) as error:
         why = str(error)
     else:
-        if reply.status >= 500:
-            raise Silent(f"{cannot}: {reply.detail}")
         if reply.status == 200 and reply.body.startswith(MAGIC):
             return reply.body
+        if reply.status >= 500:
+            raise Silent(f"{cannot}: {reply.detail}")
         why = "this is no database" if reply.status == 200 else f"answered {reply.status}"
     raise Silent(f"{cannot}: {why}; start this version of the service there, or give another "
                  f"--{service}-url or --timeout")
 
+
+# --- the command
 
 def find_folders() -> list[Path]:
     """Return the default folder if it has any database, and the folders of run_all --fresh.
@@ -180,9 +192,7 @@ def find_folders() -> list[Path]:
 
 
 def check_flags(settings: Namespace) -> None:
-    """Raise ValueError for flags that contradict each other.
-
-    It also refuses --data "", which would mean: all folders that can be found.
+    """Raise ValueError for --remote with --data, and for --data "", which would mean: all folders.
     """
     if settings.flags.get("data") == "":
         raise ValueError("--data: '' is not a folder")
@@ -190,18 +200,17 @@ def check_flags(settings: Namespace) -> None:
         raise ValueError("--remote and --data contradict each other; choose one")
 
 
-def check(where: str, find: Callable[[], list[str]], lacks_tables: str) -> bool:
-    """Print and return whether databases agree.
-
-    `where` they are is printed, and `lacks_tables` if they are new, or not those of a shop.
-    """
+def check(where: str, find: Callable[[], list[str]]) -> bool:
+    """Print and return whether the databases agree that are there, in which `find` looks."""
     try:
         violations = find()
     except Silent as silent:
         print(f"audit: {silent}", file=sys.stderr)
         return False
     except (sqlite3.Error, UnicodeDecodeError, OSError) as error:
-        why = lacks_tables if re.match("no such (table|column)", str(error)) else str(error)
+        why = str(error)
+        if re.match("no such (table|column)", why):  # the files are new, or of an older version
+            why = "the tables are not there yet; start the shop, or wait until it is ready"
         print(f"audit: cannot read the databases {where}: {why}", file=sys.stderr)
         return False
     print(f"the databases {where} {'do not agree:' if violations else 'agree'}")
@@ -210,33 +219,21 @@ def check(where: str, find: Callable[[], list[str]], lacks_tables: str) -> bool:
     return not violations
 
 
-def check_remote(settings: Namespace) -> bool:
-    """Check the databases of the services; of several instances of one, the first is asked."""
-    urls = {name: getattr(settings, f"{name}_url")[0] for name in SERVICES}
-    look = partial(look_at_copies, urls, settings.timeout)
-    return check(f"of {', '.join(urls.values())}", partial(seen_twice, look),
-                 "a table is missing; check which service is at which URL")
-
-
-def check_folders(settings: Namespace) -> bool:
-    """Check the folder that is given, or all that can be found."""
+def main() -> None:
+    surroundings.prepare()
+    settings = config.read("microshop.audit", OPTIONS, check_flags)
+    if settings.remote:  # of several instances of a service, the first is asked
+        urls = {name: getattr(settings, f"{name}_url")[0] for name in SERVICES}
+        find = partial(find_remote_violations, urls, settings.timeout)
+        sys.exit(0 if check(f"of {', '.join(urls.values())}", find) else 1)
     folders = [settings.data] if settings.data else find_folders()
     if not folders:
         print(f"audit: there is no database in {DEFAULT}; start the shop with python -m "
               "microshop.run_all, or give the folder of its databases with --data",
               file=sys.stderr)
         sys.exit(2)
-    agree = [check(f"in {folder}", partial(find_violations, folder),
-                   "the tables are not there yet; start the shop, or wait until it is ready")
-             for folder in folders]
-    return all(agree)
-
-
-def main() -> None:
-    surroundings.prepare()
-    settings = config.read("microshop.audit", OPTIONS, check_flags)
-    agree = check_remote(settings) if settings.remote else check_folders(settings)
-    sys.exit(0 if agree else 1)
+    agree = [check(f"in {folder}", partial(find_violations, folder)) for folder in folders]
+    sys.exit(0 if all(agree) else 1)
 
 
 if __name__ == "__main__":
