@@ -24,10 +24,10 @@ from pathlib import Path
 
 from microshop import SERVICES
 from microshop.chassis import config, surroundings
+from microshop.chassis.connections import get
 from microshop.chassis.data_folder import missing_files
 from microshop.chassis.database import MAX_COPY
 from microshop.chassis.errors import ServiceError
-from microshop.chassis.watch import Silent, get
 
 PATIENCE = 60  # seconds within which an order must be finished
 DEFAULT = Path("data")
@@ -74,6 +74,10 @@ VIOLATIONS = {  # the text of each, and the query that finds it
         SELECT id, status, datetime(since, 'unixepoch') FROM orders
         WHERE due IS NOT NULL AND since < :now - :patience""",
 }
+
+
+class CopyUnusable(Exception):
+    """There is no copy that can be checked; the message says why and what to do, in one line."""
 
 
 def find_violations(folder: Path) -> list[str]:
@@ -139,13 +143,13 @@ def run_queries(connection: sqlite3.Connection, now: float) -> list[str]:
 def find_remote_violations(urls: dict[str, str], timeout: float) -> list[str]:
     """Return a line for each violation in a shop whose services are at these base URLs.
 
-    `timeout` is in seconds for a copy. Raises Silent if a service does not send one.
+    `timeout` is in seconds for a copy. Raises CopyUnusable if a service does not send one.
     """
     return seen_twice(partial(look_at_copies, urls, timeout))
 
 
 def look_at_copies(urls: dict[str, str], timeout: float) -> list[str]:
-    """Return a line for each violation in new copies. Raises Silent, or sqlite3.Error.
+    """Return a line for each violation in new copies. Raises CopyUnusable, or sqlite3.Error.
 
     The copies are files: in memory, all of them may need more than a container is given.
     """
@@ -157,23 +161,23 @@ def look_at_copies(urls: dict[str, str], timeout: float) -> list[str]:
             try:
                 return run_queries(connection, time.time())
             except sqlite3.OperationalError as error:
-                raise Silent(f"{error}; check which service is at which URL") from None
+                raise CopyUnusable(f"{error}; check which service is at which URL") from None
 
 
 def fetch_copy(service: str, url: str, timeout: float) -> bytes:
-    """Return a copy of the database of the service at a base URL. Raises Silent."""
+    """Return a copy of the database of the service at a base URL. Raises CopyUnusable."""
     cannot = f"cannot copy the database of {service} from {url}/database"
     try:
         reply = get(f"{url}/database", time.monotonic() + timeout, MAX_COPY)
-    except (Silent, ServiceError) as error:
-        why = str(error)
+    except (OSError, EOFError, ServiceError) as error:
+        why = getattr(error, "strerror", "") or str(error) or "no answer"
     else:
         if reply.status == 200 and reply.body.startswith(MAGIC):
             return reply.body
         if reply.status >= 500:
-            raise Silent(f"{cannot}: {reply.detail}")
+            raise CopyUnusable(f"{cannot}: {reply.detail}")
         why = "this is no database" if reply.status == 200 else f"answered {reply.status}"
-    raise Silent(f"{cannot}: {why}; start this version of the service there, or give another "
+    raise CopyUnusable(f"{cannot}: {why}; start this version of the service there, or give another "
                  f"--{service}-url or --timeout")
 
 
@@ -204,8 +208,8 @@ def check(where: str, find: Callable[[], list[str]]) -> bool:
     """Print and return whether the databases agree that are there, in which `find` looks."""
     try:
         violations = find()
-    except Silent as silent:
-        print(f"audit: {silent}", file=sys.stderr)
+    except CopyUnusable as error:
+        print(f"audit: {error}", file=sys.stderr)
         return False
     except (sqlite3.Error, UnicodeDecodeError, OSError) as error:
         why = str(error)

@@ -143,6 +143,18 @@ class KeepAliveHandler(urllib.request.BaseHandler):
             return None
 
 
+def get(url: str, deadline: float, max_reply: int = MAX_REPLY, token: str = "") -> Reply:
+    """Send a GET on a connection of its own, with a token if there is one; return the reply.
+
+    Raises what KeepAliveHandler.http_open() raises.
+    """
+    credentials = {"Authorization": f"Bearer {token}"} if token else {}
+    request = Request(url, headers={"Connection": "close", **credentials})
+    request.deadline, request.max_reply = deadline, max_reply
+    with contextlib.closing(KeepAliveHandler()) as handler:
+        return handler.http_open(request)
+
+
 def connect(hosts: list[str], port: int, deadline: float) -> socket.socket:
     """Connect to the first of these hosts that accepts. Raises the OSError of the last.
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from urllib.parse import urlsplit
 
-from microshop.chassis.connections import MAX_REPLY, KeepAliveHandler, Reply, Request
+from microshop.chassis.connections import get
 from microshop.chassis.errors import ServiceError
 from microshop.chassis.exposition import Metrics, add_up, parse_metrics
 from microshop.chassis.resolver import Resolver
@@ -40,28 +40,17 @@ class Silent(Exception):
     """A process has not answered as it should; the text says in few words how."""
 
 
-def get(url: str, deadline: float, max_reply: int = MAX_REPLY, token: str = "") -> Reply:
-    """Send a GET on a connection of its own, with a token if there is one; return the reply.
+def fetch(url: str, deadline: float, token: str = "") -> bytes:
+    """Return what a GET is answered with.
 
-    Raises Silent if there is none, or a ServiceError if it is not valid HTTP or too large.
+    Raises Silent, or a ServiceError if the answer is not valid HTTP or too large.
     """
-    credentials = {"Authorization": f"Bearer {token}"} if token else {}
-    request = Request(url, headers={"Connection": "close", **credentials})
-    request.deadline, request.max_reply = deadline, max_reply
     try:
-        with contextlib.closing(KeepAliveHandler()) as connections:
-            return connections.http_open(request)
+        reply = get(url, deadline, token=token)
     except TimeoutError:
         raise Silent("no answer in time") from None
-    except (ConnectionError, EOFError):
+    except (OSError, EOFError):
         raise Silent("refused") from None
-    except OSError as error:  # there is no such name, or no way to it
-        raise Silent(error.strerror or str(error)) from None
-
-
-def fetch(url: str, deadline: float, token: str = "") -> bytes:
-    """Return the body of the answer to a GET. Raises as get() does, and Silent unless it is 200."""
-    reply = get(url, deadline, token=token)
     if reply.status == 403:
         raise Silent("answered 403 (set --token-file or MICROSHOP_TOKEN to the shop's token)")
     if reply.status != 200:

@@ -4,12 +4,13 @@ import select
 import socket
 import threading
 import time
+import unittest
 from collections.abc import Callable
 from unittest import mock
 
 from microshop.chassis import client, connections
 from microshop.chassis.client import Client, Upstream
-from microshop.chassis.errors import BadGateway, GatewayTimeout, Unreachable
+from microshop.chassis.errors import BadGateway, ContentTooLarge, GatewayTimeout, Unreachable
 from microshop.chassis.resilience import RetryBudget
 from microshop.chassis.resolver import Resolver
 from microshop.chassis.tracing import Trace
@@ -329,6 +330,19 @@ class InvalidResponseTest(ClientTest):
                 largest = self.call(self.serve(Stub(frame(1000)))).body
                 self.assertEqual(largest, b"x" * 1000, "a body of exactly max_reply is allowed")
                 self.assert_bad_gateway(self.serve(Stub(frame(1001))), "1000 bytes")
+
+
+class GetTest(unittest.TestCase):
+    """One request on a connection of its own."""
+
+    def test_a_larger_body_is_read_if_the_caller_allows_that(self):
+        size = connections.MAX_REPLY + 1
+        message = OK + b"Content-Length: %d\r\n\r\n%b" % (size, b"x" * size)
+        with upstream(Stub(message)) as url:
+            reply = connections.get(url, time.monotonic() + PATIENCE, size)
+            self.assertEqual(len(reply.body), size)
+            with self.assertRaises(ContentTooLarge):
+                connections.get(url, time.monotonic() + PATIENCE, size - 1)
 
 
 class TimeoutTest(ClientTest):

@@ -2,12 +2,11 @@
 import socket
 import time
 import unittest
-from unittest import mock
 
 from microshop.chassis import connections
 from microshop.chassis import watch as module
 from microshop.chassis.resolver import Resolver
-from microshop.chassis.watch import Node, Silent, Watch, ask, fetch, find_addresses, get
+from microshop.chassis.watch import Node, Silent, Watch, ask, fetch, find_addresses
 from tests.chassis.told import Stage, metrics
 from tests.helpers import PATIENCE, read_request, upstream
 
@@ -412,12 +411,6 @@ class FetchTest(unittest.TestCase):
                              ("http://[::2]:3000", "http://[::2]:3000")):
             self.assertEqual(find_addresses(url, Resolver()), [address])
 
-    def test_a_name_that_cannot_be_resolved_is_named(self):
-        nothing = mock.Mock(side_effect=socket.gaierror(-2, "Name or service not known"))
-        with (mock.patch.object(socket, "getaddrinfo", nothing),
-              self.assertRaisesRegex(Silent, "^the name orders cannot be resolved")):
-            get("http://orders:3003/database", time.monotonic() + PATIENCE)
-
     def test_a_process_that_hangs_or_sends_slowly_does_not_answer_in_time(self):
         def drip(connection):
             read_request(connection)
@@ -436,13 +429,6 @@ class FetchTest(unittest.TestCase):
                         b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(large), large)):
             with self.subTest(message[:50]):
                 self.assertEqual(self.silence(self.answering(message)), "unintelligible")
-
-    def test_a_large_reply_is_accepted_if_the_caller_allows_more(self):
-        size = connections.MAX_REPLY + 1
-        message = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (size, b"x" * size)
-        with upstream(self.answering(message)) as url:
-            reply = get(url, time.monotonic() + PATIENCE, size)
-        self.assertEqual(len(reply.body), size)
 
     def test_a_token_is_sent_if_there_is_one(self):
         requests = []
