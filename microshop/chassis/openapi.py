@@ -125,7 +125,7 @@ HEADERS = {
 
 # --- operations
 
-OWN_OPERATIONS = {  # of every process
+OWN_OPERATIONS = {  # of every process, and of those that own data
     "GET /health": Operation("getHealth", {200: "Health", 503: "Health"}),
     "GET /health/live": Operation("getLiveness", {200: "Health"}),
     "GET /openapi.json": Operation("getApi", {200: OBJECT}),

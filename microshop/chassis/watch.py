@@ -118,7 +118,7 @@ class Process:
 
 
 class Node:
-    """What has a name, and runs at one or more base URLs. It may want a token from who watches it.
+    """What has a name, and runs at one or more base URLs. A `token` is sent to it, if given.
 
     `state` is "up", "draining", or "down" if nothing of it answers (`silence` says how); "" before
     the first round. `metrics`, `rates` and `grown` are the sums of those of all processes.
