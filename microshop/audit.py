@@ -1,12 +1,13 @@
-"""The audit: do the databases of a shop agree? `python -m microshop.audit [--data FOLDER]`
+"""The audit: do the databases of a shop agree? `python -m microshop.audit [--data FOLDER|--remote]`
 
 Since each service owns its database, no constraint spans two of them; the audit checks what must
 hold between them. Like the backup, and unlike any service, it opens the files of all services. The
 shop may be running.
 
-Without --data it checks the folder `data`, and those of shops that run with --fresh. For each it
-prints one line, and one for each violation. Exit status: 0 if all agree, 1 if there is a
-violation or a file cannot be read, 2 if there is nothing to check.
+Without --data it checks the folder `data`, and those of shops that run with --fresh. With --remote
+it asks the services for copies of their databases, as where each is on a volume of its own. For
+each shop it prints one line, and one for each violation. Exit status: 0 if all agree, 1 if there is
+a violation or a database cannot be read, 2 if there is nothing to check or a setting is bad.
 
 Law: it only reads; it changes and repairs nothing.
 """
@@ -17,14 +18,20 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from microshop import SERVICES
 from microshop.chassis import config, surroundings
+from microshop.chassis.connections import get
 from microshop.chassis.data_folder import missing_files
+from microshop.chassis.database import MAX_COPY
+from microshop.chassis.errors import ServiceError
 
 PATIENCE = 60  # seconds within which an order must be finished
 DEFAULT = Path("data")
+MAGIC = b"SQLite format 3\0"  # the first bytes of every database
 
 
 def parse_folder(text: str) -> Path | None:
@@ -32,9 +39,15 @@ def parse_folder(text: str) -> Path | None:
     return config.folder(text) if text else None
 
 
-DATA = config.DATA._replace(
-    parse=parse_folder, default="",
-    help=f"folder to check (default: {DEFAULT}, and those of run_all --fresh)")
+OPTIONS = [
+    config.DATA._replace(
+        parse=parse_folder, default="",
+        help=f"folder to check (default: {DEFAULT}, and those of run_all --fresh)"),
+    config.Setting("remote", config.switch, "",
+                   "check copies for which it asks the services, instead of a folder"),
+    *[config.service_url(name, port) for name, port in SERVICES.items()],
+    config.TIMEOUT._replace(help="seconds for a service to send a copy"),
+]
 
 VIOLATIONS = {  # the text of each, and the query that finds it
     "product {}: {} units were supplied, but {} are free and {} reserved": """
@@ -63,37 +76,47 @@ VIOLATIONS = {  # the text of each, and the query that finds it
 }
 
 
+class CopyUnusable(Exception):
+    """There is no copy that can be checked; the message says why and what to do, in one line."""
+
+
 def find_violations(folder: Path) -> list[str]:
-    """Return a line for each violation. Raises sqlite3.Error if a file cannot be read.
+    """Return a line for each violation. Raises sqlite3.Error if a file cannot be read."""
+    with attached_files(folder) as connection:
+        return seen_twice(partial(run_queries, connection, last_moment(folder)))
 
-    While the shop is running, a query may read one file before a change and another file after it,
-    and so find a difference that is not real. It would not find the same one again, since orders
-    only move forward. So we look twice, and keep what was found both times.
+
+def seen_twice(look: Callable[[], list[str]]) -> list[str]:
+    """Look for violations twice, and return those that were found both times.
+
+    While the shop is running, a look may see one database before a change and another after it, and
+    so find a difference that is not real. Databases are seen in the same order both times, and one
+    after the other. So a step of an order that causes such a difference in the second look comes
+    after the whole first look, which shows the order as it was before: orders only move forward.
     """
-    with contextlib.closing(sqlite3.connect(":memory:", uri=True)) as connection:
-        attach_files(connection, folder)
-        now = last_moment(folder)
-        first = set(run_queries(connection, now))
-        second = run_queries(connection, now)
-    return [line for line in second if line in first]
+    first = set(look())
+    return [line for line in look() if line in first]
 
 
-def attach_files(connection: sqlite3.Connection, folder: Path) -> None:
+@contextlib.contextmanager
+def attached_files(folder: Path) -> Iterator[sqlite3.Connection]:
     """Attach the file of each service, read-only, and check that it is not damaged."""
     if not folder.exists():
         raise sqlite3.OperationalError("there is no such folder; choose another --data")
     if missing := missing_files(folder, SERVICES):
         raise sqlite3.OperationalError(
             f"there is no {', no '.join(missing)}; choose another --data")
-    for name in SERVICES:
-        path = (folder / f"{name}.db").absolute()
-        uri = f"{path.as_uri()}?mode=ro"
-        if not path.with_suffix(".db-wal").exists():
-            uri += "&immutable=1"  # no process has it open; else SQLite would create a WAL file
-        connection.execute(f"ATTACH ? AS {name}_file", [uri])
-        for (problem,) in connection.execute(f"PRAGMA {name}_file.quick_check"):
-            if problem != "ok":
-                raise sqlite3.DatabaseError(f"{name}.db: {' '.join(problem.splitlines())}")
+    with contextlib.closing(sqlite3.connect(":memory:", uri=True)) as connection:
+        for name in SERVICES:
+            path = (folder / f"{name}.db").absolute()
+            uri = f"{path.as_uri()}?mode=ro"
+            if not path.with_suffix(".db-wal").exists():
+                uri += "&immutable=1"  # no process has it open; else SQLite would create a WAL file
+            connection.execute(f"ATTACH ? AS {name}_file", [uri])
+            for (problem,) in connection.execute(f"PRAGMA {name}_file.quick_check"):
+                if problem != "ok":
+                    raise sqlite3.DatabaseError(f"{name}.db: {' '.join(problem.splitlines())}")
+        yield connection
 
 
 def last_moment(folder: Path) -> float:
@@ -115,6 +138,51 @@ def run_queries(connection: sqlite3.Connection, now: float) -> list[str]:
     return lines
 
 
+# --- copies, for which it asks the services
+
+def find_remote_violations(urls: dict[str, str], timeout: float) -> list[str]:
+    """Return a line for each violation in a shop whose services are at these base URLs.
+
+    `timeout` is in seconds for a copy. Raises CopyUnusable if a service does not send one.
+    """
+    return seen_twice(partial(look_at_copies, urls, timeout))
+
+
+def look_at_copies(urls: dict[str, str], timeout: float) -> list[str]:
+    """Return a line for each violation in new copies. Raises CopyUnusable, or sqlite3.Error.
+
+    The copies are files: in memory, all of them may need more than a container is given.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for service, url in urls.items():
+            (folder / f"{service}.db").write_bytes(fetch_copy(service, url, timeout))
+        with attached_files(folder) as connection:
+            try:
+                return run_queries(connection, time.time())
+            except sqlite3.OperationalError as error:
+                raise CopyUnusable(f"{error}; check which service is at which URL") from None
+
+
+def fetch_copy(service: str, url: str, timeout: float) -> bytes:
+    """Return a copy of the database of the service at a base URL. Raises CopyUnusable."""
+    cannot = f"cannot copy the database of {service} from {url}/database"
+    try:
+        reply = get(f"{url}/database", time.monotonic() + timeout, MAX_COPY)
+    except (OSError, EOFError, ServiceError) as error:
+        why = getattr(error, "strerror", "") or str(error) or "no answer"
+    else:
+        if reply.status == 200 and reply.body.startswith(MAGIC):
+            return reply.body
+        if reply.status >= 500:
+            raise CopyUnusable(f"{cannot}: {reply.detail}")
+        why = "this is no database" if reply.status == 200 else f"answered {reply.status}"
+    raise CopyUnusable(f"{cannot}: {why}; start this version of the service there, or give another "
+                 f"--{service}-url or --timeout")
+
+
+# --- the command
+
 def find_folders() -> list[Path]:
     """Return the default folder if it has any database, and the folders of run_all --fresh.
 
@@ -127,23 +195,29 @@ def find_folders() -> list[Path]:
     return folders
 
 
-def refuse_empty_flag(settings: Namespace) -> None:
-    """Raise ValueError for --data "", which would mean: all folders that can be found."""
+def check_flags(settings: Namespace) -> None:
+    """Raise ValueError for --remote with --data, and for --data "", which would mean: all folders.
+    """
     if settings.flags.get("data") == "":
         raise ValueError("--data: '' is not a folder")
+    if settings.remote and "data" in settings.flags:
+        raise ValueError("--remote and --data contradict each other; choose one")
 
 
-def check(folder: Path) -> bool:
-    """Print and return whether the databases in a folder agree."""
+def check(where: str, find: Callable[[], list[str]]) -> bool:
+    """Print and return whether the databases agree that are there, in which `find` looks."""
     try:
-        violations = find_violations(folder)
-    except (sqlite3.Error, UnicodeDecodeError) as error:
+        violations = find()
+    except CopyUnusable as error:
+        print(f"audit: {error}", file=sys.stderr)
+        return False
+    except (sqlite3.Error, UnicodeDecodeError, OSError) as error:
         why = str(error)
         if re.match("no such (table|column)", why):  # the files are new, or of an older version
             why = "the tables are not there yet; start the shop, or wait until it is ready"
-        print(f"audit: cannot read the databases in {folder}: {why}", file=sys.stderr)
+        print(f"audit: cannot read the databases {where}: {why}", file=sys.stderr)
         return False
-    print(f"the databases in {folder} {'do not agree:' if violations else 'agree'}")
+    print(f"the databases {where} {'do not agree:' if violations else 'agree'}")
     for line in violations:
         print(f"  {line}")
     return not violations
@@ -151,14 +225,18 @@ def check(folder: Path) -> bool:
 
 def main() -> None:
     surroundings.prepare()
-    settings = config.read("microshop.audit", [DATA], refuse_empty_flag)
+    settings = config.read("microshop.audit", OPTIONS, check_flags)
+    if settings.remote:  # of several instances of a service, the first is asked
+        urls = {name: getattr(settings, f"{name}_url")[0] for name in SERVICES}
+        find = partial(find_remote_violations, urls, settings.timeout)
+        sys.exit(0 if check(f"of {', '.join(urls.values())}", find) else 1)
     folders = [settings.data] if settings.data else find_folders()
     if not folders:
         print(f"audit: there is no database in {DEFAULT}; start the shop with python -m "
               "microshop.run_all, or give the folder of its databases with --data",
               file=sys.stderr)
         sys.exit(2)
-    agree = [check(folder) for folder in folders]
+    agree = [check(f"in {folder}", partial(find_violations, folder)) for folder in folders]
     sys.exit(0 if all(agree) else 1)
 
 

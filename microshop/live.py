@@ -109,8 +109,8 @@ class Observer:
     It looks at most once in PAUSE seconds, however many people do: they share what it saw.
     """
 
-    def __init__(self, urls: dict[str, list[str]]):
-        self.watch = Watch([Node(name, addresses) for name, addresses in urls.items()])
+    def __init__(self, nodes: list[Node]):
+        self.watch = Watch(nodes)
         self.picture: dict = {}
         self.traces: dict[str, list[Span]] = {}  # by their ids
         self.summaries: list[dict] = []          # of all requests in them
@@ -220,13 +220,18 @@ class Live(Service):
     announcement = "{title} at"
     handler = LiveHandler
     options = [config.HOST._replace(parse=loopback), config.TIMEOUT, config.QUIET,
+               config.TOKEN_FILE, config.TOKEN,
                *[config.service_url(name, port) for name, port in NODES.items()]]
 
     def __init__(self, settings: Namespace):
         super().__init__(settings)
         page = PAGE.read_text("utf-8")
         self.page, self.policy = page.encode(), content_security_policy(page)
-        self.observer = Observer({name: getattr(settings, f"{name}_url") for name in NODES})
+        # The gateway shows its telemetry to other machines only if they send its token; the others
+        # have no use for it.
+        tokens = {"gateway": settings.token_file or settings.token or ""}
+        self.observer = Observer([
+            Node(name, getattr(settings, f"{name}_url"), tokens.get(name, "")) for name in NODES])
 
 
 if __name__ == "__main__":

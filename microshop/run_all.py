@@ -95,7 +95,8 @@ def plan_children(settings: Namespace) -> tuple[list[Child], list[Child]]:
     listeners = open_listeners(settings)
     environment = plan_environment(listeners)
     without_token = environment.copy()
-    without_token.pop("MICROSHOP_TOKEN", None)  # only the gateway checks it
+    for name in ("MICROSHOP_TOKEN", "MICROSHOP_TOKEN_FILE"):  # only the gateway checks it
+        without_token.pop(name, None)
 
     # The children get a shorter grace period than ours.
     shared = [setting for setting in config.SHARED if setting.name != "grace"]

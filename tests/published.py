@@ -23,7 +23,7 @@ MEMBERS = {
     "reference": "$REF",
     "object": "TYPE properties required additionalproperties",
     "array": "TYPE ITEMS minitems maxitems",
-    "string": "TYPE enum minlength maxlength pattern",
+    "string": "TYPE format enum minlength maxlength pattern",
     "integer": "TYPE format minimum maximum default",
     "null": "TYPE",
     "oneOf": "ONEOF"}
@@ -143,7 +143,7 @@ def find_response_faults(where: str, response: dict) -> Iterator[str]:
 
 def find_content_faults(where: str, content: dict) -> Iterator[str]:
     for media_type, described in content.items():
-        if not re.fullmatch("[a-z]+/[a-z+]+", media_type) or described.keys() != {"schema"}:
+        if not re.fullmatch("[a-z]+/[a-z0-9.+]+", media_type) or described.keys() != {"schema"}:
             yield f"{where}: {media_type} {described}"
         yield from find_schema_faults(where, described["schema"])
 

@@ -15,11 +15,14 @@ from unittest import mock
 
 from microshop import SERVICES, audit
 from microshop import orders as orders_module
+from microshop.chassis import database
 from microshop.orders import Orders
 from microshop.products import Products
 from microshop.users import Users
 from tests.helpers import (
-    PATIENCE, TOP, Shop, make_databases, patient_services, process, running, together)
+    NOBODY, PATIENCE, TOP, Shop, make_databases, patient_services, process, running, together,
+    upstream)
+from tests.test_composition import Stub, always, response
 
 LAPTOPS = {"userId": 1, "productId": 101, "quantity": 2}
 CONFIRMED, NO_USER, NO_STOCK, CANCELLED = 203, 204, 205, 206  # the orders of a shop that traded
@@ -64,10 +67,15 @@ def trading(folder):
             yield Shop(users, products, orders)
 
 
-def run_audit(*arguments):
+def run_audit(*arguments, **environment):
     """Return the exit status, and the lines that were printed."""
-    with process("microshop.audit", *map(str, arguments)) as child:
+    with process("microshop.audit", *map(str, arguments), **environment) as child:
         return child.status(), child.lines
+
+
+def flags_of(urls):
+    """Return the flags for the audit of services at these base URLs, which are by name."""
+    return ["--remote", "--timeout", PATIENCE, *(f"--{name}-url={urls[name]}" for name in urls)]
 
 
 def trade(shop, times):
@@ -78,6 +86,10 @@ def trade(shop, times):
         cancelled = shop.ask("POST", placed.headers["location"] + "/cancel")
         answers += [placed.status, cancelled.status]
     return answers
+
+
+def urls_of(shop):
+    return {server.name: server.url for server in shop}
 
 
 def contents(folder):
@@ -386,6 +398,150 @@ def overtaken(seen_first, move):
             super().execute("COMMIT")
             return rows
     return Overtaken
+
+
+class RemoteTest(AuditTest):
+    """The audit of copies for which it asks the services."""
+
+    def assert_found(self, shop, *violations):
+        """Check which lines the audit of a running shop prints."""
+        urls = ", ".join(urls_of(shop).values())
+        verdict = f"the databases of {urls} {'do not agree:' if violations else 'agree'}"
+        expected = (int(bool(violations)), [verdict, *(f"  {line}" for line in violations)])
+        self.assertEqual(run_audit(*flags_of(urls_of(shop))), expected)
+
+    def test_the_databases_of_a_running_shop_agree(self):
+        with trading(self.folder) as shop:
+            self.assert_found(shop)
+            shop.ask("POST", "/orders", LAPTOPS)
+            self.assert_found(shop)
+
+    def test_what_was_broken_while_the_shop_was_stopped_is_found(self):
+        lines = [line for line in VIOLATIONS
+                 if line.startswith("product") or f"{CANCELLED} is" in line]
+        for name, script in map(VIOLATIONS.get, lines):
+            self.change(name, script)
+        with trading(self.folder) as shop:
+            self.assert_found(shop, *lines)
+
+    def test_a_change_that_only_the_wal_has_is_found(self):
+        line, (name, script) = next(iter(VIOLATIONS.items()))
+        with trading(self.folder) as shop:
+            self.change(name, script)
+            self.assert_found(shop, line)
+
+    def test_an_order_that_has_not_been_finished_for_a_minute_is_found(self):
+        self.change("orders", "UPDATE orders SET status = 'pending', since = 1000, due = 2000 "
+                              f"WHERE id = {CONFIRMED}")
+        with (running(Users, data=self.folder) as users,
+              running(Products, data=self.folder) as products,
+              running(Orders, data=self.folder) as orders):  # it cannot reach the others
+            self.assert_found(Shop(users, products, orders), f"order {CONFIRMED} has been pending "
+                              "since 1970-01-01 00:16:40 (UTC), and is still not finished")
+
+    def test_the_addresses_come_from_the_environment_too(self):
+        with trading(self.folder) as shop:
+            urls = {f"MICROSHOP_{name.upper()}_URL": url for name, url in urls_of(shop).items()}
+            status, lines = run_audit(MICROSHOP_REMOTE="1", **urls)
+        verdict = f"the databases of {', '.join(urls.values())} agree"
+        self.assertEqual((status, lines), (0, [verdict]))
+
+    def test_a_busy_shop_has_no_violations(self):
+        with trading(self.folder) as shop:
+            find = partial(audit.find_remote_violations, urls_of(shop), PATIENCE)
+            audits = [lambda: [find() for _ in range(12)]] * 2
+            *answers, first, second = together(*[partial(trade, shop, 12)] * 4, *audits)
+        self.assertEqual(answers, [[201, 200] * 12] * 4)
+        self.assertEqual(first + second, [[]] * 24, "what two audits found, 12 times each")
+
+    def test_orders_that_move_on_between_two_copies_are_no_violation(self):
+        copied, fetch_copy = [], audit.fetch_copy
+
+        def fetch_then_move_on(service, url, timeout):
+            copy = fetch_copy(service, url, timeout)
+            if service != "users":  # which the queries do not need
+                copied.append(service)
+            if len(copied) % 2:
+                move_on(shop, placed)
+            return copy
+
+        with (trading(self.folder) as shop,
+              mock.patch.object(audit, "fetch_copy", fetch_then_move_on)):
+            placed = [shop.ask("POST", "/orders", LAPTOPS)]
+            look = partial(audit.look_at_copies, urls_of(shop), PATIENCE)
+            self.assertEqual(len(look()), 2, "differences in one look: an order that was placed "
+                                             "meanwhile, and one that was cancelled")
+            self.assertEqual(audit.seen_twice(look), [], "differences in two looks")
+
+    def test_the_copies_are_removed(self):
+        temporary = self.folder.with_name("temporary")
+        temporary.mkdir()
+        with trading(self.folder) as shop, mock.patch.object(tempfile, "tempdir", str(temporary)):
+            audit.look_at_copies(urls_of(shop), PATIENCE)
+        self.assertEqual(list(temporary.iterdir()), [])
+
+
+class UnreadableRemoteTest(AuditTest):
+    """A service that sends no copy: one line says which one, why, and what to do."""
+
+    ADVICE = "start this version of the service there, or give another --users-url or --timeout"
+
+    def setUp(self):
+        super().setUp()
+        self.shop = self.enterContext(trading(self.folder))
+
+    def assert_line(self, url, why, *flags):
+        """Check what the audit prints if users, which is asked first, is at another URL."""
+        urls = {**urls_of(self.shop), "users": url}
+        self.assertEqual(run_audit(*flags_of(urls), *flags), (1, [
+            f"audit: cannot copy the database of users from {url}/database: {why}"]))
+
+    def test_a_service_that_does_not_answer_is_named(self):
+        self.assert_line(NOBODY, f"Connection refused; {self.ADVICE}")
+        with upstream(lambda connection: connection.makefile("rb").read()) as url:  # to its end
+            self.assert_line(url, f"no answer; {self.ADVICE}", "--timeout", "0.2")
+
+    def test_a_service_that_has_no_such_path_is_named(self):
+        with upstream(Stub(always(response(b"{}", 404)))) as url:
+            self.assert_line(url, f"answered 404; {self.ADVICE}")
+
+    def test_an_answer_that_is_not_a_database_is_named(self):
+        for answer in (b"<html>", b"", b"SQLite format 2\0"):
+            with self.subTest(answer), upstream(Stub(always(response(answer)))) as url:
+                self.assert_line(url, f"this is no database; {self.ADVICE}")
+        with upstream(Stub(always(b"SSH-2.0-OpenSSH\r\n\r\n"))) as url:
+            self.assert_line(url, f"the status line is malformed; {self.ADVICE}")
+
+    def test_more_than_a_service_sends_is_not_received(self):
+        head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (database.MAX_COPY + 1)
+        with upstream(Stub(always(head))) as url:
+            self.assert_line(url, f"the body is larger than {database.MAX_COPY} bytes; "
+                                  f"{self.ADVICE}")
+
+    def test_a_database_that_is_too_large_to_be_sent_is_to_be_audited_as_a_file(self):
+        with mock.patch.object(database, "MAX_COPY", 4096):
+            size = (self.folder / "users.db").stat().st_size
+            self.assert_line(self.shop.users.url, f"users.db has {size} bytes, more than the "
+                             "4096 that are sent: audit the file itself, with --data")
+
+    def test_a_database_of_another_service_is_reported(self):
+        urls = {**urls_of(self.shop), "orders": self.shop.users.url}
+        self.assertEqual(run_audit(*flags_of(urls)), (1, [
+            "audit: no such table: orders; check which service is at which URL"]))
+
+    def test_a_damaged_database_is_reported(self):
+        damaged = self.folder / "damaged.db"
+        damaged.write_bytes(self.shop.users.database.copy())
+        damage_page(damaged)
+        with upstream(Stub(always(response(damaged.read_bytes())))) as url:
+            status, lines = run_audit(*flags_of({**urls_of(self.shop), "users": url}))
+        self.assertEqual((status, len(lines)), (1, 1), lines)
+        self.assertRegex(lines[0], "^audit: cannot read the databases of http://.*: users.db: ")
+
+    def test_a_folder_and_remote_contradict_each_other(self):
+        self.assertEqual(run_audit("--remote", "--data", self.folder), (2, [
+            "python -m microshop.audit: --remote and --data contradict each other; choose one "
+            "(see --help)"]))
 
 
 # --- damages

@@ -9,11 +9,14 @@ import unittest
 from unittest import mock
 
 from microshop import SERVICES, live
+from microshop import gateway as gateway_module
 from microshop.chassis import watch
+from microshop.chassis.watch import Node
+from microshop.gateway import Gateway
 from microshop.live import Live, Observer, content_security_policy, draw_traces, summarize
 from tests.chassis.told import Stage, metrics, span
 from tests.helpers import (
-    NOBODY, PATIENCE, ask, exchange, process, running, together, wait_until)
+    NOBODY, PATIENCE, ask, exchange, process, read_request, running, together, upstream, wait_until)
 from tests.test_run_all import Shop, port_of
 
 NUMBER = (int, float)
@@ -131,10 +134,13 @@ class ObserverTest(unittest.TestCase):
 
     def setUp(self):
         self.stage = Stage()
-        self.enterContext(mock.patch.object(watch, "fetch", self.stage.fetch))
+        self.enterContext(self.stage.patch())
         self.enterContext(mock.patch.object(live, "PAUSE", 0.0))
-        self.observer = Observer({"gateway": ["http://g:1"], "orders": ["http://o:1"]})
+        self.observer = self.observe()
         self.stage.answer("http://g:1", metrics(1))
+
+    def observe(self):
+        return Observer([Node("gateway", ["http://g:1"]), Node("orders", ["http://o:1"])])
 
     def hear(self, *lines, spans=()):
         self.stage.answer("http://o:1", metrics(2, *lines), spans=list(spans))
@@ -186,9 +192,9 @@ class ObserverTest(unittest.TestCase):
         for answer in ({"metrics": ["<html>"]}, {"metrics": [metrics(2)], "traces": '[{"a":1}]'}):
             with self.subTest(str(answer)):
                 self.stage.answer("http://o:1", *answer.pop("metrics"), **answer)
-                picture = Observer({"gateway": ["http://g:1"], "orders": ["http://o:1"]})
-                picture.look()
-                self.assertEqual([node.get("silent") for node in picture.picture["nodes"]],
+                observer = self.observe()
+                observer.look()
+                self.assertEqual([node.get("silent") for node in observer.picture["nodes"]],
                                  [None, "unintelligible"])
 
 
@@ -197,7 +203,7 @@ class LiveTest(unittest.TestCase):
 
     def setUp(self):
         self.stage = Stage()
-        self.enterContext(mock.patch.object(watch, "fetch", self.stage.fetch))
+        self.enterContext(self.stage.patch())
         for name in ("gateway", *SERVICES):
             self.stage.answer(f"http://{name}:1", metrics(1, service=name))
         self.live = self.enterContext(running(
@@ -259,9 +265,9 @@ class LiveTest(unittest.TestCase):
         is_open = threading.Event()
         fetch = self.stage.fetch
 
-        def wait(url, deadline):
+        def wait(*arguments):
             is_open.wait(PATIENCE)
-            return fetch(url, deadline)
+            return fetch(*arguments)
 
         with mock.patch.object(watch, "fetch", wait), mock.patch.object(live, "PAUSE", PATIENCE):
             threading.Timer(0.2, is_open.set).start()
@@ -327,6 +333,50 @@ class LiveTest(unittest.TestCase):
             picture = ask(alone.server_port, "GET", "/picture").json
         self.assertEqual([(node["state"], node["silent"]) for node in picture["nodes"]],
                          [("down", "refused")] * len(picture["nodes"]))
+
+
+class TokenTest(unittest.TestCase):
+    """A gateway on another machine shows its telemetry only to those that send its token."""
+
+    def setUp(self):
+        self.enterContext(mock.patch.object(watch, "ASK_TIME", PATIENCE))
+
+    def picture(self, **settings):
+        """Return what live draws of a gateway that takes it for a client on another machine."""
+        with (mock.patch.object(gateway_module, "is_local", return_value=False),
+              running(Gateway, token="s3cret") as gateway,
+              running(Live, gateway_url=[gateway.url], **settings) as live):
+            return ask(live.server_port, "GET", "/picture").json["nodes"][0]
+
+    def test_with_the_token_live_shows_the_gateway(self):
+        for name in ("token", "token_file"):
+            with self.subTest(name):
+                node = self.picture(**{name: "s3cret"})
+                self.assertEqual((node["state"], node.get("silent")), ("up", None))
+
+    def test_without_it_the_picture_says_what_to_set(self):
+        for token in ("", "wrong"):
+            with self.subTest(token=token):
+                node = self.picture(token=token)
+                self.assertEqual((node["state"], node["silent"]), (
+                    "down", "answered 403 (set --token-file or MICROSHOP_TOKEN to the shop's "
+                            "token)"))
+
+    def test_no_other_process_gets_the_token(self):
+        requests = {}
+
+        def listen(connection):
+            request = read_request(connection).decode().lower()
+            requests[re.search("host: (.*)", request)[1].strip()] = request
+
+        with contextlib.ExitStack() as stack:
+            urls = {name: stack.enter_context(upstream(listen)) for name in live.NODES}
+            settings = {f"{name}_url": [url] for name, url in urls.items()}
+            observer = stack.enter_context(running(Live, token="s3cret", **settings))
+            ask(observer.server_port, "GET", "/picture")
+        got_it = {name: "authorization: bearer s3cret\r\n" in requests[url.partition("//")[2]]
+                  for name, url in urls.items()}
+        self.assertEqual(got_it, {name: name == "gateway" for name in urls})
 
 
 class SettingsTest(unittest.TestCase):
@@ -421,9 +471,9 @@ class RealShopTest(unittest.TestCase):
             ("orders", "users"), ("orders", "products")])
         self.assertEqual([(one["from"], one["to"]) for one in picture["upstreams"]],
                          [(edge["from"], edge["to"]) for edge in picture["edges"][1:]])
-        for upstream in picture["upstreams"]:
-            port = self.shop.port(f"{upstream['to'].capitalize()} service")
-            self.assertEqual(upstream["instances"], [
+        for guards in picture["upstreams"]:
+            port = self.shop.port(f"{guards['to'].capitalize()} service")
+            self.assertEqual(guards["instances"], [
                 {"server": f"http://127.0.0.1:{port}", "state": "closed", "seconds": 0.0}])
 
     def test_looking_is_no_traffic(self):

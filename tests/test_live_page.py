@@ -278,12 +278,16 @@ class ShownTest(PageTestCase):
             page.shows("#findings", "1,204 requests/s")
 
     def test_a_service_that_is_down_is_named_first_and_its_box_says_why(self):
-        reasons = {"refused": "connection refused", "no answer in time": "no answer in time"}
-        for silent, shown in reasons.items():
+        for silent, shown, in_box in (
+                ("refused", "connection refused", "connection refused"),
+                ("no answer in time", "no answer in time", "no answer in time"),
+                ("answered 403 (set a token)", "answered 403 (set a token)", "answered 403")):
             self.live.node("users", state="down", processes=[], silent=silent)
             with self.subTest(silent), self.opened() as page:
                 page.shows("#findings li:first-child", f"✕ users is down: {shown}")
-                page.shows("[data-box=users].bad", shown)
+                page.shows("[data-box=users].bad", in_box)
+                line = "document.querySelector('[data-box=users] text:last-child').textContent"
+                self.assertEqual(page.evaluate(line), in_box, "the last line in the box")
                 self.assertIn("users is down", page.evaluate("document.title"))
 
     def test_restarts_and_draining_are_shown_at_the_box(self):

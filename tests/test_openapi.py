@@ -186,7 +186,7 @@ class GatewayTest(unittest.TestCase):
         self.assertLessEqual(NAMES_IN_CLIENTS, names)
 
     def test_the_public_routes_of_all_processes_are_published_and_no_others(self):
-        expected = routes_of(GatewayHandler)
+        expected = routes_of(GatewayHandler) - {"GET /database"}  # it has none
         for name in SERVICES:
             expected |= {route for route in routes_of(service_of(name).handler)
                          if route.split("/")[1] == name}
@@ -195,6 +195,14 @@ class GatewayTest(unittest.TestCase):
     def test_reservations_are_published_by_their_service_only(self):
         self.assertIn("/reservations/{id}", document_of(self.shop.products)["paths"])
         self.assertNotIn("reserv", json.dumps(self.document))
+
+    def test_a_copy_of_a_database_is_answered_by_its_service_and_not_by_the_gateway(self):
+        for server in self.shop:
+            self.assertEqual(ask(server.server_port, "GET", "/database").status, 200, server.name)
+            self.assertIn("/database", document_of(server)["paths"], server.name)
+        self.assertNotIn("GET /database", published_routes(self.document))
+        for path in ("/database", "/orders/database"):
+            self.assertEqual(self.ask("GET", path).status, 404, f"GET {path} of the gateway")
 
     def test_operations_have_the_name_of_their_process_as_a_tag(self):
         tags = {path: operation["tags"] for _, path, operation in operations_of(self.document)}

@@ -961,6 +961,15 @@ class PlanTest(unittest.TestCase):
                 self.assertEqual(url, f"http://[::1]:{port}")
                 self.assertEqual(config.base_urls(url), [url])
 
+    def test_only_the_gateway_gets_the_file_of_the_token(self):
+        with (tempfile.NamedTemporaryFile("w") as file,
+              mock.patch.dict(os.environ, MICROSHOP_TOKEN_FILE=file.name)):
+            file.write("s3cret")
+            file.flush()
+            children = self.plan("--port", "0")
+        self.assertEqual([name for name, child in children.items()
+                          if "MICROSHOP_TOKEN_FILE" in child.environment], ["gateway"])
+
     def test_the_timeout_goes_to_the_gateway_and_the_services(self):
         children = self.plan("--port", "0", "--timeout", "30", "--no-live")
         self.assertEqual([*children], [*SERVICES, "gateway"], "the children without live")

@@ -44,6 +44,10 @@ class Setting(NamedTuple):
 # --- parsers: each turns a text into a value, or raises a ValueError that quotes the text
 
 def port(text: str) -> int:
+    if text.startswith("tcp://"):
+        raise ValueError(
+            f"{text!r} is not a port: Kubernetes sets MICROSHOP_PORT to that for a Service called "
+            "microshop; set enableServiceLinks: false in the pod, or rename the Service")
     if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
         raise ValueError(f"{text!r} is not a port (0 to 65535)")
     return int(text)
@@ -149,6 +153,9 @@ DATA = Setting("data", folder, "data", "folder of the database files")
 TIMEOUT = Setting("timeout", seconds, "5", "seconds that a request may take")
 QUIET = Setting("quiet", switch, "", "write no access log")
 TOKEN = Setting("token", token, None, "token that every write needs", secret=True)
+TOKEN_FILE = Setting(
+    "token-file", token_file, None,
+    "file with the token that every write needs (or set MICROSHOP_TOKEN to the token)")
 
 SHARED = [  # every process has these; run_all passes them on to each of its children
     Setting("max-connections", count, "1024", "open connections that each process may have"),
@@ -158,8 +165,7 @@ SUPERVISED = Setting("supervised", supervision, None,
                      "for run_all only: the sockets that it passes on, and the count of restarts")
 FOR_GATEWAY = [  # the gateway has these; run_all passes them on to it
     TIMEOUT,
-    Setting("token-file", token_file, None,
-            "file with the token that every write needs (or set MICROSHOP_TOKEN to the token)"),
+    TOKEN_FILE,
     Setting("rate", rate, None,
             "requests that one client may send, like 100/s (default: no limit)"),
     Setting("max-in-flight", count, "64", "concurrent requests to each service"),

@@ -16,12 +16,14 @@ from urllib.parse import urlsplit
 from microshop.chassis import wire
 from microshop.chassis.content import parse_json
 from microshop.chassis.errors import BadRequest
+from microshop.chassis.resolver import Resolver
 
-MAX_REPLY = 8 * 1024 * 1024   # bytes of a reply's body
+MAX_REPLY = 8 * 1024 * 1024   # bytes of a reply's body, unless a request allows more
 MAX_IDLE = 128                 # idle connections kept per address
 IDLE_TIME = 30.0               # seconds to keep one: less than a service does (answer.IDLE_TIME)
+MAX_AGE = 60.0                 # seconds to use one: then a name may lead to another instance
 TRIM_PAUSE = 5.0               # seconds between two looks for idle connections of no use
-CONNECT_TIME = 1.0             # seconds to connect, so that time is left to try another instance
+CONNECT_TIME = 1.0             # seconds to look up and connect; the rest is for another instance
 
 
 class Reply(NamedTuple):
@@ -54,6 +56,7 @@ class Request(urllib.request.Request):
     """A request for KeepAliveHandler, and how far it got."""
 
     deadline = 0.0       # of time.monotonic
+    max_reply = MAX_REPLY
     is_retry = False     # then use a new connection: an old one may be why an attempt failed
     is_reuse = False     # whether it was sent on a connection that had been kept
     is_sent = False      # whether the service may have received any of it
@@ -74,6 +77,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
     def __init__(self) -> None:
         self._idle: defaultdict[str, deque[Connection]] = defaultdict(deque)  # by address
         self._trim_at = 0.0  # of time.monotonic
+        self._resolver = Resolver()
 
     def http_open(self, request: Request) -> Reply:
         """Send a request and return the reply; urllib calls this.
@@ -84,12 +88,12 @@ class KeepAliveHandler(urllib.request.BaseHandler):
         connection = None if request.is_retry else self._take_idle(request.host)
         request.is_reuse = connection is not None
         if not connection:
-            timeout = min(request.deadline - time.monotonic(), CONNECT_TIME)
-            connection = Connection(request.host, max(timeout, 0.001))
+            deadline = min(request.deadline, time.monotonic() + CONNECT_TIME)
+            connection = Connection(request.host, self._resolver, deadline)
         is_reusable = False
         try:
             connection.send_request(request)
-            reply, is_reusable = connection.read_reply(request.get_method())
+            reply, is_reusable = connection.read_reply(request.get_method(), request.max_reply)
             return reply
         finally:
             if is_reusable:
@@ -139,15 +143,44 @@ class KeepAliveHandler(urllib.request.BaseHandler):
             return None
 
 
+def get(url: str, deadline: float, max_reply: int = MAX_REPLY, token: str = "") -> Reply:
+    """Send a GET on a connection of its own, with a token if there is one; return the reply.
+
+    Raises what KeepAliveHandler.http_open() raises.
+    """
+    credentials = {"Authorization": f"Bearer {token}"} if token else {}
+    request = Request(url, headers={"Connection": "close", **credentials})
+    request.deadline, request.max_reply = deadline, max_reply
+    with contextlib.closing(KeepAliveHandler()) as handler:
+        return handler.http_open(request)
+
+
+def connect(hosts: list[str], port: int, deadline: float) -> socket.socket:
+    """Connect to the first of these hosts that accepts. Raises the OSError of the last.
+
+    Each may take an equal share of the time left: one that is silent leaves time for the others.
+    """
+    while True:
+        share = (deadline - time.monotonic()) / len(hosts)
+        try:
+            return socket.create_connection((hosts[0], port), max(share, 0.001))
+        except OSError:
+            if len(hosts) == 1:
+                raise
+        hosts = hosts[1:]
+
+
 class Connection:
     """An open connection to an address. It serves one request at a time."""
 
-    def __init__(self, address: str, timeout: float):
+    def __init__(self, address: str, resolver: Resolver, deadline: float):
         url = urlsplit(f"//{address}")
-        self.socket = socket.create_connection((url.hostname, url.port or 80), timeout)
+        hosts = resolver.find(url.hostname or "", deadline - time.monotonic())
+        self.socket = connect(hosts, url.port or 80, deadline)
         self.socket.settimeout(None)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.stream = wire.Stream(self.socket)
+        self.opened_at = time.monotonic()
         self.idle_since = 0.0  # of time.monotonic
 
     def close(self) -> None:
@@ -161,7 +194,7 @@ class Connection:
         try:
             self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:  # open, and nothing has arrived
-            return time.monotonic() < self.idle_since + IDLE_TIME
+            return time.monotonic() < min(self.idle_since + IDLE_TIME, self.opened_at + MAX_AGE)
         except OSError:
             return False
         return False  # bytes, or b"" if the peer has closed it
@@ -177,16 +210,19 @@ class Connection:
         request.is_sent = True
         self.stream.send(message)
 
-    def read_reply(self, method: str) -> tuple[Reply, bool]:
-        """Return the reply to a request, and whether the connection can be used again."""
+    def read_reply(self, method: str, limit: int) -> tuple[Reply, bool]:
+        """Return the reply to a request, and whether the connection can be used again.
+
+        `limit` is in bytes of its body.
+        """
         status, version, fields, length = self._read_final_head()
         is_delimited = True
         if method == "HEAD" or status in (204, 304):
             body = b""
         elif length is not None:
-            body = self.stream.read_body(length, MAX_REPLY)
+            body = self.stream.read_body(length, limit)
         else:
-            body, is_delimited = self.stream.read_to_end(MAX_REPLY), False
+            body, is_delimited = self.stream.read_to_end(limit), False
         is_reusable = (is_delimited and wire.keeps_alive(version, fields)
                        and not self.stream.has_bytes())
         return Reply(status, version, fields, body), is_reusable

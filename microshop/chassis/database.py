@@ -14,6 +14,7 @@ rows appears only in the service that owns them.
 import contextlib
 import os
 import sqlite3
+import tempfile
 import threading
 import time
 from collections import deque
@@ -29,6 +30,7 @@ from microshop.chassis.errors import (
 QUEUE_TIMEOUT = 1.5  # seconds to wait for a lock or a connection that another thread holds
 BUSY_TIMEOUT = 1.5   # seconds to wait after that for a lock that another process holds
 MAX_CHECKED = 2**14  # pages of 4 KiB; to check more for damage would take over a second
+MAX_COPY = 64 * 1024 * 1024  # bytes of a copy; until it is sent, it may take twice that memory
 OLDEST = (3, 25, 0)  # version of SQLite: older ones cannot rename a column
 CONNECTIONS = 16     # in a pool: each holds two file descriptors and about 100 KiB of memory
 LOOK = 0.05          # seconds between two checks by readers that the files are still at their paths
@@ -224,6 +226,7 @@ class Database:
         self.path = path
         self._pool = ConnectionPool(path)
         self._write_lock = threading.RLock()  # between threads; SQLite has one between processes
+        self._copy_lock = threading.Lock()  # one copy is made at a time: each takes memory
         self._queue: deque[tuple[str, Values, Future[Written]]] = deque()  # writes that wait
         if sqlite3.sqlite_version_info < OLDEST:
             raise DatabaseUnusable(f"microshop needs SQLite {'.'.join(map(str, OLDEST))} or newer; "
@@ -278,6 +281,23 @@ class Database:
         finally:
             self._write_lock.release()
 
+    def copy(self) -> bytes:
+        """Return the bytes of a copy: what the file and the WAL hold at this moment, in one file.
+
+        Writes go on meanwhile. Raises InsufficientStorage if there are more bytes than MAX_COPY.
+        """
+        size = pragma(self, "page_count") * pragma(self, "page_size")
+        if size > MAX_COPY:
+            raise InsufficientStorage(f"{self.path.name} has {size} bytes, more than the {MAX_COPY}"
+                                      " that are sent: audit the file itself, with --data")
+        # Through a file, since some builds of SQLite lack serialize().
+        with (self._copy_lock, self._pool.lend() as connection,
+              tempfile.NamedTemporaryFile() as file,
+              contextlib.closing(sqlite3.connect(file.name)) as copy):
+            copy.execute("PRAGMA synchronous = OFF")  # the file need not survive anything
+            connection.backup(copy)
+            return file.read()
+
     def close(self) -> None:
         """Write the WAL back into the file, and close every connection that is not in use."""
         self._pool.close()
@@ -308,17 +328,17 @@ class Database:
                 outcome.set_result(result)
 
     def _check(self) -> None:
-        if self.rows("PRAGMA page_count")[0]["page_count"] > MAX_CHECKED:
+        if pragma(self, "page_count") > MAX_CHECKED:
             return
         found = self.rows("PRAGMA quick_check(1)")[0]["quick_check"]
         if found != "ok":
             raise DatabaseUnusable(f"it is damaged ({found.splitlines()[-1]})")
 
     def _upgrade(self, versions: Sequence[Sequence[str]]) -> None:
-        if find_version(self) == len(versions):  # then the start has nothing to write
+        if pragma(self, "user_version") == len(versions):  # then the start has nothing to write
             return
         with self.transaction() as transaction:
-            version = find_version(transaction)  # another process may have been faster
+            version = pragma(transaction, "user_version")  # another process may have been faster
             if version > len(versions):
                 raise DatabaseUnusable(f"it was written by a newer microshop (its schema version "
                                        f"is {version}, this one knows {len(versions)})")
@@ -356,8 +376,8 @@ def set_wal_mode(connection: sqlite3.Connection) -> None:
         time.sleep(POLL)
 
 
-def find_version(database: Database | Transaction) -> int:
-    return database.rows("PRAGMA user_version")[0]["user_version"]
+def pragma(database: Database | Transaction, name: str) -> int:
+    return database.rows(f"PRAGMA {name}")[0][name]
 
 
 def attempt(transaction: Transaction, statement: str, values: Values) -> Written | Exception:

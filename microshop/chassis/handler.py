@@ -50,6 +50,7 @@ JSON_TYPE = re.compile(r'application/json(?>[ \t]*;[ \t]*(?:charset="?utf-8"?)?)
 # With an unknown method, the answer is 501, not 405. Python does not know QUERY yet.
 KNOWN_METHODS = {*HTTPMethod, "QUERY"}
 HEALTH_PATHS = {"/health", "/health/live"}  # of every process; asked by monitors
+DATABASE = "/database"  # of every process that owns data; asked by the audit
 NO_FIELDS = wire.Fields([])
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -345,7 +346,8 @@ class Handler(RouteHelpers):
         cls._table = []
         own = {"/health": {"GET": cls.health}, "/health/live": {"GET": cls.live},
                "/openapi.json": {"GET": cls.describe_api},
-               "/metrics": {"GET": cls.metrics}, "/traces": {"GET": cls.traces}}
+               "/metrics": {"GET": cls.metrics}, "/traces": {"GET": cls.traces},
+               DATABASE: {"GET": cls.copy_database}}
         cls.all_routes = {**cls.routes, **own}
         for path, methods in cls.all_routes.items():
             pattern = re.sub("{[a-z_]+}", ID_PATTERN, path.rstrip("/")) + "/?"
@@ -399,12 +401,16 @@ class Handler(RouteHelpers):
 
     def _find_route(self, path: str) -> tuple[Methods, list[int]]:
         for pattern, route, methods in self._table:
-            if match := pattern.fullmatch(path):
+            if (match := pattern.fullmatch(path)) and self._has_route(route):
                 ids = list(map(int, match.groups()))
                 if not ids or max(ids) <= MAX_INTEGER:
                     self.route = route
                     return methods, ids
         raise NotFound(f"there is nothing at {excerpt(path)}; try {', '.join(self.known_paths())}")
+
+    def _has_route(self, route: str) -> bool:
+        """Return whether this process has a route of ours: DATABASE only if it owns data."""
+        return route != DATABASE or bool(self.server.schema)
 
     def known_paths(self) -> list[str]:
         """Return the paths to suggest to a client that asked for one that does not exist."""
@@ -428,8 +434,10 @@ class Handler(RouteHelpers):
 
     def describe_api(self) -> Answer:
         """Answer with the OpenAPI document of this process."""
-        return Answer(openapi.make_document(self.server.title, self.server.name, self.all_routes,
-                                            self.operations, self.schemas))
+        routes = {path: methods for path, methods in self.all_routes.items()
+                  if self._has_route(path)}
+        return Answer(openapi.make_document(
+            self.server.title, self.server.name, routes, self.operations, self.schemas))
 
     def metrics(self) -> Answer:
         """Answer with the metrics of this process, for Prometheus."""
@@ -441,6 +449,12 @@ class Handler(RouteHelpers):
         """Answer with the spans of this process that are kept, for Zipkin or Jaeger."""
         self.check_observer()
         return Answer(self.server.telemetry.format_spans(self.server.name), headers=[NO_STORE])
+
+    def copy_database(self) -> Answer:
+        """Answer with a copy of the database of this service, for the audit."""
+        self.server.turns.give_up()  # it takes much longer than a turn
+        return Answer(self.server.database.copy(), headers=[
+            ("Content-Type", openapi.SQLITE), NO_STORE])
 
     def check_observer(self) -> None:
         """Raise Forbidden if the client must not see metrics and traces; the gateway does.

@@ -25,6 +25,7 @@ INFO = {
     "description": "Errors are problem documents (RFC 9457). HEAD works wherever GET does, and "
                    "OPTIONS everywhere. Unknown parameters of a query are ignored."}
 JSON, PROBLEM_JSON = "application/json", "application/problem+json"
+SQLITE = "application/vnd.sqlite3"  # as registered with IANA
 
 # The statuses of errors, except those that a client never gets if it uses an HTTP library and this
 # document: 405, 417, 501, 505.
@@ -89,6 +90,7 @@ def schema_of(content: Any) -> dict:
 
 
 STRING, OBJECT = {"type": "string"}, {"type": "object"}
+BINARY = {**STRING, "format": "binary"}
 PROBLEM = resource({  # see errors.ServiceError
     "type": STRING, "title": STRING, "status": {"type": "integer"}, "detail": STRING,
     "requestId": STRING, "service": STRING, "errors": schema_of([resource(
@@ -123,7 +125,7 @@ HEADERS = {
 
 # --- operations
 
-OWN_OPERATIONS = {  # of every process
+OWN_OPERATIONS = {  # of every process, and of those that own data
     "GET /health": Operation("getHealth", {200: "Health", 503: "Health"}),
     "GET /health/live": Operation("getLiveness", {200: "Health"}),
     "GET /openapi.json": Operation("getApi", {200: OBJECT}),
@@ -131,6 +133,8 @@ OWN_OPERATIONS = {  # of every process
                               summary="Counters, in the text format of Prometheus"),
     "GET /traces": Operation("getTraces", {200: schema_of([OBJECT])}, errors=[403],
                              summary="The spans of recent requests, as Zipkin reads them"),
+    "GET /database": Operation("getDatabase", {200: BINARY}, errors=[507], media_type=SQLITE,
+                               summary="A copy of the database as it is now, for the audit"),
 }
 ERROR = Operation("", {})  # stands for any operation that answers with an error
 

@@ -1,9 +1,10 @@
 """Watching other processes: what each tells of itself at /metrics and /traces, asked in rounds.
 
-A Node is something that has a name and runs at some addresses. At each address, one process or
-several may answer, each time another one; every answer names its process. So what is known of a
-process is kept by its pid and its start: from its last answers follow the rates of what it counts,
-and from the differences between two rounds follow events.
+A Node is something that has a name and runs at some URLs. The host in a URL may have several
+addresses, as a headless Service of Kubernetes has one for each pod: each address is asked. At each
+address, one process or several may answer, each time another one; every answer names its process.
+So what is known of a process is kept by its pid and its start: from its last answers follow the
+rates of what it counts, and from the differences between two rounds follow events.
 
 Memory: of each process, the metrics of the last WINDOW seconds; usually, that is some 60 KiB for
 each round. The size of an answer is limited by connections.MAX_REPLY.
@@ -15,13 +16,15 @@ import contextlib
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from urllib.parse import urlsplit
 
-from microshop.chassis.connections import KeepAliveHandler, Request
+from microshop.chassis.connections import get
 from microshop.chassis.errors import ServiceError
 from microshop.chassis.exposition import Metrics, add_up, parse_metrics
+from microshop.chassis.resolver import Resolver
 from microshop.chassis.trace_memory import Span, TraceMemory, parse_spans
 
-ASK_TIME = 0.5           # seconds for the answers to one round
+ASK_TIME = 0.5           # seconds for the answers to one round; half of it for looking names up
 WINDOW = 10.0            # seconds over which rates are measured, and for which metrics are kept
 SILENT_TIME = 1.75       # seconds without an answer that are forgiven: under load, one may be late
 MAX_ASKED = 8            # requests to one address in a round
@@ -37,35 +40,45 @@ class Silent(Exception):
     """A process has not answered as it should; the text says in few words how."""
 
 
-def fetch(url: str, deadline: float) -> bytes:
-    """Return what a GET is answered with, on a connection of its own.
+def fetch(url: str, deadline: float, token: str = "") -> bytes:
+    """Return what a GET is answered with.
 
     Raises Silent, or a ServiceError if the answer is not valid HTTP or too large.
     """
-    request = Request(url, headers={"Connection": "close"})
-    request.deadline = deadline
     try:
-        with contextlib.closing(KeepAliveHandler()) as connections:
-            reply = connections.http_open(request)
+        reply = get(url, deadline, token=token)
     except TimeoutError:
         raise Silent("no answer in time") from None
     except (OSError, EOFError):
         raise Silent("refused") from None
+    if reply.status == 403:
+        raise Silent("answered 403 (set --token-file or MICROSHOP_TOKEN to the shop's token)")
     if reply.status != 200:
         raise Silent(f"answered {reply.status}")
     return reply.body
 
 
-def ask(url: str, deadline: float) -> tuple["Process", list[Span]]:
+def find_addresses(url: str, resolver: Resolver) -> list[str]:
+    """Return a base URL for each address of the host in a base URL. Raises Silent."""
+    parts = urlsplit(url)
+    try:
+        hosts = resolver.find(parts.hostname or "", ASK_TIME / 2)
+    except OSError:
+        raise Silent("unknown host name") from None
+    hosts = [f"[{host}]" if ":" in host else host for host in hosts]
+    return [f"http://{host}:{parts.port or 80}" for host in hosts]
+
+
+def ask(url: str, deadline: float, token: str = "") -> tuple["Process", list[Span]]:
     """Return what a process at this base URL tells of itself, and its spans. Raises Silent.
 
     If several processes share the address, any of them may answer, and next time another one.
     """
     try:
-        process = Process(url, parse_metrics(fetch(f"{url}/metrics", deadline).decode()))
+        process = Process(url, parse_metrics(fetch(f"{url}/metrics", deadline, token).decode()))
         spans: list[Span] = []
         with contextlib.suppress(Silent):  # spans may be late: the metrics say that it is up
-            spans = parse_spans(fetch(f"{url}/traces", deadline))
+            spans = parse_spans(fetch(f"{url}/traces", deadline, token))
         return process, spans
     except (ServiceError, ValueError, TypeError, KeyError, AttributeError):
         raise Silent("unintelligible") from None
@@ -105,22 +118,22 @@ class Process:
 
 
 class Node:
-    """What has a name, and runs at one or more base URLs.
+    """What has a name, and runs at one or more base URLs. A `token` is sent to it, if given.
 
     `state` is "up", "draining", or "down" if nothing of it answers (`silence` says how); "" before
     the first round. `metrics`, `rates` and `grown` are the sums of those of all processes.
     """
 
-    def __init__(self, name: str, urls: list[str]):
-        self.name, self.urls = name, urls
-        self.processes: dict[tuple[str, int, float], Process] = {}  # by URL, pid and start
+    def __init__(self, name: str, urls: list[str], token: str = ""):
+        self.name, self.urls, self.token = name, urls, token
+        self.processes: dict[tuple[int, float], Process] = {}  # by pid and start
         self.state, self.silence = "", ""
         self.heard_at = 0.0  # the Unix time of the last round in which any of it answered
         self.metrics, self.rates, self.grown = Metrics(), Metrics(), Metrics()
 
-    def urls_to_ask(self) -> Iterator[str]:
+    def urls_to_ask(self, urls: list[str]) -> Iterator[str]:
         """Yield each URL; several times if several processes share it, so that each is asked."""
-        for url in self.urls:
+        for url in urls:
             known = sum(process.url == url for process in self.processes.values())
             yield from [url] * (1 if known < 2 else min(known + 1, MAX_ASKED))
 
@@ -129,7 +142,7 @@ class Node:
 
         If it was started after the last round, it counted from zero since then.
         """
-        process = self.processes.setdefault((told.url, told.pid, told.started), told)
+        process = self.processes.setdefault((told.pid, told.started), told)
         if process is told and told.started > self.heard_at:
             process.history[self.heard_at] = Metrics()
         process.note(told.metrics, now)
@@ -158,11 +171,26 @@ class Node:
         self.state = "down" if self.silence else "draining" if all(drains) else "up"
 
 
+def begin_to_ask(node: Node, look_ups: list[Future], pool: ThreadPoolExecutor,
+                 deadline: float) -> Iterator[Future]:
+    """Ask a node at every address that was found. Yield what the answers will be.
+
+    A look-up that failed is an answer, too: it tells how nothing answers there.
+    """
+    for look_up in look_ups:
+        if look_up.exception():
+            yield look_up
+        else:
+            for url in node.urls_to_ask(look_up.result()):
+                yield pool.submit(ask, url, deadline, node.token)
+
+
 class Watch:
     """Asks all nodes, in rounds, and remembers what happened to them."""
 
     def __init__(self, nodes: list[Node]):
         self.nodes = nodes
+        self.resolver = Resolver()
         self.memory = TraceMemory()
         self.events: list[dict] = []  # the newest first
 
@@ -176,8 +204,10 @@ class Watch:
         """Ask every process, in parallel, and record what it answers. `now` is a Unix time."""
         deadline = time.monotonic() + ASK_TIME
         with ThreadPoolExecutor(MAX_THREADS) as pool:
-            answers = [[pool.submit(ask, url, deadline) for url in node.urls_to_ask()]
-                       for node in self.nodes]
+            look_ups = [[pool.submit(find_addresses, url, self.resolver) for url in node.urls]
+                        for node in self.nodes]
+            answers = [list(begin_to_ask(node, of_node, pool, deadline))
+                       for node, of_node in zip(self.nodes, look_ups, strict=True)]
         for node, of_node in zip(self.nodes, answers, strict=True):
             before = node.state
             self._note(node, of_node, now)

@@ -4,17 +4,20 @@ import select
 import socket
 import threading
 import time
+import unittest
 from collections.abc import Callable
 from unittest import mock
 
-from microshop.chassis import connections
+from microshop.chassis import client, connections
 from microshop.chassis.client import Client, Upstream
-from microshop.chassis.errors import BadGateway, GatewayTimeout, Unreachable
+from microshop.chassis.errors import BadGateway, ContentTooLarge, GatewayTimeout, Unreachable
 from microshop.chassis.resilience import RetryBudget
+from microshop.chassis.resolver import Resolver
 from microshop.chassis.tracing import Trace
 from microshop.users import Users
 from tests.chassis.calls import (
     ALICE, BOB, CHUNKED, CLOSING, MALLORY, OK, TIMEOUT, ClientTest, Last, Reset, Stub)
+from tests.chassis.things import stopped_clock
 from tests.helpers import PATIENCE, read_request, running, upstream
 
 
@@ -87,6 +90,17 @@ class KeepAliveTest(ClientTest):
                 self.assertTrue(stub.ended.acquire(timeout=PATIENCE),
                                 "the client did not close the connection")
                 self.assertEqual(len(stub.connections), 2, "the closed connection was used again")
+
+    def test_a_connection_is_used_no_longer_than_max_age_so_that_a_moved_service_is_found(self):
+        clock = self.enterContext(stopped_clock(connections))
+        self.client.timeout = 10 * PATIENCE  # this clock moves on; that of the client does not
+        stub = Stub(ALICE)
+        users = self.serve(stub)
+        for _ in range(4):  # never idle for long
+            self.call(users)
+            clock.now += connections.MAX_AGE / 3 + 0.01
+        self.assertEqual([len(requests) for requests in stub.connections], [3, 1],
+                         "requests on each connection, one every 20 s: none is used after 60 s")
 
     def test_trimming_closes_the_idle_connections_that_are_of_no_use(self):
         for what, response, idle_time, is_closed in (
@@ -209,6 +223,58 @@ class KeepAliveTest(ClientTest):
                               "the failed request was sent again on the other kept connection")
 
 
+class NameTest(ClientTest):
+    """Services whose base URLs have a name in place of an address."""
+
+    def serve_by_name(self, look_up: Callable[[str], list[str]]) -> Upstream:
+        """Return a service that ALICE answers, at what a function finds for the name users-name."""
+        self.client._connections._resolver = Resolver(look_up)
+        _, _, port = self.enterContext(upstream(Stub(ALICE))).rpartition(":")
+        return self.serve(f"http://Users-Name:{port}")
+
+    def test_a_service_is_found_by_its_name(self):
+        users = self.serve_by_name(lambda name: {"users-name": ["127.0.0.1"]}[name])
+        self.assertEqual(self.call(users).body, b"Alice")
+
+    def test_an_address_that_refuses_is_passed_over_for_the_next_of_the_same_name(self):
+        users = self.serve_by_name(lambda name: ["127.0.0.2", "127.0.0.3", "127.0.0.1"])
+        self.assertEqual(self.call(users, "POST").body, b"Alice", "of the third address")
+        self.assertEqual(len(self.spans), 1, "attempts: the addresses are all of one instance")
+
+    def test_a_name_that_cannot_be_resolved_is_a_bad_gateway_and_nothing_was_sent(self):
+        for error, reason in (
+                (TimeoutError(), "was not resolved in time"),
+                (socket.gaierror(socket.EAI_NONAME, "Unknown"), r"cannot be resolved \(Unknown\)")):
+            with self.subTest(reason):
+                users = self.serve_by_name(mock.Mock(side_effect=error))
+                with self.assertRaisesRegex(
+                        Unreachable, f"^the users service cannot be reached: the name users-name "
+                        f"{reason}; check the "):
+                    self.call(users, "POST")
+                self.assertEqual(len(self.time.pauses), 2, "retries: a POST that was not sent")
+                self.time.pauses.clear()
+
+    def test_looking_up_and_connecting_share_one_deadline(self):
+        clock = self.enterContext(stopped_clock(connections))
+        timeouts = []
+
+        def look_up(_: str) -> list[str]:
+            clock.now += 0.4 * connections.CONNECT_TIME
+            return ["192.0.2.1", "192.0.2.2", "192.0.2.3"]
+
+        def hang(address: tuple[str, int], timeout: float) -> None:
+            timeouts.append(round(timeout / connections.CONNECT_TIME, 6))
+            clock.now += timeout
+            raise TimeoutError
+
+        users = self.serve_by_name(look_up)
+        with (mock.patch.object(socket, "create_connection", hang),
+              mock.patch.object(client, "MAX_RETRIES", 0)):
+            self.assertRaises(Unreachable, self.call, users)
+        self.assertEqual(timeouts, [0.2, 0.2, 0.2], "shares of CONNECT_TIME for three addresses "
+                         "that are silent, after a look-up that took 0.4 of it")
+
+
 class InvalidResponseTest(ClientTest):
     def assert_bad_gateway(self, users: Upstream, reason: str) -> None:
         with self.assertRaisesRegex(BadGateway, f"^the users service .*{reason}") as raised:
@@ -247,7 +313,7 @@ class InvalidResponseTest(ClientTest):
         self.assert_bad_gateway(self.serve(Stub(Reset(b""))), "broke the connection: .*reset")
         self.assert_bad_gateway(self.serve(self.refusing_url()), "cannot be reached: .*refused")
 
-    @mock.patch.object(connections, "MAX_REPLY", 1000)
+    @mock.patch.object(connections.Request, "max_reply", 1000)
     def test_a_response_that_is_too_large_is_a_bad_gateway(self):
         def declared(size: int) -> bytes:
             return OK + b"Content-Length: %d\r\n\r\n" % size + b"x" * min(size, 1000)
@@ -262,8 +328,21 @@ class InvalidResponseTest(ClientTest):
         for frame in (declared, chunked, until_close):
             with self.subTest(frame.__name__):
                 largest = self.call(self.serve(Stub(frame(1000)))).body
-                self.assertEqual(largest, b"x" * 1000, "a body of exactly MAX_REPLY is allowed")
+                self.assertEqual(largest, b"x" * 1000, "a body of exactly max_reply is allowed")
                 self.assert_bad_gateway(self.serve(Stub(frame(1001))), "1000 bytes")
+
+
+class GetTest(unittest.TestCase):
+    """One request on a connection of its own."""
+
+    def test_a_larger_body_is_read_if_the_caller_allows_that(self):
+        size = connections.MAX_REPLY + 1
+        message = OK + b"Content-Length: %d\r\n\r\n%b" % (size, b"x" * size)
+        with upstream(Stub(message)) as url:
+            reply = connections.get(url, time.monotonic() + PATIENCE, size)
+            self.assertEqual(len(reply.body), size)
+            with self.assertRaises(ContentTooLarge):
+                connections.get(url, time.monotonic() + PATIENCE, size - 1)
 
 
 class TimeoutTest(ClientTest):

@@ -12,7 +12,7 @@ from unittest import mock
 
 from microshop.chassis import database
 from microshop.chassis.database import ConnectionPool, Database, DatabaseUnusable, Written
-from microshop.chassis.errors import ServiceUnavailable
+from microshop.chassis.errors import InsufficientStorage, ServiceUnavailable
 from tests.helpers import PATIENCE, together, wait_until
 
 VERSION_1 = (
@@ -393,6 +393,68 @@ class WriteTest(CatsTest):
             self.assertIn("full", str(outcome))
         self.assertEqual(self.names(self.cats), ["Mia", "Last"])
         self.assertEqual(self.cats.write("INSERT INTO cats (name) VALUES ('Kim')").rowcount, 1)
+
+
+class CopyTest(CatsTest):
+    def names_in(self, copy):
+        """Return the names of the cats in a copy, which is one file without a WAL."""
+        path = self.path.with_name("copy.db")
+        path.write_bytes(copy)
+        uri = f"{path.as_uri()}?mode=ro&immutable=1"
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
+            return [name for (name,) in connection.execute("SELECT name FROM cats ORDER BY id")]
+
+    def test_a_copy_has_what_was_committed_last_which_is_only_in_the_wal(self):
+        cats = self.open()
+        cats.rows("PRAGMA wal_checkpoint")
+        cats.write("INSERT INTO cats VALUES (2, 'Tom')")
+        self.assertEqual(self.names_in(self.path.read_bytes()), ["Mia"], "the file without its WAL")
+        self.assertEqual(self.names_in(cats.copy()), ["Mia", "Tom"], "the copy")
+
+    def test_a_copy_neither_waits_for_a_transaction_nor_shows_what_that_has_written(self):
+        cats = self.open()
+        cats.rows("PRAGMA wal_checkpoint")
+        with cats.transaction() as transaction:
+            transaction.write("INSERT INTO cats VALUES (2, 'Tom')")
+            [copy] = together(cats.copy)
+            self.assertEqual(self.names_in(copy), ["Mia"])
+
+    def test_a_file_that_is_too_large_to_be_copied_is_507_and_its_size_is_named(self):
+        cats = self.open()
+        size = len(cats.copy())
+        with mock.patch.object(database, "MAX_COPY", size):
+            self.assertEqual(len(cats.copy()), size)
+        refusal = f"^cats.db has {size} bytes, more than the {size - 1} that are sent: "
+        with (mock.patch.object(database, "MAX_COPY", size - 1),
+              self.assertRaisesRegex(InsufficientStorage, refusal)):
+            cats.copy()
+
+    def test_copies_are_made_one_at_a_time_since_each_takes_memory_and_a_connection(self):
+        cats, meeting, met = self.open(), threading.Barrier(2), []
+        make_file = tempfile.NamedTemporaryFile
+
+        def meet_and_make():
+            with contextlib.suppress(threading.BrokenBarrierError):  # the other one does not come
+                meeting.wait(0.2)
+                met.append("copies")
+            return make_file()
+
+        with mock.patch.object(tempfile, "NamedTemporaryFile", meet_and_make):
+            first, second = together(cats.copy, cats.copy)
+        self.assertEqual(first, second)
+        self.assertEqual(met, [], "copies that were made at the same time")
+
+    def test_a_copy_gives_its_connection_back_and_leaves_no_other_file(self):
+        cats = self.open()
+        folder = self.path.with_name("temporary")
+        folder.mkdir()
+        with mock.patch.object(tempfile, "tempdir", str(folder)):
+            cats.copy()
+            with (mock.patch.object(database.sqlite3, "connect", side_effect=sqlite3.Error),
+                  self.assertRaises(sqlite3.Error)):
+                cats.copy()
+        self.assertEqual(list(folder.iterdir()), [])
+        self.assertEqual(len(cats._pool.idle), database.CONNECTIONS, "connections in the pool")
 
 
 class UnusableTest(CatsTest):

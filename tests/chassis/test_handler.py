@@ -6,7 +6,7 @@ import time
 import unittest
 from unittest import mock
 
-from microshop.chassis import handler, listener, wire
+from microshop.chassis import database, handler, listener, wire
 from tests.chassis.things import (
     GET, POST, THINGS, ConnectionsTest, StoredThings, Things, ThingsTest, stopped_clock)
 from tests.helpers import PATIENCE, Wire, ask, exchange, flush, running, wait_until
@@ -147,6 +147,27 @@ class RouteTest(ThingsTest):
             flush(self.service.log)
         self.assertEqual([answer.status for answer in answers], [500], "GET /split")
         self.assertNotIn("set-cookie", answers[0].headers)
+
+
+class DatabaseTest(unittest.TestCase):
+    def test_a_service_that_owns_data_answers_with_a_copy_of_its_database(self):
+        with running(StoredThings) as service:
+            answer = ask(service.server_port, "GET", "/database")
+            self.assertEqual(answer.status, 200)
+            self.assertEqual(answer.headers["content-type"], "application/vnd.sqlite3")
+            self.assertEqual(answer.headers["cache-control"], "no-store")
+            self.assertEqual(answer.body, service.database.copy())
+            with mock.patch.object(database, "MAX_COPY", len(answer.body) - 1):
+                self.assertEqual(ask(service.server_port, "GET", "/database").status, 507,
+                                 "the status when there are more bytes than MAX_COPY")
+
+    def test_a_process_without_data_has_no_such_path(self):
+        with running(Things) as service:
+            for method in ("GET", "OPTIONS", "DELETE"):
+                answer = ask(service.server_port, method, "/database")
+                self.assertEqual(answer.status, 404, f"{method} /database of {service.name}")
+            published = ask(service.server_port, "GET", "/openapi.json").json["paths"]
+            self.assertNotIn("/database", published)
 
 
 class PreconditionsTest(unittest.TestCase):

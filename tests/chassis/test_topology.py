@@ -1,8 +1,6 @@
 """What is drawn of processes that call each other, from metrics that were written by hand."""
 import unittest
-from unittest import mock
 
-from microshop.chassis import watch as module
 from microshop.chassis.topology import draw_topology
 from microshop.chassis.watch import Node, Silent, Watch
 from tests.chassis.told import Stage, histogram, metrics
@@ -16,7 +14,7 @@ class TopologyTest(unittest.TestCase):
 
     def setUp(self):
         self.stage = Stage()
-        self.enterContext(mock.patch.object(module, "fetch", self.stage.fetch))
+        self.enterContext(self.stage.patch())
         self.nodes = [Node("gateway", [A]), Node("users", [B])]
         self.watch = Watch(self.nodes)
         self.stage.answer(B, metrics(2, service="users"))

@@ -2,11 +2,11 @@
 import socket
 import time
 import unittest
-from unittest import mock
 
 from microshop.chassis import connections
 from microshop.chassis import watch as module
-from microshop.chassis.watch import Node, Silent, Watch, ask, fetch
+from microshop.chassis.resolver import Resolver
+from microshop.chassis.watch import Node, Silent, Watch, ask, fetch, find_addresses
 from tests.chassis.told import Stage, metrics
 from tests.helpers import PATIENCE, read_request, upstream
 
@@ -28,7 +28,7 @@ class WatchTest(unittest.TestCase):
 
     def setUp(self):
         self.stage = Stage()
-        self.enterContext(mock.patch.object(module, "fetch", self.stage.fetch))
+        self.enterContext(self.stage.patch())
         self.watch_at(A)
 
     def watch_at(self, *urls):
@@ -175,6 +175,65 @@ class WorkersTest(WatchTest):
         for _ in range(3):
             self.hear(Silent("refused"), metrics(1), metrics(2))
         self.assertEqual((self.node.state, self.told()), ("up", []))
+
+
+class AddressesTest(WatchTest):
+    """One name leads to several processes, as that of a headless Service of Kubernetes does."""
+
+    PODS = ("http://10.0.0.1:1", "http://10.0.0.2:1", "http://[fd00::3]:1")
+
+    def setUp(self):
+        super().setUp()
+        self.stage.addresses["a"] = ["10.0.0.1", "10.0.0.2", "fd00::3"]
+        for number, url in enumerate(self.PODS, start=1):
+            # In a container of its own, each process has the pid 1.
+            self.stage.answer(url, metrics(1, f"a {number}", started=1000.0 + number / 1e6))
+
+    def hear(self):
+        self.stage.asked.clear()
+        self.now += 1.0
+        self.watch.ask_all(self.now)
+
+    def asked(self):
+        return [url.removesuffix("/metrics") for url in self.stage.asked if "/metrics" in url]
+
+    def test_each_is_asked_once_in_a_round_and_counts(self):
+        for _ in range(2):
+            self.hear()
+            self.assertCountEqual(self.asked(), self.PODS)
+            self.assertEqual(self.node.metrics.total("a"), 1 + 2 + 3)
+
+    def test_an_address_that_is_new_is_asked_in_the_next_round_and_one_that_is_gone_is_not(self):
+        self.hear()
+        self.stage.addresses["a"] = ["10.0.0.2", "10.0.0.4"]
+        self.stage.answer("http://10.0.0.4:1", metrics(1, "a 4", started=1001.5))
+        self.hear()
+        self.assertCountEqual(self.asked(), ["http://10.0.0.2:1", "http://10.0.0.4:1"])
+        self.assertEqual(self.node.metrics.total("a"), 2 + 4)
+
+    def test_a_process_that_answers_at_two_addresses_counts_once(self):
+        self.stage.addresses["a"] = ["10.0.0.1", "::1"]
+        self.stage.answer("http://[::1]:1", metrics(1, "a 1", started=1000.000001))
+        for _ in range(2):
+            self.hear()
+        self.assertEqual(self.node.metrics.total("a"), 1)
+
+    def test_while_one_of_them_answers_the_node_is_up(self):
+        for url in self.PODS[:2]:
+            self.stage.answer(url, Silent("refused"))
+        for _ in range(3):
+            self.hear()
+        self.assertEqual((self.node.state, self.node.silence), ("up", ""))
+
+    def test_a_name_that_is_unknown_is_a_silence_until_it_is_known(self):
+        known = self.stage.addresses["a"]
+        self.stage.addresses["a"] = OSError("the name a cannot be resolved")
+        self.hear()
+        self.assertEqual((self.node.state, self.node.silence), ("down", "unknown host name"))
+        self.assertEqual(self.asked(), [])
+        self.stage.addresses["a"] = known
+        self.hear()
+        self.assertEqual((self.node.state, self.node.silence), ("up", ""))
 
 
 class StateTest(WatchTest):
@@ -345,6 +404,13 @@ class FetchTest(unittest.TestCase):
         with self.assertRaisesRegex(Silent, "^refused$"):
             fetch(f"http://127.0.0.1:{port}/metrics", time.monotonic() + PATIENCE)
 
+    def test_a_name_stands_for_all_its_addresses(self):
+        self.assertIn("http://127.0.0.1:3000", find_addresses("http://localhost:3000", Resolver()))
+        for url, address in (("http://127.0.0.2:80", "http://127.0.0.2:80"),
+                             ("http://127.0.0.2", "http://127.0.0.2:80"),
+                             ("http://[::2]:3000", "http://[::2]:3000")):
+            self.assertEqual(find_addresses(url, Resolver()), [address])
+
     def test_a_process_that_hangs_or_sends_slowly_does_not_answer_in_time(self):
         def drip(connection):
             read_request(connection)
@@ -364,14 +430,29 @@ class FetchTest(unittest.TestCase):
             with self.subTest(message[:50]):
                 self.assertEqual(self.silence(self.answering(message)), "unintelligible")
 
+    def test_a_token_is_sent_if_there_is_one(self):
+        requests = []
+
+        def answer(connection):
+            requests.append(read_request(connection).lower())
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+        with upstream(answer) as url:
+            for token in ("s3cret", ""):
+                fetch(url, time.monotonic() + PATIENCE, token)
+        self.assertIn(b"\r\nauthorization: bearer s3cret\r\n", requests[0])
+        self.assertNotIn(b"authorization", requests[1])
+
     def test_a_connection_that_breaks_counts_as_refused(self):
         for message in (b"", b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc"):
             with self.subTest(message):
                 self.assertEqual(self.silence(self.answering(message)), "refused")
 
     def test_any_status_but_200_is_named(self):
-        message = b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"
-        self.assertEqual(self.silence(self.answering(message)), "answered 503")
+        for status, silence in ((b"503 Busy", "answered 503"), (b"403 Forbidden", (
+                "answered 403 (set --token-file or MICROSHOP_TOKEN to the shop's token)"))):
+            message = b"HTTP/1.1 %b\r\nContent-Length: 0\r\n\r\n" % status
+            self.assertEqual(self.silence(self.answering(message)), silence)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 """What processes tell of themselves at /metrics and /traces, written by hand for the tests."""
 import json
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest import mock
+
+from microshop.chassis import watch
 
 
 def metrics(pid: int = 4711, *lines: str, started: float = 1000.0, restarts: int = 0,
@@ -38,12 +42,14 @@ def span(trace: int = 1, span: int = 1, parent: int = 0, at: float = 1000.0, **m
 class Stage:
     """Stands for all processes: what is answered at each URL, instead of chassis.watch.fetch.
 
-    Each answer is a text, or an exception to raise. If there are several, they come in turn.
+    Each answer is a text, or an exception to raise. If there are several, they come in turn. It
+    also stands for the Resolver: a host has the address that is its name, unless a test says other.
     """
 
     def __init__(self) -> None:
         self.answers: dict[str, list[str | Exception]] = {}
         self.asked: list[str] = []
+        self.addresses: dict[str, list[str] | OSError] = {}  # by name of the host
 
     def answer(self, base_url: str, *metrics: str | Exception, spans: list[dict] | None = None,
                traces: str | Exception | None = None) -> None:
@@ -51,7 +57,17 @@ class Stage:
         self.answers[f"{base_url}/traces"] = [
             json.dumps(spans or []) if traces is None else traces]
 
-    def fetch(self, url: str, deadline: float) -> bytes:
+    def patch(self) -> AbstractContextManager:
+        """Return a context in which it stands for what a Watch would ask."""
+        return mock.patch.multiple(watch, fetch=self.fetch, Resolver=lambda: self)
+
+    def find(self, host: str, timeout: float) -> list[str]:
+        found = self.addresses.get(host, [host])
+        if isinstance(found, OSError):
+            raise found
+        return found
+
+    def fetch(self, url: str, deadline: float, token: str = "") -> bytes:
         self.asked.append(url)
         answers = self.answers[url]
         answers.append(answer := answers.pop(0))
