@@ -113,10 +113,18 @@ def attached_files(folder: Path) -> Iterator[sqlite3.Connection]:
             if not path.with_suffix(".db-wal").exists():
                 uri += "&immutable=1"  # no process has it open; else SQLite would create a WAL file
             connection.execute(f"ATTACH ? AS {name}_file", [uri])
-            for (problem,) in connection.execute(f"PRAGMA {name}_file.quick_check"):
-                if problem != "ok":
-                    raise sqlite3.DatabaseError(f"{name}.db: {' '.join(problem.splitlines())}")
+            if problem := find_damage(connection, name):
+                raise sqlite3.DatabaseError(f"{name}.db: {' '.join(problem.splitlines())}")
         yield connection
+
+
+def find_damage(connection: sqlite3.Connection, name: str) -> str:
+    """Return what is wrong with the attached file of a service, or "" if nothing is."""
+    try:
+        (first,) = connection.execute(f"PRAGMA {name}_file.quick_check").fetchone()
+    except sqlite3.DatabaseError as error:  # it is damaged so much that the check fails, too
+        return str(error)
+    return "" if first == "ok" else first
 
 
 def last_moment(folder: Path) -> float:

@@ -31,7 +31,7 @@ CURL.add_argument("-X")
 CURL.add_argument("-d")
 
 TEMPORARY = r"\S*/microshop-\w+"  # a folder of run_all --fresh
-VARIABLE = (r"localhost:\d+", r"\d+\.\d\d s\b", r"\bpid \d+", TEMPORARY)
+VARIABLE = (r"localhost:\d+", r"127\.0\.0\.1:\d+", r"\d+\.\d\d s\b", r"\bpid \d+", TEMPORARY)
 
 
 def read_commands() -> list[tuple[str, str]]:
@@ -124,7 +124,9 @@ class ReadmeCommandsTest(unittest.TestCase):
         """Run it beside the shop's temporary folder, which is the only one that it can find."""
         [data] = Path(self.folder).glob("microshop-*")
         arguments = [re.sub(TEMPORARY, str(data), argument) for argument in arguments]
-        environment = clean_environment(TMPDIR=self.folder, PYTHONPATH=str(TOP))
+        urls = {f"MICROSHOP_{name.upper()}_URL": f"http://127.0.0.1:{self.ports[str(port)]}"
+                for name, port in SERVICES.items()}
+        environment = clean_environment(TMPDIR=self.folder, PYTHONPATH=str(TOP), **urls)
         done = subprocess.run([sys.executable, *arguments], cwd=self.folder, env=environment,
                               capture_output=True, text=True)
         self.assertRegex(done.stdout.strip(), f"^{pattern_of(expected)}$", done.stderr)
