@@ -438,7 +438,7 @@ def live_objects(shop: Shop, template: Object) -> list[Object]:
                  "selector": labels(gateway.name),
                  "ports": [{"name": "http", "port": gateway.port}]}
     return [make("v1", "Service", f"{gateway.name}-pods", every_pod, of=gateway.name),
-            deployment(shop.live, template, replicas=1, strategy={"type": "Recreate"})]
+            deployment(shop.live, template, replicas=1)]
 
 
 def make_manifest(settings: Namespace) -> Object:

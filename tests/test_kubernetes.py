@@ -42,11 +42,16 @@ class ConsistentTest(unittest.TestCase):
 
     def test_every_process_has_a_workload_and_the_services_with_data_have_volumes(self):
         self.assertEqual(self.manifest.of_kind("StatefulSet").keys(), SERVICES.keys())
-        self.assertEqual(self.manifest.of_kind("Deployment").keys(), {"gateway", "live"})
+        deployments = self.manifest.of_kind("Deployment")
+        self.assertEqual(deployments.keys(), {"gateway", "live"})
+        self.assertEqual(deployments["live"]["spec"]["replicas"], 1)
         for name, item in self.manifest.of_kind("StatefulSet").items():
             with self.subTest(name):
                 self.assertEqual(item["spec"]["replicas"], 1, "SQLite has one writer")
+                self.assertEqual(item["spec"]["podManagementPolicy"], "Parallel",
+                                 "else a pod that is never ready blocks the repaired one")
                 [claim] = item["spec"]["volumeClaimTemplates"]
+                self.assertEqual(claim["spec"]["accessModes"], ["ReadWriteOnce"])
                 self.assertIn({"name": claim["metadata"]["name"],
                                "mountPath": self.manifest.variables(name)["MICROSHOP_DATA"]},
                               self.manifest.container(name)["volumeMounts"])
@@ -97,7 +102,27 @@ class ConsistentTest(unittest.TestCase):
             with self.subTest(name):
                 [port] = self.manifest.container(name)["ports"]
                 self.assertEqual(port["containerPort"], PORTS[name])
-                self.assertEqual(self.manifest.variables(name)["MICROSHOP_PORT"], str(PORTS[name]))
+                variables = self.manifest.variables(name)
+                self.assertEqual(variables["MICROSHOP_PORT"], str(PORTS[name]))
+                # live shows everything: only its own pod may reach it
+                self.assertEqual(variables.get("MICROSHOP_HOST"),
+                                 None if name == "live" else "0.0.0.0")
+
+    def test_prometheus_is_told_the_port_of_every_process_that_it_can_reach(self):
+        for name, template in self.manifest.templates().items():
+            with self.subTest(name):
+                told = template["metadata"].get("annotations", {}).get("prometheus.io/port")
+                self.assertEqual(told, None if name == "live" else str(PORTS[name]))
+
+    def test_live_finds_the_address_of_every_gateway_also_of_one_that_is_not_ready(self):
+        spec = self.manifest.of_kind("Service")["gateway-pods"]["spec"]
+        self.assertEqual((spec["clusterIP"], spec["publishNotReadyAddresses"]), ("None", True))
+
+    def test_at_most_one_gateway_may_be_away_while_machines_are_drained(self):
+        budgets = self.manifest.of_kind("PodDisruptionBudget")
+        self.assertEqual(budgets.keys(), {"gateway"},
+                         "one for a service would forbid to drain its machine")
+        self.assertEqual(budgets["gateway"]["spec"]["maxUnavailable"], 1)
 
     def test_every_probe_asks_for_a_path_that_every_process_has(self):
         for name in self.manifest.templates():
@@ -122,6 +147,8 @@ class ConsistentTest(unittest.TestCase):
                 mounts = self.manifest.container(name)["volumeMounts"]
                 self.assertEqual(sorted(mount["name"] for mount in mounts),
                                  sorted(volumes + claims))
+                written = {mount["name"] for mount in mounts if not mount.get("readOnly")}
+                self.assertEqual(written, {"tmp", *claims}, "what the process may write to")
                 paths = [mount["mountPath"] for mount in mounts]
                 self.assertEqual(len(set(paths)), len(paths), f"{paths} must all differ")
                 for volume in self.manifest.pod(name)["volumes"]:
@@ -184,6 +211,9 @@ class ConsistentTest(unittest.TestCase):
                 self.assertEqual(bool(hook), name == "gateway", "who needs a preStop")
                 self.assertEqual(self.manifest.pod(name)["terminationGracePeriodSeconds"],
                                  math.ceil(grace + LAST_STEP + (PRESTOP if hook else 0)))
+                self.assertEqual(
+                    self.manifest.container(name)["livenessProbe"]["terminationGracePeriodSeconds"],
+                    1, "a process that hangs drains nothing")
 
     def test_the_command_before_the_end_exists(self):
         command = self.manifest.container("gateway")["lifecycle"]["preStop"]["exec"]["command"]
@@ -194,10 +224,10 @@ class ConsistentTest(unittest.TestCase):
         for name in self.manifest.templates():
             pod, container = self.manifest.pod(name), self.manifest.container(name)
             with self.subTest(name):
-                self.assertLessEqual(
-                    {"runAsNonRoot": True, "runAsUser": USER,
-                     "seccompProfile": {"type": "RuntimeDefault"}}.items(),
-                    pod["securityContext"].items())
+                self.assertEqual(pod["securityContext"], {
+                    "runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER,
+                    "fsGroup": USER, "fsGroupChangePolicy": "OnRootMismatch",
+                    "seccompProfile": {"type": "RuntimeDefault"}})
                 self.assertEqual(container["securityContext"], {
                     "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True,
                     "capabilities": {"drop": ["ALL"]}})
