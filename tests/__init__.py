@@ -19,6 +19,7 @@ Where to look:
     lanes.py                    runs the whole suite in several processes at once
     chaos.py fuzz.py soak.py bench.py conformance.py    longer runs; `make help` lists them
     front.py                    the README's systemd unit and nginx, for conformance.py
+    report.py                   what conformance.py prints: a line for each check
     peers.py aiohttp_pair.py textbook.py    what bench.py compares the shop with; the tour shows
                                 textbook.py, too
 

@@ -22,24 +22,23 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
-import textwrap
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from microshop.chassis import wire
-from tests.formats import FormatError, parse_metrics, parse_server_timing, parse_spans
+from tests.formats import parse_metrics, parse_server_timing, parse_spans
 from tests.front import block, find_tool, nginx, replaced, shop_of_unit
 from tests.helpers import (
-    TOP, Answered, ask, ask_json, exchange, read_request, together, upstream, wait_until)
+    TOP, ask, ask_json, exchange, read_request, together, upstream, wait_until)
 from tests.observing import JSON_TYPE, METRICS_TYPE, OK, RealShop, real_shop
 from tests.peers import Absent, prepare
+from tests.report import WIDTH, Failed, Report, expect, run_tool
 
 # A newer schemathesis may have more checks: try it, then change the version.
 PACKAGES = ("prometheus_client", "openapi-spec-validator", "schemathesis==4.32.5",
@@ -52,8 +51,6 @@ TOOLS = {  # that are used if they are installed, and where they come from
 }
 TOKEN = "s3cret"
 SEED, EXAMPLES = 13, 40   # of schemathesis: its random seed, and the cases for each operation
-TOOL_TIME = 120.0         # seconds after which a judge is ended; schemathesis takes about 17
-LINES, WIDTH = 60, 300    # of what a judge says, that are shown
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
 RATE = "10000r/s"         # for nginx, where it is to refuse nothing
 ORDER = {"userId": 1, "productId": 101}
@@ -116,30 +113,6 @@ DIFFERENCES = [
 ]
 
 
-class Failed(Exception):
-    """A check has failed; the text says why."""
-
-
-class Report:
-    """Prints a line for each check, and counts those that failed."""
-
-    def __init__(self) -> None:
-        self.failures = 0
-
-    def check(self, what: str, function: Callable[..., Any], *arguments: Any) -> None:
-        """Call a function that raises Failed, FormatError or AssertionError if something is wrong.
-
-        What it returns, if anything, is added to the line.
-        """
-        try:
-            remark = function(*arguments)
-        except (Failed, FormatError, AssertionError) as failure:
-            self.failures += 1
-            print(f"FAILED  {what}:\n{textwrap.indent(str(failure), '        ')}", flush=True)
-        else:
-            print(f"ok      {what}{f': {remark}' if remark else ''}", flush=True)
-
-
 # --- the judges
 
 @contextlib.contextmanager
@@ -151,28 +124,6 @@ def environment() -> Iterator[Path]:
             f"{folder}/bin/pip", "install", "-q", "--disable-pip-version-check",
             "--retries", "1", "--timeout", "10", *PACKAGES])
         yield Path(folder)
-
-
-def run_tool(command: list[str], content: bytes = b"", folder: str | None = None) -> str:
-    """Run a judge with `content` as its input; return its output.
-
-    Raises Failed if its exit status is not 0, or if it takes longer than TOOL_TIME.
-    """
-    tool = subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        output, _ = tool.communicate(content, TOOL_TIME)
-    except BaseException as failure:
-        os.killpg(tool.pid, signal.SIGKILL)  # the judge, and what it has started
-        output, _ = tool.communicate()
-        if not isinstance(failure, subprocess.TimeoutExpired):
-            raise
-        output += f"ended, since it took longer than {TOOL_TIME:g} s\n".encode()
-    text = output.decode(errors="replace")
-    if tool.returncode:
-        lines = [line[:WIDTH] for line in text.splitlines()[-LINES:]]
-        raise Failed("\n".join(lines) or f"exit status {tool.returncode}")
-    return text
 
 
 def judge_metrics(tools: Path, port: int) -> str:
@@ -371,11 +322,6 @@ def judge_rolling_restart(shop: RealShop) -> str:
 
 
 # --- what happens before they judge
-
-def expect(answer: Answered, status: int) -> None:
-    if answer.status != status:
-        raise Failed(f"status {answer.status}, expected {status}: {answer.body[:300]!r}")
-
 
 def make_traffic(shop: RealShop) -> None:
     """Let something happen of every kind that metrics and traces tell. Raises Failed."""

@@ -92,7 +92,8 @@ def prepare(what: str, command: list[str], folder: Path = TOP) -> None:
     try:
         output, _ = child.communicate(timeout=PACKAGE_TIME)
     except BaseException as failure:
-        os.killpg(child.pid, signal.SIGKILL)  # the command, and what it has started
+        with contextlib.suppress(ProcessLookupError):  # after Ctrl-C, it may have ended
+            os.killpg(child.pid, signal.SIGKILL)  # the command, and what it has started
         child.communicate()
         if isinstance(failure, subprocess.TimeoutExpired):
             raise Absent(f"{what} takes longer than {PACKAGE_TIME:g} s") from None

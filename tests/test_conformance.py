@@ -5,14 +5,12 @@ The judges themselves are not called here: they need packages.
 import contextlib
 import io
 import shutil
-import sys
 import tomllib
 import unittest
 from pathlib import Path
 from unittest import mock
 
 from tests import conformance, front, peers
-from tests.formats import FormatError
 from tests.peers import Absent
 
 
@@ -41,30 +39,6 @@ class ExitTest(unittest.TestCase):
         for failures, status in ((0, 0), (2, 1)):
             with tools, mock.patch.object(conformance, "judge", return_value=failures):
                 self.assertEqual(run("--if-possible")[0], status, f"{failures} failures")
-
-
-class CheckTest(unittest.TestCase):
-    def check(self, function, *arguments):
-        """Return how many failures were counted, and what was printed."""
-        report = conformance.Report()
-        with contextlib.redirect_stdout(io.StringIO()) as output:
-            report.check("/metrics", function, *arguments)
-        return report.failures, output.getvalue()
-
-    def test_a_check_prints_a_line_and_more_only_if_it_failed(self):
-        self.assertEqual(self.check(lambda: None), (0, "ok      /metrics\n"))
-        self.assertEqual(self.check(str, 7), (0, "ok      /metrics: 7\n"))
-        for error in (conformance.Failed("no\nHELP"), FormatError("no\nHELP")):
-            self.assertEqual(self.check(mock.Mock(side_effect=error)),
-                             (1, "FAILED  /metrics:\n        no\n        HELP\n"))
-
-    def test_a_judge_that_fails_or_hangs_is_noticed(self):
-        self.assertEqual(conformance.run_tool(["cat"], b"text"), "text")
-        with self.assertRaisesRegex(conformance.Failed, "^wrong$"):
-            conformance.run_tool([sys.executable, "-c", "print('wrong'); raise SystemExit(3)"])
-        with (mock.patch.object(conformance, "TOOL_TIME", 0.1),
-              self.assertRaisesRegex(conformance.Failed, "took longer than 0.1 s")):
-            conformance.run_tool(["sleep", "60"])
 
 
 class KubectlTest(unittest.TestCase):
