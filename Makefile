@@ -5,21 +5,22 @@ PYTHON := $(shell for name in python python3 python3.13 python3.12 python3.11; d
 	then echo $$name; exit; fi; done; echo python3)
 endif
 
-.PHONY: help run test test-all lint tour prove conformance bench chaos fuzz soak clean
+.PHONY: help run test test-all test-cluster lint tour prove conformance bench chaos fuzz soak clean
 
 help:
-	@echo 'make run         start the shop at http://localhost:3000 (Ctrl-C stops it)'
-	@echo 'make test        run all tests (one to two minutes)'
-	@echo 'make test-all    run them with every Python from 3.11 on that is found here'
-	@echo 'make lint        check the style, and the types if mypy is installed'
-	@echo 'make tour        run all chapters of the tour, without questions (one minute)'
-	@echo 'make prove       prove that each exercise fails and can be solved (one minute)'
-	@echo 'make conformance check metrics, traces and API with other tools (two minutes)'
-	@echo 'make bench       measure the speed beside other frameworks, if available (six minutes)'
-	@echo 'make chaos       inject faults for a minute while clients place orders, and count losses'
-	@echo 'make fuzz        send damaged requests for a minute'
-	@echo 'make soak        five minutes of slow clients, overload, restarts, kills, unread logs'
-	@echo 'make clean       delete caches; your data folder stays'
+	@echo 'make run          start the shop at http://localhost:3000 (Ctrl-C stops it)'
+	@echo 'make test         run all tests (one to two minutes)'
+	@echo 'make test-all     run them with every Python from 3.11 on that is found here'
+	@echo 'make test-cluster run the Kubernetes manifest in containers (ten seconds; root and podman)'
+	@echo 'make lint         check the style, and the types if mypy is installed'
+	@echo 'make tour         run all chapters of the tour, without questions (one minute)'
+	@echo 'make prove        prove that each exercise fails and can be solved (one minute)'
+	@echo 'make conformance  check metrics, traces and API with other tools (two minutes)'
+	@echo 'make bench        measure the speed beside other frameworks, if available (six minutes)'
+	@echo 'make chaos        inject faults for a minute while clients place orders, and count losses'
+	@echo 'make fuzz         send damaged requests for a minute'
+	@echo 'make soak         five minutes of slow clients, overload, restarts, kills, unread logs'
+	@echo 'make clean        delete caches; your data folder stays'
 	@echo '(Python here: $(PYTHON). Another one: make test PYTHON=python3.12)'
 
 run:
@@ -40,6 +41,9 @@ test-all:
 	if $$system -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 		echo "The system's Python: $$system"; $$system -m unittest || exit 1; \
 	else echo "$$system is not Python 3.11 or newer"; fi
+
+test-cluster:
+	$(PYTHON) -m tests.cluster $(FLAGS)
 
 lint:
 	$(PYTHON) -m compileall -q microshop tests

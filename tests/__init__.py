@@ -17,9 +17,10 @@ Where to look:
     journal.py                  remembers requests and log lines, and shows them with a failure
     exercise.py exercises/      exercises for learners; proofs.py proves that each does what it says
     lanes.py                    runs the whole suite in several processes at once
-    chaos.py fuzz.py soak.py bench.py conformance.py    longer runs; `make help` lists them
+    chaos.py fuzz.py soak.py bench.py conformance.py cluster.py    longer runs: see `make help`
     front.py                    the README's systemd unit and nginx, for conformance.py
-    report.py                   what conformance.py prints: a line for each check
+    report.py                   what conformance.py and cluster.py print: a line for each check
+    podman.py                   runs the pods of the manifest in containers, for cluster.py
     peers.py aiohttp_pair.py textbook.py    what bench.py compares the shop with; the tour shows
                                 textbook.py, too
 
