@@ -22,6 +22,7 @@ What a process tells of its work
 Calls from one process to another
     client       calls to other services, and what may be retried
     connections  kept-alive connections for urllib
+    resolver     from the name of a host to its addresses, in time
     resilience   circuit breaker, bulkhead and retry budget
 
 Messages, at both ends

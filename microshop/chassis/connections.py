@@ -16,12 +16,13 @@ from urllib.parse import urlsplit
 from microshop.chassis import wire
 from microshop.chassis.content import parse_json
 from microshop.chassis.errors import BadRequest
+from microshop.chassis.resolver import Resolver
 
 MAX_REPLY = 8 * 1024 * 1024   # bytes of a reply's body
 MAX_IDLE = 128                 # idle connections kept per address
 IDLE_TIME = 30.0               # seconds to keep one: less than a service does (answer.IDLE_TIME)
 TRIM_PAUSE = 5.0               # seconds between two looks for idle connections of no use
-CONNECT_TIME = 1.0             # seconds to connect, so that time is left to try another instance
+CONNECT_TIME = 1.0             # seconds to look up and connect; the rest is for another instance
 
 
 class Reply(NamedTuple):
@@ -74,6 +75,7 @@ class KeepAliveHandler(urllib.request.BaseHandler):
     def __init__(self) -> None:
         self._idle: defaultdict[str, deque[Connection]] = defaultdict(deque)  # by address
         self._trim_at = 0.0  # of time.monotonic
+        self._resolver = Resolver()
 
     def http_open(self, request: Request) -> Reply:
         """Send a request and return the reply; urllib calls this.
@@ -84,8 +86,8 @@ class KeepAliveHandler(urllib.request.BaseHandler):
         connection = None if request.is_retry else self._take_idle(request.host)
         request.is_reuse = connection is not None
         if not connection:
-            timeout = min(request.deadline - time.monotonic(), CONNECT_TIME)
-            connection = Connection(request.host, max(timeout, 0.001))
+            deadline = min(request.deadline, time.monotonic() + CONNECT_TIME)
+            connection = Connection(request.host, self._resolver, deadline)
         is_reusable = False
         try:
             connection.send_request(request)
@@ -139,12 +141,28 @@ class KeepAliveHandler(urllib.request.BaseHandler):
             return None
 
 
+def connect(hosts: list[str], port: int, deadline: float) -> socket.socket:
+    """Connect to the first of these hosts that accepts. Raises the OSError of the last.
+
+    Each may take an equal share of the time left: one that is silent leaves time for the others.
+    """
+    while True:
+        share = (deadline - time.monotonic()) / len(hosts)
+        try:
+            return socket.create_connection((hosts[0], port), max(share, 0.001))
+        except OSError:
+            if len(hosts) == 1:
+                raise
+        hosts = hosts[1:]
+
+
 class Connection:
     """An open connection to an address. It serves one request at a time."""
 
-    def __init__(self, address: str, timeout: float):
+    def __init__(self, address: str, resolver: Resolver, deadline: float):
         url = urlsplit(f"//{address}")
-        self.socket = socket.create_connection((url.hostname, url.port or 80), timeout)
+        hosts = resolver.find(url.hostname or "", deadline - time.monotonic())
+        self.socket = connect(hosts, url.port or 80, deadline)
         self.socket.settimeout(None)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.stream = wire.Stream(self.socket)

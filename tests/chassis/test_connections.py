@@ -7,14 +7,16 @@ import time
 from collections.abc import Callable
 from unittest import mock
 
-from microshop.chassis import connections
+from microshop.chassis import client, connections
 from microshop.chassis.client import Client, Upstream
 from microshop.chassis.errors import BadGateway, GatewayTimeout, Unreachable
 from microshop.chassis.resilience import RetryBudget
+from microshop.chassis.resolver import Resolver
 from microshop.chassis.tracing import Trace
 from microshop.users import Users
 from tests.chassis.calls import (
     ALICE, BOB, CHUNKED, CLOSING, MALLORY, OK, TIMEOUT, ClientTest, Last, Reset, Stub)
+from tests.chassis.things import stopped_clock
 from tests.helpers import PATIENCE, read_request, running, upstream
 
 
@@ -207,6 +209,58 @@ class KeepAliveTest(ClientTest):
         self.assertEqual(self.call(users).body, b"Alice")
         self.assertCountEqual([len([one for one in own if one]) for own in requests[:2]], [2, 1],
                               "the failed request was sent again on the other kept connection")
+
+
+class NameTest(ClientTest):
+    """Services whose base URLs have a name in place of an address."""
+
+    def serve_by_name(self, look_up: Callable[[str], list[str]]) -> Upstream:
+        """Return a service that ALICE answers, at what a function finds for the name users-name."""
+        self.client._connections._resolver = Resolver(look_up)
+        _, _, port = self.enterContext(upstream(Stub(ALICE))).rpartition(":")
+        return self.serve(f"http://Users-Name:{port}")
+
+    def test_a_service_is_found_by_its_name(self):
+        users = self.serve_by_name(lambda name: {"users-name": ["127.0.0.1"]}[name])
+        self.assertEqual(self.call(users).body, b"Alice")
+
+    def test_an_address_that_refuses_is_passed_over_for_the_next_of_the_same_name(self):
+        users = self.serve_by_name(lambda name: ["127.0.0.2", "127.0.0.3", "127.0.0.1"])
+        self.assertEqual(self.call(users, "POST").body, b"Alice", "of the third address")
+        self.assertEqual(len(self.spans), 1, "attempts: the addresses are all of one instance")
+
+    def test_a_name_that_cannot_be_resolved_is_a_bad_gateway_and_nothing_was_sent(self):
+        for error, reason in (
+                (TimeoutError(), "was not resolved in time"),
+                (socket.gaierror(socket.EAI_NONAME, "Unknown"), r"cannot be resolved \(Unknown\)")):
+            with self.subTest(reason):
+                users = self.serve_by_name(mock.Mock(side_effect=error))
+                with self.assertRaisesRegex(
+                        Unreachable, f"^the users service cannot be reached: the name users-name "
+                        f"{reason}; check the "):
+                    self.call(users, "POST")
+                self.assertEqual(len(self.time.pauses), 2, "retries: a POST that was not sent")
+                self.time.pauses.clear()
+
+    def test_looking_up_and_connecting_share_one_deadline(self):
+        clock = self.enterContext(stopped_clock(connections))
+        timeouts = []
+
+        def look_up(_: str) -> list[str]:
+            clock.now += 0.4 * connections.CONNECT_TIME
+            return ["192.0.2.1", "192.0.2.2", "192.0.2.3"]
+
+        def hang(address: tuple[str, int], timeout: float) -> None:
+            timeouts.append(round(timeout / connections.CONNECT_TIME, 6))
+            clock.now += timeout
+            raise TimeoutError
+
+        users = self.serve_by_name(look_up)
+        with (mock.patch.object(socket, "create_connection", hang),
+              mock.patch.object(client, "MAX_RETRIES", 0)):
+            self.assertRaises(Unreachable, self.call, users)
+        self.assertEqual(timeouts, [0.2, 0.2, 0.2], "shares of CONNECT_TIME for three addresses "
+                         "that are silent, after a look-up that took 0.4 of it")
 
 
 class InvalidResponseTest(ClientTest):

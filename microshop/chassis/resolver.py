@@ -1,0 +1,110 @@
+"""From the name of a host to its addresses, in time.
+
+The system's look-up, socket.getaddrinfo, has no timeout: if no name server answers, it takes 10 s
+or more. So it runs in a thread, and a caller waits for it only as long as it has time.
+
+Law: nothing here opens a connection.
+"""
+import ipaddress
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from microshop.chassis.resilience import Clock
+
+# Seconds for which addresses are used while no newer ones can be found. Kubernetes moves a name
+# server from a lost machine after 5 minutes, so this bridges it; after much longer, the address
+# may belong to another service. RFC 8767 discusses such stale addresses.
+STALE_TIME = 600.0
+
+
+def look_up(name: str) -> list[str]:
+    """Return the addresses of a host as the system finds them, however long that takes.
+
+    The system gets bytes: Python encodes a str by IDNA, whose errors are not OSErrors.
+    """
+    found = socket.getaddrinfo(name.encode(), None, type=socket.SOCK_STREAM)
+    return [str(address[0]) for *_, address in found]
+
+
+def is_address(host: str) -> bool:
+    """Return whether a host is given by its IP address instead of its name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+class LookUp(Future):
+    """A look-up of a name. Any number of threads may wait for its result."""
+
+    def __init__(self, began: float):
+        super().__init__()
+        self.began = began
+
+
+class Resolver:
+    """Finds the addresses of hosts, and remembers those of each name that were found last.
+
+    Calls that need the same name share one look-up, so a silent name server costs one thread for
+    each name. The threads are daemons: they do not keep the process from ending.
+    """
+
+    def __init__(self, look_up: Callable[[str], list[str]] = look_up,
+                 clock: Clock = time.monotonic):
+        self._look_up, self._clock = look_up, clock
+        self._last: dict[str, LookUp] = {}                    # by name
+        self._known: dict[str, tuple[list[str], float]] = {}  # by name: addresses, and until when
+        self._lock = threading.Lock()                         # held to begin a look-up
+
+    def find(self, host: str, timeout: float) -> list[str]:
+        """Return the addresses of a host, after waiting up to `timeout` seconds for them.
+
+        If the look-up fails, or has been silent for half of that time, these are the addresses that
+        were found last, for up to STALE_TIME. If there are none, raises OSError, which is a
+        TimeoutError if the time is over.
+        """
+        if is_address(host):
+            return [host]
+        look_up = self._begin(host)
+        known, until = self._known.get(host, ([], 0.0))
+        now = self._clock()
+        if now >= until:
+            known = []
+        try:
+            # Calls that come later wait less, since the silence counts from its beginning.
+            return look_up.result(look_up.began + timeout / 2 - now if known else timeout)
+        except TimeoutError:
+            problem: OSError = TimeoutError(
+                f"the name {host} was not resolved in time; check the name server")
+        except socket.gaierror as error:
+            problem = OSError(f"the name {host} cannot be resolved ({error.strerror}); "
+                              "check the base URL and the name server")
+        if not known:
+            raise problem
+        return known
+
+    def _begin(self, name: str) -> LookUp:
+        """Return the look-up of a name that is under way; begin one if there is none."""
+        with self._lock:
+            look_up = self._last.get(name)
+            if look_up and not look_up.done():
+                return look_up
+            look_up = self._last[name] = LookUp(self._clock())
+        try:
+            threading.Thread(target=self._finish, args=(name, look_up), daemon=True).start()
+        except RuntimeError:  # the system has no room for another thread
+            self._finish(name, look_up)
+        return look_up
+
+    def _finish(self, name: str, look_up: LookUp) -> None:
+        """Look a name up, and give the result to the calls that wait for it."""
+        try:
+            found = self._look_up(name)
+            self._known[name] = found, self._clock() + STALE_TIME
+            look_up.set_result(found)
+        except Exception as error:  # raised in the threads that wait
+            look_up.set_exception(error)
