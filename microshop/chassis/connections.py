@@ -21,6 +21,7 @@ from microshop.chassis.resolver import Resolver
 MAX_REPLY = 8 * 1024 * 1024   # bytes of a reply's body
 MAX_IDLE = 128                 # idle connections kept per address
 IDLE_TIME = 30.0               # seconds to keep one: less than a service does (answer.IDLE_TIME)
+MAX_AGE = 60.0                 # seconds to use one: then a name may lead to another instance
 TRIM_PAUSE = 5.0               # seconds between two looks for idle connections of no use
 CONNECT_TIME = 1.0             # seconds to look up and connect; the rest is for another instance
 
@@ -166,6 +167,7 @@ class Connection:
         self.socket.settimeout(None)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.stream = wire.Stream(self.socket)
+        self.opened_at = time.monotonic()
         self.idle_since = 0.0  # of time.monotonic
 
     def close(self) -> None:
@@ -179,7 +181,7 @@ class Connection:
         try:
             self.socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:  # open, and nothing has arrived
-            return time.monotonic() < self.idle_since + IDLE_TIME
+            return time.monotonic() < min(self.idle_since + IDLE_TIME, self.opened_at + MAX_AGE)
         except OSError:
             return False
         return False  # bytes, or b"" if the peer has closed it

@@ -90,6 +90,17 @@ class KeepAliveTest(ClientTest):
                                 "the client did not close the connection")
                 self.assertEqual(len(stub.connections), 2, "the closed connection was used again")
 
+    def test_a_connection_is_used_no_longer_than_max_age_so_that_a_moved_service_is_found(self):
+        clock = self.enterContext(stopped_clock(connections))
+        self.client.timeout = 10 * PATIENCE  # this clock moves on; that of the client does not
+        stub = Stub(ALICE)
+        users = self.serve(stub)
+        for _ in range(4):  # never idle for long
+            self.call(users)
+            clock.now += connections.MAX_AGE / 3 + 0.01
+        self.assertEqual([len(requests) for requests in stub.connections], [3, 1],
+                         "requests on each connection, one every 20 s: none is used after 60 s")
+
     def test_trimming_closes_the_idle_connections_that_are_of_no_use(self):
         for what, response, idle_time, is_closed in (
                 ("a young one", ALICE, 30.0, False), ("an old one", ALICE, -1.0, True),
