@@ -44,6 +44,10 @@ class Setting(NamedTuple):
 # --- parsers: each turns a text into a value, or raises a ValueError that quotes the text
 
 def port(text: str) -> int:
+    if text.startswith("tcp://"):
+        raise ValueError(
+            f"{text!r} is not a port: Kubernetes sets MICROSHOP_PORT to that for a Service called "
+            "microshop; set enableServiceLinks: false in the pod, or rename the Service")
     if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
         raise ValueError(f"{text!r} is not a port (0 to 65535)")
     return int(text)

@@ -116,6 +116,12 @@ class RefusalTest(ConfigTest):
             with self.subTest(argument=argument):
                 self.assertIn(message, self.refuse(argument))
 
+    def test_a_port_that_kubernetes_has_set_for_a_service_called_microshop_says_what_to_do(self):
+        self.assertRegex(
+            self.refuse(MICROSHOP_PORT="tcp://10.0.0.1:80"),
+            "MICROSHOP_PORT: 'tcp://10.0.0.1:80' is not a port: Kubernetes .* Service called "
+            "microshop; set enableServiceLinks: false in the pod, or rename the Service ")
+
     def test_an_empty_token_or_rate_is_refused_instead_of_starting_without_protection(self):
         for name in ("rate", "token-file"):
             with self.subTest(flag=name):
