@@ -49,7 +49,9 @@ REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,64}")
 JSON_TYPE = re.compile(r'application/json(?>[ \t]*;[ \t]*(?:charset="?utf-8"?)?)*', re.I)
 # With an unknown method, the answer is 501, not 405. Python does not know QUERY yet.
 KNOWN_METHODS = {*HTTPMethod, "QUERY"}
-HEALTH_PATHS = {"/health", "/health/live"}  # of every process; asked by monitors
+LIVE_PATH = "/health/live"
+LIVE_CHECK = re.compile(b"(GET|HEAD) " + LIVE_PATH.encode() + b"/?[ ?]")  # the first bytes
+HEALTH_PATHS = {"/health", LIVE_PATH}  # of every process; asked by monitors
 NO_FIELDS = wire.Fields([])
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -343,7 +345,7 @@ class Handler(RouteHelpers):
         A trailing slash names the same resource, as in the Express demo.
         """
         cls._table = []
-        own = {"/health": {"GET": cls.health}, "/health/live": {"GET": cls.live},
+        own = {"/health": {"GET": cls.health}, LIVE_PATH: {"GET": cls.live},
                "/openapi.json": {"GET": cls.describe_api},
                "/metrics": {"GET": cls.metrics}, "/traces": {"GET": cls.traces}}
         cls.all_routes = {**cls.routes, **own}
@@ -425,6 +427,23 @@ class Handler(RouteHelpers):
     def live(self) -> Answer:
         """Answer that the process is alive, whatever the state of anything else."""
         return Answer({"status": "ok", "service": self.server.name}, headers=[NO_STORE])
+
+    def answer_unread(self, beginning: bytes) -> bytes:
+        """Return the message to send on a connection for which there is no room; log the request.
+
+        It is not read, but the bytes that have arrived tell whether it asks if the process is
+        alive. That is answered: otherwise, Kubernetes would restart a process for being busy.
+        """
+        self.begin_request()
+        if check := LIVE_CHECK.match(beginning):
+            self.command, self.path, self.route = check[1].decode(), LIVE_PATH, LIVE_PATH
+            answer = self.live()
+        else:
+            error = ServiceUnavailable("too many connections are open", [RETRY_SOON])
+            answer = problem_answer(error, self.request_id)
+        status, message = self.format(answer)
+        self.note_end(status)
+        return message
 
     def describe_api(self) -> Answer:
         """Answer with the OpenAPI document of this process."""
