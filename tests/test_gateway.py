@@ -662,6 +662,23 @@ class HealthTest(GatewayTest):
         self.assert_health("ok", **dict.fromkeys(SERVICES, "ok"))
 
 
+    def test_the_gateway_is_alive_while_a_service_hangs_and_clients_take_all_connections(self):
+        over = threading.Event()
+        self.open({"timeout": 10 * PATIENCE, "max_connections": 4},
+                  users=lambda connection: over.wait(PATIENCE))
+        self.addCleanup(over.set)
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(Wire(self.gateway.server_port)) for _ in range(4)]
+            for client in clients:
+                client.send(b"GET /users HTTP/1.1\r\nHost: shop\r\n\r\n")
+            wait_until(lambda: self.gateway.connections.count_busy() == 4, "all four to hang")
+            for _ in range(10):
+                statuses = [self.ask("GET", target).status for target in ("/users", "/health/live")]
+                self.assertEqual(statuses, [503, 200], "GET /users and GET /health/live, while as "
+                                 "many clients wait for users as may have a connection")
+            over.set()
+
+
 class ImpatientHealthTest(GatewayTest):
     """Health is answered with what is known in time, since a check may wait for a second only."""
 

@@ -49,7 +49,9 @@ REQUEST_ID = re.compile("[A-Za-z0-9._-]{1,64}")
 JSON_TYPE = re.compile(r'application/json(?>[ \t]*;[ \t]*(?:charset="?utf-8"?)?)*', re.I)
 # With an unknown method, the answer is 501, not 405. Python does not know QUERY yet.
 KNOWN_METHODS = {*HTTPMethod, "QUERY"}
-HEALTH_PATHS = {"/health", "/health/live"}  # of every process; asked by monitors
+LIVE_PATH = "/health/live"
+LIVE_CHECK = re.compile(b"(GET|HEAD) " + LIVE_PATH.encode() + b"/?[ ?]")  # the first bytes
+HEALTH_PATHS = {"/health", LIVE_PATH}  # of every process; asked by monitors
 DATABASE = "/database"  # of every process that owns data; asked by the audit
 NO_FIELDS = wire.Fields([])
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -324,8 +326,67 @@ class RouteHelpers(ConnectionHandler):
         return Answer(rows, headers=[("Link", f'<{target}>; rel="next"')])
 
 
-class Handler(RouteHelpers):
-    """Finds the route of each request. It also has the routes of every process, such as /health.
+class OwnRoutes(RouteHelpers):
+    """The routes that every process has, such as /health; Handler adds them to its own."""
+
+    def health(self) -> Answer:
+        """Answer a health check: 503 while the process drains, so that it gets no new work.
+
+        A process that is replaced answers 200 all the same: its successor accepts on its port.
+        """
+        if self.server.draining and not self.server.is_replaced:
+            body = {"status": "draining", "service": self.server.name}
+            return Answer(body, 503, [RETRY_SOON, NO_STORE])
+        return self.live()
+
+    def live(self) -> Answer:
+        """Answer that the process is alive, whatever the state of anything else."""
+        return Answer({"status": "ok", "service": self.server.name}, headers=[NO_STORE])
+
+    def answer_unread(self, beginning: bytes) -> bytes:
+        """Return the message to send on a connection for which there is no room; log the request.
+
+        It is not read, but the bytes that have arrived tell whether it asks if the process is
+        alive. That is answered: otherwise, Kubernetes would restart a process for being busy.
+        """
+        self.begin_request()
+        if check := LIVE_CHECK.match(beginning):
+            self.command, self.path, self.route = check[1].decode(), LIVE_PATH, LIVE_PATH
+            answer = self.live()
+        else:
+            error = ServiceUnavailable("too many connections are open", [RETRY_SOON])
+            answer = problem_answer(error, self.request_id)
+        status, message = self.format(answer)
+        self.note_end(status)
+        return message
+
+    def metrics(self) -> Answer:
+        """Answer with the metrics of this process, for Prometheus."""
+        self.check_observer()
+        text = format_metrics(self.server.families())
+        return Answer(text.encode(), headers=[("Content-Type", CONTENT_TYPE), NO_STORE])
+
+    def traces(self) -> Answer:
+        """Answer with the spans of this process that are kept, for Zipkin or Jaeger."""
+        self.check_observer()
+        return Answer(self.server.telemetry.format_spans(self.server.name), headers=[NO_STORE])
+
+    def copy_database(self) -> Answer:
+        """Answer with a copy of the database of this service, for the audit."""
+        self.server.turns.give_up()  # it takes much longer than a turn
+        return Answer(self.server.database.copy(), headers=[
+            ("Content-Type", openapi.SQLITE), NO_STORE])
+
+    def check_observer(self) -> None:
+        """Raise Forbidden if the client must not see metrics and traces; the gateway does.
+
+        Such requests are not recorded: otherwise, observers would see mostly themselves.
+        """
+        self.is_unrecorded = True
+
+
+class Handler(OwnRoutes):
+    """Finds the route of each request.
 
     `routes` maps each path, in which `{id}` stands for an id, to its methods: {"GET": function}.
     The function is called with the handler and the ids. HEAD, OPTIONS, 404 and 405 follow from the
@@ -344,10 +405,11 @@ class Handler(RouteHelpers):
         A trailing slash names the same resource, as in the Express demo.
         """
         cls._table = []
-        own = {"/health": {"GET": cls.health}, "/health/live": {"GET": cls.live},
-               "/openapi.json": {"GET": cls.describe_api},
-               "/metrics": {"GET": cls.metrics}, "/traces": {"GET": cls.traces},
-               DATABASE: {"GET": cls.copy_database}}
+        own: dict[str, Methods] = {
+            "/health": {"GET": cls.health}, LIVE_PATH: {"GET": cls.live},
+            "/openapi.json": {"GET": cls.describe_api},
+            "/metrics": {"GET": cls.metrics}, "/traces": {"GET": cls.traces},
+            DATABASE: {"GET": cls.copy_database}}
         cls.all_routes = {**cls.routes, **own}
         for path, methods in cls.all_routes.items():
             pattern = re.sub("{[a-z_]+}", ID_PATTERN, path.rstrip("/")) + "/?"
@@ -416,52 +478,12 @@ class Handler(RouteHelpers):
         """Return the paths to suggest to a client that asked for one that does not exist."""
         return [*self.routes, "/health"]
 
-    # --- the routes of every process
-
-    def health(self) -> Answer:
-        """Answer a health check: 503 while the process drains, so that it gets no new work.
-
-        A process that is replaced answers 200 all the same: its successor accepts on its port.
-        """
-        if self.server.draining and not self.server.is_replaced:
-            body = {"status": "draining", "service": self.server.name}
-            return Answer(body, 503, [RETRY_SOON, NO_STORE])
-        return self.live()
-
-    def live(self) -> Answer:
-        """Answer that the process is alive, whatever the state of anything else."""
-        return Answer({"status": "ok", "service": self.server.name}, headers=[NO_STORE])
-
     def describe_api(self) -> Answer:
         """Answer with the OpenAPI document of this process."""
         routes = {path: methods for path, methods in self.all_routes.items()
                   if self._has_route(path)}
         return Answer(openapi.make_document(
             self.server.title, self.server.name, routes, self.operations, self.schemas))
-
-    def metrics(self) -> Answer:
-        """Answer with the metrics of this process, for Prometheus."""
-        self.check_observer()
-        text = format_metrics(self.server.families())
-        return Answer(text.encode(), headers=[("Content-Type", CONTENT_TYPE), NO_STORE])
-
-    def traces(self) -> Answer:
-        """Answer with the spans of this process that are kept, for Zipkin or Jaeger."""
-        self.check_observer()
-        return Answer(self.server.telemetry.format_spans(self.server.name), headers=[NO_STORE])
-
-    def copy_database(self) -> Answer:
-        """Answer with a copy of the database of this service, for the audit."""
-        self.server.turns.give_up()  # it takes much longer than a turn
-        return Answer(self.server.database.copy(), headers=[
-            ("Content-Type", openapi.SQLITE), NO_STORE])
-
-    def check_observer(self) -> None:
-        """Raise Forbidden if the client must not see metrics and traces; the gateway does.
-
-        Such requests are not recorded: otherwise, observers would see mostly themselves.
-        """
-        self.is_unrecorded = True
 
 
 def find_deadline(given: str | None, timeout: float) -> float:

@@ -6,7 +6,8 @@ connection is in handler.py.
 The accept loop is serve_forever. For each connection, socketserver calls get_request and then
 process_request. ThreadingHTTPServer would start a thread there; here, the connection waits in
 turns.py until a request arrives and a thread has a turn. That thread calls _serve, which answers
-the request and lets the connection wait again, or calls shutdown_request.
+the request and lets the connection wait again, or calls shutdown_request. A connection for which
+there is no room is answered here, in the accept loop.
 
 Law: nothing here reads a request.
 """
@@ -26,19 +27,19 @@ from operator import itemgetter
 from typing import Any
 
 from microshop.chassis import wire
-from microshop.chassis.access_log import AccessLog, make_request_id
-from microshop.chassis.answer import (
-    IDLE_TIME, RequestContext, format_answer, problem_answer, represent)
+from microshop.chassis.access_log import AccessLog
+from microshop.chassis.answer import IDLE_TIME
 from microshop.chassis.errors import RETRY_SOON, ServiceUnavailable
 from microshop.chassis.telemetry import Telemetry
-from microshop.chassis.tracing import ServerSpan, Trace
 from microshop.chassis.turns import TURN_TIME, Turns
 
 IDLE_LOOK = 1.0       # seconds between two looks for connections that have been idle too long
 POLL = 0.05           # seconds between two rounds of the accept loop, if no client comes
 BODY_MEMORY = 64 * 1024 * 1024  # bytes of the request bodies that are held at a time
 MAX_CLOSING = 64      # connections whose input was ended to make room, and that are still open
-MAX_REJECTED = 64     # connections that were answered 503 and are not closed yet
+MAX_REJECTED = 64     # connections without room that are not answered yet, or not closed yet
+ARRIVAL_TIME = 0.25   # seconds to wait for the request on such a connection before it is answered
+PEEK_SIZE = 64        # bytes of that request that are looked at
 NO_ROOM_PAUSE = 0.1   # seconds without accepting when the system has no room for a connection
 NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
@@ -129,39 +130,66 @@ class OpenConnections:
             connection.shutdown(socket.SHUT_RD)
 
 
-class RejectedConnections:
-    """Connections that were answered 503 and are closed a little later.
+def peek(connection: socket.socket) -> bytes:
+    """Return the first bytes that have arrived on a connection, and leave them there."""
+    with contextlib.suppress(OSError):  # nothing has arrived, or the connection is broken
+        return connection.recv(PEEK_SIZE, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    return b""
 
-    Closing one while its client still sends would reset it, and the client might never see the 503.
-    Only the thread of the accept loop uses this.
+
+class RejectedConnections:
+    """Connections for which there is no room.
+
+    Each is answered when its request arrives, or after ARRIVAL_TIME, and is closed a little later:
+    closing it while its client still sends would reset it, and the client might never see the
+    answer. Only the thread of the accept loop uses this, so rejecting a client costs no thread.
     """
 
     def __init__(self) -> None:
-        self._rejected: deque[tuple[float, socket.socket]] = deque()  # (rejected at, connection)
+        self._waiting: deque[tuple[float, Any]] = deque()             # (accepted at, handler)
+        self._answered: deque[tuple[float, socket.socket]] = deque()  # (answered at, connection)
 
     def __len__(self) -> int:
-        return len(self._rejected)
+        return len(self._waiting) + len(self._answered)
 
-    def reject(self, connection: socket.socket, message: bytes) -> None:
+    def add(self, handler: Any) -> None:
+        """Reject the connection of a handler."""
+        self._waiting.append((time.monotonic(), handler))
+        self.answer_due()
+
+    def answer_due(self) -> None:
+        """Answer those whose requests have arrived or are late, and the oldest of too many."""
+        latest = time.monotonic() - ARRIVAL_TIME
+        for _ in range(len(self._waiting)):
+            accepted_at, handler = self._waiting.popleft()
+            beginning = peek(handler.connection)
+            if beginning or accepted_at < latest or len(self._waiting) >= MAX_REJECTED:
+                self.answer(handler.connection, handler.answer_unread(beginning))
+            else:
+                self._waiting.append((accepted_at, handler))
+
+    def answer(self, connection: socket.socket, message: bytes) -> None:
         """Send the message and half-close; this does not block, since nothing was sent before."""
         with contextlib.suppress(OSError):
             connection.send(message)
             connection.shutdown(socket.SHUT_WR)
-        self._rejected.append((time.monotonic(), connection))
+        self._answered.append((time.monotonic(), connection))
 
     def close_due(self) -> None:
         """Close those that have lingered long enough, and the oldest if there are too many."""
         latest = time.monotonic() - wire.LINGER
-        while self._rejected:
-            rejected_at, connection = self._rejected[0]
-            if rejected_at > latest and len(self._rejected) <= MAX_REJECTED:
+        while self._answered:
+            answered_at, connection = self._answered[0]
+            if answered_at > latest and len(self._answered) <= MAX_REJECTED:
                 return
             connection.close()
-            self._rejected.popleft()
+            self._answered.popleft()
 
     def close(self) -> None:
-        while self._rejected:
-            self._rejected.popleft()[1].close()
+        while self._waiting:
+            self._waiting.popleft()[1].connection.close()
+        while self._answered:
+            self._answered.popleft()[1].close()
 
 
 class Listener(ThreadingHTTPServer):
@@ -215,13 +243,13 @@ class Listener(ThreadingHTTPServer):
         return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Let a connection wait for its first request; answer 503 if there is no room for it."""
+        """Let a connection wait for its first request; reject it if there is no room for it."""
+        handler = self.RequestHandlerClass(request, client_address, self)  # type: ignore[arg-type]
         is_full = len(self.connections) >= self.max_connections
         if is_full and not self.connections.close_oldest():
-            self._reject(request)
+            self.rejected.add(handler)
             return
         self.connections.note_idle(request)
-        handler = self.RequestHandlerClass(request, client_address, self)  # type: ignore[arg-type]
         self._await_request(handler)
 
     def _await_request(self, handler: Any) -> None:
@@ -238,22 +266,13 @@ class Listener(ThreadingHTTPServer):
             self.handle_error(handler.connection, handler.client_address)
         self.shutdown_request(handler.connection)
 
-    def _reject(self, connection: socket.socket) -> None:
-        """Answer 503 at once, in the accept loop."""
-        error = ServiceUnavailable("too many connections are open", [RETRY_SOON])
-        context = RequestContext(make_request_id(), server_timing=f"{self.name};dur=0")
-        answer = represent(problem_answer(error, context.request_id), context)
-        self.rejected.reject(connection, format_answer(answer, context))
-        self.log.request(context.request_id, "-", "-", answer.status, 0)
-        self.telemetry.record(ServerSpan(
-            Trace(context.request_id), "-", "-", "", answer.status, time.time(), 0))
-
     def _log_no_room(self, why: str) -> None:
         self.log.event(f"- no room for another connection: {why}", "no room")
 
     def service_actions(self) -> None:
         """Do what is due, in each round of the accept loop."""
         self.turns.end_overdue()
+        self.rejected.answer_due()
         self.rejected.close_due()
         now = time.monotonic()
         if now >= self._close_idle_at:

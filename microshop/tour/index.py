@@ -173,7 +173,7 @@ INDEX = [
             "Each write must carry a secret that the shop knows.",
             "test_gateway.TokenTest."
             "test_every_write_needs_the_token_whatever_its_path"),
-    Pattern("Health check", "chassis.handler:Handler.health",
+    Pattern("Health check", "chassis.handler:OwnRoutes.health",
             "A URL that tells a monitor whether a process works.",
             "chassis.test_handler.RouteTest."
             "test_only_the_health_of_a_service_that_drains_without_a_successor_is_503"),

@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 import unittest
+from typing import NamedTuple
 from unittest import mock
 
 from microshop.chassis import database, listener, turns, wire
@@ -211,20 +212,68 @@ class BodyMemoryTest(ConnectionsTest):
         self.assertEqual(service.body_memory._free, 100, "bytes that are free in the end")
 
 
+class Echo(NamedTuple):
+    """Stands for a handler: its answer is what has arrived of the request."""
+
+    connection: socket.socket
+
+    def answer_unread(self, beginning: bytes) -> bytes:
+        return b"answer to " + (beginning or b"nothing")
+
+
 class RejectedConnectionsTest(PairTest):
     def setUp(self):
         super().setUp()
         self.rejected = RejectedConnections()
         self.addCleanup(self.rejected.close)
 
+    def add(self) -> socket.socket:
+        """Reject a connection; return its client's end."""
+        client, served = self.pair()
+        served.settimeout(None)  # as it is in a service
+        self.rejected.add(Echo(served))
+        return client
+
+    def test_a_connection_is_answered_when_its_request_arrives(self):
+        client = self.add()
+        self.rejected.answer_due()
+        self.assertTrue(self.is_open(client), "it was answered before it had sent anything")
+        client.send(b"GET")
+        self.rejected.answer_due()
+        self.assertEqual(client.recv(1000), b"answer to GET")
+
+    def test_a_request_that_has_arrived_already_is_answered_at_once(self):
+        client, served = self.pair()
+        client.send(b"GET")
+        self.rejected.add(Echo(served))
+        self.assertEqual(client.recv(1000), b"answer to GET")
+
+    def test_a_connection_that_sends_nothing_is_answered_after_arrival_time(self):
+        client = self.add()
+        self.clock.now += listener.ARRIVAL_TIME * 1.1
+        self.rejected.answer_due()
+        self.assertFalse(self.is_open(client), "it has waited for longer than ARRIVAL_TIME")
+        self.assertEqual(client.recv(1000), b"answer to nothing")
+
+    def test_the_oldest_of_too_many_that_send_nothing_is_answered_early(self):
+        with mock.patch.object(listener, "MAX_REJECTED", 2):
+            clients = [self.add() for _ in range(4)]
+        self.assertEqual([self.is_open(client) for client in clients], [False, False, True, True],
+                         "which of four still wait for an answer, if at most two may wait")
+
+    def test_closing_closes_those_that_wait_as_well(self):
+        client = self.add()
+        self.rejected.close()
+        self.assertEqual((client.recv(1000), len(self.rejected)), (b"", 0))
+
     def test_a_rejected_client_gets_its_answer_and_then_the_end_of_input(self):
         client, served = self.pair()
-        self.rejected.reject(served, b"503")
+        self.rejected.answer(served, b"503")
         self.assertEqual([client.recv(1000), client.recv(1000)], [b"503", b""])
 
     def test_a_rejected_connection_is_closed_when_its_client_had_time_to_read(self):
         _, served = self.pair()
-        self.rejected.reject(served, b"503")
+        self.rejected.answer(served, b"503")
         self.clock.now += wire.LINGER * 0.9
         self.rejected.close_due()
         self.assertNotEqual(served.fileno(), -1, f"closed before {wire.LINGER} s had passed")
@@ -236,7 +285,7 @@ class RejectedConnectionsTest(PairTest):
     def test_the_oldest_rejected_connections_are_closed_early_if_there_are_too_many(self):
         served = [self.pair()[1] for _ in range(5)]
         for connection in served:
-            self.rejected.reject(connection, b"503")
+            self.rejected.answer(connection, b"503")
         with mock.patch.object(listener, "MAX_REJECTED", 2):
             self.rejected.close_due()
         self.assertEqual([connection.fileno() == -1 for connection in served],
@@ -245,7 +294,7 @@ class RejectedConnectionsTest(PairTest):
     def test_a_client_that_is_gone_can_be_rejected(self):
         client, served = self.pair()
         client.close()
-        self.rejected.reject(served, b"503")
+        self.rejected.answer(served, b"503")
         self.rejected.close()
         self.assertEqual((served.fileno(), len(self.rejected)), (-1, 0))
 
@@ -315,6 +364,36 @@ class FullServiceTest(ConnectionsTest):
         self.assertEqual([answer.status for answer in answers], [200, 200])
         wait_until(lambda: not service.connections.count_busy(), "both connections to be idle")
         self.keep(service, 2)  # idle connections make room for them
+
+    def test_a_service_without_room_says_that_it_is_alive_and_nothing_else(self):
+        service = self.enterContext(running(Things, max_connections=2))
+        self.hold(service)
+        self.connect(service).send(POST + b"Content-Length: 9\r\n\r\n1")
+        wait_until(lambda: service.connections.count_busy() == 2, "both connections to be busy")
+        for request, status in (
+                ("GET /health/live", 200), ("HEAD /health/live", 200), ("GET /health/live/", 200),
+                ("GET /health/live?verbose", 200), ("GET /health", 503), ("GET /things", 503),
+                ("GET /health/lively", 503), ("POST /health/live", 503)):
+            with self.subTest(request):
+                method, target = request.split()
+                answer = ask(service.server_port, method, target)
+                self.assertEqual((answer.status, answer.headers["connection"]), (status, "close"),
+                                 f"{request}, while as many connections are busy as may be, 2")
+                if status == 200:
+                    body = b"" if method == "HEAD" else b'{"status":"ok","service":"things"}'
+                    self.assertEqual(answer.body, body)
+        noted = [(span.method, span.route, span.status) for span in service.telemetry.spans()]
+        self.assertEqual([noted[0], noted[4]],
+                         [("GET", "/health/live", 200), ("-", "", 503)], "what is recorded")
+
+    def test_a_liveness_check_may_arrive_later_than_its_connection(self):
+        service = self.enterContext(running(Things, max_connections=1))
+        self.hold(service)
+        with mock.patch.object(listener, "ARRIVAL_TIME", PATIENCE):
+            monitor = self.connect(service)
+            wait_until(lambda: service.rejected, "the connection to be accepted")
+            monitor.send(b"GET /health/live HTTP/1.1\r\nHost: shop\r\n\r\n")
+            self.assertEqual(self.read(monitor, "GET /health/live").status, 200)
 
     def test_rejected_connections_hold_a_limited_number_of_descriptors(self):
         service = self.enterContext(running(Things, max_connections=1))

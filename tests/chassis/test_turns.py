@@ -226,6 +226,8 @@ class WaitingRequestTest(ConnectionsTest):
             client.send(GET.replace(b"things", b"users"))
         answer = ask(gateway.server_port, target="/products")
         self.assertEqual(answer.status, 200, "GET /products while every GET /users hangs")
+        answer = ask(gateway.server_port, target="/health/live")
+        self.assertEqual(answer.status, 200, "GET /health/live while every GET /users hangs")
         busy = gateway.connections.count_busy()
         self.assertGreaterEqual(busy, len(waiting), "the others should still wait for users")
         go_on.set()

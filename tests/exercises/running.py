@@ -66,7 +66,7 @@ EXERCISES: list[Exercise] = [
         file="chassis/listener.py",
         old='''\
         if is_full and not self.connections.close_oldest():
-            self._reject(request)
+            self.rejected.add(handler)
             return
 ''',
         new='''\
@@ -87,7 +87,7 @@ EXERCISES: list[Exercise] = [
             "that comes when all are busy?",
             "process_request() in microshop/chassis/listener.py makes room by closing a "
             "connection that is idle. What does close_oldest() return if none is idle?",
-            "If it returns False, answer 503 at once and do not serve the connection: _reject().",
+            "If it returns False, do not serve the connection: rejected.add() answers 503 at once.",
         )),
     Exercise(
         title="Cut off in the middle of a sentence",
