@@ -35,7 +35,8 @@ from microshop.chassis import wire
 from tests.formats import parse_metrics, parse_server_timing, parse_spans
 from tests.front import block, find_tool, nginx, replaced, shop_of_unit
 from tests.helpers import (
-    TOP, ask, ask_json, exchange, read_request, together, upstream, wait_until)
+    ask, ask_json, exchange, read_request, together, upstream, wait_until)
+from tests.manifest import ALL_FLAGS, Manifest
 from tests.observing import JSON_TYPE, METRICS_TYPE, OK, RealShop, real_shop
 from tests.peers import Absent, prepare
 from tests.report import WIDTH, Failed, Report, expect, run_tool
@@ -83,8 +84,7 @@ VALIDATE = """if True:
     print("\\n".join(errors) or f"{len(items)} items, Kubernetes {sys.argv[1]} and {version}")
     sys.exit(bool(errors))
 """
-MANIFESTS = ((), ("--live", "--autoscale=5", "--expose=LoadBalancer", "--rate=100/s",
-                  "--scrape-from=monitoring", "--storage-class=fast"))
+MANIFESTS = ((), ALL_FLAGS)
 
 
 class Difference(NamedTuple):
@@ -188,12 +188,7 @@ def settings() -> str:
 def judge_manifest(tools: Path, flags: Sequence[str]) -> str:
     """Let kubernetes-validate read each item of the manifest."""
     return run_tool([f"{tools}/bin/python", "-c", VALIDATE, OLDEST],
-                    json.dumps(manifest(flags)).encode()).strip()
-
-
-def manifest(flags: Sequence[str]) -> dict[str, Any]:
-    return json.loads(run_tool([sys.executable, "-m", "microshop.kubernetes", *flags],
-                               folder=str(TOP)))
+                    json.dumps(Manifest(*flags).content).encode()).strip()
 
 
 def judge_manifest_with_kubectl(flags: Sequence[str]) -> str:
@@ -202,7 +197,7 @@ def judge_manifest_with_kubectl(flags: Sequence[str]) -> str:
     version = json.loads(said)["clientVersion"]["gitVersion"]  # like v1.32.4
     if int(version.split(".")[1]) < int(OLDEST.split(".")[1]):
         return f"not checked: kubectl {version} is older than {OLDEST}"
-    errors = [error for item in manifest(flags)["items"] for error in errors_of_kubectl(item)]
+    errors = [error for item in Manifest(*flags).items for error in errors_of_kubectl(item)]
     if errors:
         raise Failed("\n".join(errors))
     return version
