@@ -5,9 +5,10 @@ hold between them. Like the backup, and unlike any service, it opens the files o
 shop may be running.
 
 Without --data it checks the folder `data`, and those of shops that run with --fresh. With --remote
-it asks the services for copies of their databases, as where each is on a volume of its own. For
-each shop it prints one line, and one for each violation. Exit status: 0 if all agree, 1 if there is
-a violation or a database cannot be read, 2 if there is nothing to check or a setting is bad.
+it asks the services for copies of their databases, and checks those: so it works in a cluster, too,
+where each database is on a volume of its own. For each shop it prints one line, and one for each
+violation. Exit status: 0 if all agree, 1 if there is a violation or a database cannot be read, 2 if
+there is nothing to check or a setting is bad.
 
 Law: it only reads; it changes and repairs nothing.
 """
@@ -44,9 +45,11 @@ OPTIONS = [
         parse=parse_folder, default="",
         help=f"folder to check (default: {DEFAULT}, and those of run_all --fresh)"),
     config.Setting("remote", config.switch, "",
-                   "check copies for which it asks the services, instead of a folder"),
-    *[config.service_url(name, port) for name, port in SERVICES.items()],
-    config.TIMEOUT._replace(help="seconds for a service to send a copy"),
+                   "ask the services for copies of their databases, and check those"),
+    *[config.service_url(name, port)._replace(
+        help=f"base URL of the {name} service, for --remote; of several, the first is asked")
+      for name, port in SERVICES.items()],
+    config.TIMEOUT._replace(help="seconds for a service to send a copy, for --remote"),
 ]
 
 VIOLATIONS = {  # the text of each, and the query that finds it
@@ -89,10 +92,11 @@ def find_violations(folder: Path) -> list[str]:
 def seen_twice(look: Callable[[], list[str]]) -> list[str]:
     """Look for violations twice, and return those that were found both times.
 
-    While the shop is running, a look may see one database before a change and another after it, and
-    so find a difference that is not real. Databases are seen in the same order both times, and one
-    after the other. So a step of an order that causes such a difference in the second look comes
-    after the whole first look, which shows the order as it was before: orders only move forward.
+    While the shop is running, a look may read one database before a change and another one after
+    it, and so find a difference that is not real: an order that was confirmed, say, after products
+    was read and before orders was. The second look begins when the first has ended. So it finds
+    that order's units reserved: orders only move forward, and both looks read the databases in the
+    same order.
     """
     first = set(look())
     return [line for line in look() if line in first]
@@ -166,27 +170,38 @@ def look_at_copies(urls: dict[str, str], timeout: float) -> list[str]:
         for service, url in urls.items():
             (folder / f"{service}.db").write_bytes(fetch_copy(service, url, timeout))
         with attached_files(folder) as connection:
-            try:
-                return run_queries(connection, time.time())
-            except sqlite3.OperationalError as error:
-                raise CopyUnusable(f"{error}; check which service is at which URL") from None
+            for service, url in urls.items():
+                if not has_table(connection, service):
+                    raise CopyUnusable(f"{url}/database is not the database of {service}; check "
+                                       "which service is at which URL")
+            return run_queries(connection, time.time())
+
+
+def has_table(connection: sqlite3.Connection, service: str) -> bool:
+    """Return whether the attached database of a service has the table with the service's name."""
+    return bool(connection.execute(
+        f"SELECT 1 FROM {service}_file.sqlite_master WHERE type = 'table' AND name = ?",
+        [service]).fetchall())
 
 
 def fetch_copy(service: str, url: str, timeout: float) -> bytes:
     """Return a copy of the database of the service at a base URL. Raises CopyUnusable."""
-    cannot = f"cannot copy the database of {service} from {url}/database"
     try:
         reply = get(f"{url}/database", time.monotonic() + timeout, MAX_COPY)
+    except TimeoutError as error:
+        why = (f"{str(error) or 'no answer'} (--timeout is {timeout:g} s); "
+               "is the service running, and not paused?")
     except (OSError, EOFError, ServiceError) as error:
-        why = getattr(error, "strerror", "") or str(error) or "no answer"
+        reason = getattr(error, "strerror", "") or str(error) or "the connection broke"
+        why = f"{reason}; start the service there, or give another --{service}-url"
     else:
         if reply.status == 200 and reply.body.startswith(MAGIC):
             return reply.body
-        if reply.status >= 500:
-            raise CopyUnusable(f"{cannot}: {reply.detail}")
-        why = "this is no database" if reply.status == 200 else f"answered {reply.status}"
-    raise CopyUnusable(f"{cannot}: {why}; start this version of the service there, or give another "
-                 f"--{service}-url or --timeout")
+        found = "this is no database" if reply.status == 200 else f"answered {reply.status}"
+        why = reply.detail if reply.status >= 500 else (
+            f"{found}: another service is there, or an older version; "
+            f"give another --{service}-url")
+    raise CopyUnusable(f"cannot copy the database of {service} from {url}/database: {why}")
 
 
 # --- the command
@@ -204,16 +219,24 @@ def find_folders() -> list[Path]:
 
 
 def check_flags(settings: Namespace) -> None:
-    """Raise ValueError for --remote with --data, and for --data "", which would mean: all folders.
+    """Raise ValueError for flags that contradict each other, and for --data "".
+
+    That would mean: all folders that can be found.
     """
     if settings.flags.get("data") == "":
         raise ValueError("--data: '' is not a folder")
     if settings.remote and "data" in settings.flags:
         raise ValueError("--remote and --data contradict each other; choose one")
+    for name in SERVICES:
+        if f"{name}-url" in settings.flags and not settings.remote:
+            raise ValueError(f"--{name}-url has no effect without --remote; add that")
 
 
 def check(where: str, find: Callable[[], list[str]]) -> bool:
-    """Print and return whether the databases agree that are there, in which `find` looks."""
+    """Let `find` look for violations; print them, and return whether there are none.
+
+    `where` says, for the messages, where the databases are.
+    """
     try:
         violations = find()
     except CopyUnusable as error:

@@ -252,8 +252,8 @@ class GuardedHandler(Handler):
         """
         own = self.connection.getsockname()[0]
         if not (is_local(self.client_address[0], own, self.headers) or self.has_token()):
-            raise Forbidden("metrics and traces are for clients on this machine that ask localhost "
-                            "without a proxy, and for those that send the shop's token")
+            raise Forbidden("metrics and traces are for clients on this machine that use no proxy, "
+                            "and for those that send the shop's token")
         super().check_observer()
 
     def has_token(self) -> bool:

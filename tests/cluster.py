@@ -3,8 +3,8 @@
     python -m tests.cluster [--if-possible]
 
 Each check prints a line, and builds on the ones before it. So the first one that fails is the last.
-The exit status is then 1, and also if podman cannot be had or run here. With --if-possible, it is 0
-in the second case.
+The exit status is then 1, and also if podman is missing or cannot run here; with --if-possible, it
+is 0 if podman cannot run.
 
 It needs root and the Debian packages that tests/podman.py names, but no network.
 """
@@ -151,7 +151,7 @@ def judge() -> int:
     for what, check in (
             ("an image of this Python", cluster.make_image),
             ("pods are healthy", cluster.start),
-            ("they have temporary files, and no other rights", cluster.try_rights),
+            ("each can write nothing but its data and temporary files", cluster.try_rights),
             ("an order is placed, with the token", cluster.place_order),
             ("an order without the token is refused", cluster.refuse_without_token),
             ("the other gateway finds the order", cluster.find_order),

@@ -1,5 +1,7 @@
 """The shop on a server, as the README sets it up: a unit of systemd, and nginx in front.
 
+`make conformance` uses this.
+
 The blocks of the README are used as they are, apart from ports, folders and the rate. systemd
 itself does not run: we run the command that its unit has.
 """

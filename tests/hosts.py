@@ -13,7 +13,7 @@ Nothing of it, names and switch included, can be seen outside of these namespace
 removes them when no process is left in them, and it kills their processes when the process ends
 that has started them: so even a run that is killed leaves nothing behind.
 
-    python -m tests.hosts ADDRESS PORT    a relay, see Hosts.way_to()
+    python -m tests.hosts ADDRESS PORT    a relay; only Hosts.way_to() can start it
 """
 import contextlib
 import os
@@ -81,7 +81,10 @@ class Hosts(contextlib.ExitStack):
         return popen
 
     def inside(self, net: str) -> list[str]:
-        """Return the words that run the command after them in a namespace, given as a file."""
+        """Return the words before a command that run it in a network namespace.
+
+        `net` is its file, as seen by the switch: ns/net is the switch's own.
+        """
         holder = f"/proc/{self.switch.pid}"
         return ["nsenter", "--target", str(self.switch.pid), *JOIN_USER, f"--net={holder}/{net}"]
 
@@ -104,7 +107,7 @@ class Hosts(contextlib.ExitStack):
             return listener.getsockname()[1]
 
     def cut(self, *hosts: str) -> None:
-        """Cut the link of a host; or let two hosts no longer reach each other, but all others."""
+        """Cut the link of one host; or cut two hosts off from each other, but not from others."""
         self.set_links(hosts, "down", "isolated on")
 
     def join(self, *hosts: str) -> None:

@@ -484,7 +484,8 @@ class RemoteTest(AuditTest):
 class UnreadableRemoteTest(AuditTest):
     """A service that sends no copy: one line says which one, why, and what to do."""
 
-    ADVICE = "start this version of the service there, or give another --users-url or --timeout"
+    BROKEN = "start the service there, or give another --users-url"
+    OTHER = "another service is there, or an older version; give another --users-url"
 
     def setUp(self):
         super().setUp()
@@ -497,26 +498,27 @@ class UnreadableRemoteTest(AuditTest):
             f"audit: cannot copy the database of users from {url}/database: {why}"]))
 
     def test_a_service_that_does_not_answer_is_named(self):
-        self.assert_line(NOBODY, f"Connection refused; {self.ADVICE}")
+        self.assert_line(NOBODY, f"Connection refused; {self.BROKEN}")
         with upstream(lambda connection: connection.makefile("rb").read()) as url:  # to its end
-            self.assert_line(url, f"no answer; {self.ADVICE}", "--timeout", "0.2")
+            self.assert_line(url, "no answer (--timeout is 0.2 s); is the service running, and "
+                             "not paused?", "--timeout", "0.2")
 
     def test_a_service_that_has_no_such_path_is_named(self):
         with upstream(Stub(always(response(b"{}", 404)))) as url:
-            self.assert_line(url, f"answered 404; {self.ADVICE}")
+            self.assert_line(url, f"answered 404: {self.OTHER}")
 
     def test_an_answer_that_is_not_a_database_is_named(self):
         for answer in (b"<html>", b"", b"SQLite format 2\0"):
             with self.subTest(answer), upstream(Stub(always(response(answer)))) as url:
-                self.assert_line(url, f"this is no database; {self.ADVICE}")
+                self.assert_line(url, f"this is no database: {self.OTHER}")
         with upstream(Stub(always(b"SSH-2.0-OpenSSH\r\n\r\n"))) as url:
-            self.assert_line(url, f"the status line is malformed; {self.ADVICE}")
+            self.assert_line(url, f"the status line is malformed; {self.BROKEN}")
 
     def test_more_than_a_service_sends_is_not_received(self):
         head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (database.MAX_COPY + 1)
         with upstream(Stub(always(head))) as url:
             self.assert_line(url, f"the body is larger than {database.MAX_COPY} bytes; "
-                                  f"{self.ADVICE}")
+                                  f"{self.BROKEN}")
 
     def test_a_database_that_is_too_large_to_be_sent_is_to_be_audited_as_a_file(self):
         with mock.patch.object(database, "MAX_COPY", 4096):
@@ -525,9 +527,17 @@ class UnreadableRemoteTest(AuditTest):
                              "4096 that are sent: audit the file itself, with --data")
 
     def test_a_database_of_another_service_is_reported(self):
-        urls = {**urls_of(self.shop), "orders": self.shop.users.url}
-        self.assertEqual(run_audit(*flags_of(urls)), (1, [
-            "audit: no such table: orders; check which service is at which URL"]))
+        for name, other in (("orders", self.shop.users.url), ("users", self.shop.products.url)):
+            with self.subTest(name):
+                urls = {**urls_of(self.shop), name: other}
+                self.assertEqual(run_audit(*flags_of(urls)), (1, [
+                    f"audit: {other}/database is not the database of {name}; check which service "
+                    "is at which URL"]))
+
+    def test_a_url_without_remote_is_refused_since_a_folder_would_be_checked(self):
+        self.assertEqual(run_audit("--users-url", self.shop.users.url), (2, [
+            "python -m microshop.audit: --users-url has no effect without --remote; add that "
+            "(see --help)"]))
 
     def test_a_damaged_database_is_reported(self):
         damaged = self.folder / "damaged.db"

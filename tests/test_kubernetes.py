@@ -157,7 +157,9 @@ class ConsistentTest(unittest.TestCase):
 
     def test_the_network_lets_those_through_that_have_a_url_and_no_others(self):
         templates = self.manifest.templates()
-        for name, policy in self.manifest.of_kind("NetworkPolicy").items():
+        policies = self.manifest.of_kind("NetworkPolicy")
+        self.assertEqual(policies.keys(), templates.keys(), "whom a NetworkPolicy protects")
+        for name, policy in policies.items():
             spec = policy["spec"]
             self.assertEqual(spec["policyTypes"], ["Ingress", "Egress"], name)
             callers = {other for other in templates
@@ -437,7 +439,7 @@ class Pod:
                 value = f"{self.root}{value}"
             elif name.endswith("_URL"):
                 value = urls[name.removeprefix("MICROSHOP_").removesuffix("_URL").lower()]
-            variables[name] = changed.get(name, value) if name in changed else value
+            variables[name] = changed[name] if name in changed else value
         return variables
 
     def run(self, *command: str) -> Process:

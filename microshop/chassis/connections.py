@@ -21,9 +21,9 @@ from microshop.chassis.resolver import Resolver
 MAX_REPLY = 8 * 1024 * 1024   # bytes of a reply's body, unless a request allows more
 MAX_IDLE = 128                 # idle connections kept per address
 IDLE_TIME = 30.0               # seconds to keep one: less than a service does (answer.IDLE_TIME)
-MAX_AGE = 60.0                 # seconds to use one: then a name may lead to another instance
+MAX_AGE = 60.0                 # seconds to use one: then look up where the name leads by now
 TRIM_PAUSE = 5.0               # seconds between two looks for idle connections of no use
-CONNECT_TIME = 1.0             # seconds to look up and connect; the rest is for another instance
+CONNECT_TIME = 1.0             # seconds to look up and connect, so that time is left to retry
 
 
 class Reply(NamedTuple):

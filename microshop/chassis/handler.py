@@ -327,7 +327,8 @@ class RouteHelpers(ConnectionHandler):
 
 
 class OwnRoutes(RouteHelpers):
-    """The routes that every process has, such as /health; Handler adds them to its own."""
+    """Answers the routes that are the chassis's, such as /health; Handler adds them to its table.
+    """
 
     def health(self) -> Answer:
         """Answer a health check: 503 while the process drains, so that it gets no new work.
@@ -346,8 +347,8 @@ class OwnRoutes(RouteHelpers):
     def answer_unread(self, beginning: bytes) -> bytes:
         """Return the message to send on a connection for which there is no room; log the request.
 
-        It is not read, but the bytes that have arrived tell whether it asks if the process is
-        alive. That is answered: otherwise, Kubernetes would restart a process for being busy.
+        The request is not read, but its first bytes tell whether it is a liveness check. That gets
+        200: otherwise, Kubernetes would restart a process for being busy.
         """
         self.begin_request()
         if check := LIVE_CHECK.match(beginning):
@@ -471,7 +472,7 @@ class Handler(OwnRoutes):
         raise NotFound(f"there is nothing at {excerpt(path)}; try {', '.join(self.known_paths())}")
 
     def _has_route(self, route: str) -> bool:
-        """Return whether this process has a route of ours: DATABASE only if it owns data."""
+        """Return whether this process has a route: it has DATABASE only if it owns data."""
         return route != DATABASE or bool(self.server.schema)
 
     def known_paths(self) -> list[str]:

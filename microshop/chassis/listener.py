@@ -9,7 +9,7 @@ turns.py until a request arrives and a thread has a turn. That thread calls _ser
 the request and lets the connection wait again, or calls shutdown_request. A connection for which
 there is no room is answered here, in the accept loop.
 
-Law: nothing here reads a request.
+Law: nothing here reads a request, or knows what its first bytes mean: handler.py does.
 """
 import contextlib
 import errno
@@ -158,9 +158,10 @@ class RejectedConnections:
         self.answer_due()
 
     def answer_due(self) -> None:
-        """Answer those whose requests have arrived or are late, and the oldest of too many."""
+        """Answer those whose requests have arrived or are late; if too many wait, the oldest, too.
+        """
         latest = time.monotonic() - ARRIVAL_TIME
-        for _ in range(len(self._waiting)):
+        for _ in range(len(self._waiting)):  # those that go on waiting end where they began
             accepted_at, handler = self._waiting.popleft()
             beginning = peek(handler.connection)
             if beginning or accepted_at < latest or len(self._waiting) >= MAX_REJECTED:

@@ -47,7 +47,7 @@ class LookUp(Future):
 
 
 class Resolver:
-    """Finds the addresses of hosts, and remembers those of each name that were found last.
+    """Finds the addresses of hosts, and remembers the last ones of each name.
 
     Calls that need the same name share one look-up, so a silent name server costs one thread for
     each name. The threads are daemons: they do not keep the process from ending.
@@ -74,9 +74,10 @@ class Resolver:
         now = self._clock()
         if now >= until:
             known = []
+        if known:  # calls that come later wait less: the silence counts from its beginning
+            timeout = look_up.began + timeout / 2 - now
         try:
-            # Calls that come later wait less, since the silence counts from its beginning.
-            return look_up.result(look_up.began + timeout / 2 - now if known else timeout)
+            return look_up.result(timeout)
         except TimeoutError:
             problem: OSError = TimeoutError(
                 f"the name {host} was not resolved in time; check the name server")

@@ -1,10 +1,10 @@
 """Watching other processes: what each tells of itself at /metrics and /traces, asked in rounds.
 
-A Node is something that has a name and runs at some URLs. The host in a URL may have several
-addresses, as a headless Service of Kubernetes has one for each pod: each address is asked. At each
-address, one process or several may answer, each time another one; every answer names its process.
-So what is known of a process is kept by its pid and its start: from its last answers follow the
-rates of what it counts, and from the differences between two rounds follow events.
+A Node is the gateway or a service: it has a name, and runs at some URLs. If the host name in a URL
+has several addresses (in Kubernetes, one for each pod of a headless Service), each is asked.
+Several processes may share an address, and each time another one answers. But every answer says
+from which process it is: we know a process by its pid and its start. Its last answers show how fast
+its counters grow; the differences between two rounds show events.
 
 Memory: of each process, the metrics of the last WINDOW seconds; usually, that is some 60 KiB for
 each round. The size of an answer is limited by connections.MAX_REPLY.
@@ -30,7 +30,7 @@ SILENT_TIME = 1.75       # seconds without an answer that are forgiven: under lo
 MAX_ASKED = 8            # requests to one address in a round
 MAX_THREADS = 64         # that wait for answers
 MAX_EVENTS = 100         # that are remembered
-STATE_EVENTS = {"down": ("died", "does not answer: "), "draining": ("draining", "is draining"),
+STATE_EVENTS = {"down": ("died", "cannot be seen: "), "draining": ("draining", "is draining"),
                 "up": ("up", "answers again")}
 BREAKER_EVENTS = {"open": "opened", "half-open": "is half-open: a request probes the instance",
                   "closed": "closed"}

@@ -251,7 +251,7 @@ class StateTest(WatchTest):
         self.hear(metrics(1))
         self.assertEqual((self.node.state, self.node.silence), ("up", ""))
         self.assertEqual(self.told(), [
-            ("died", "gateway does not answer: no answer in time"),
+            ("died", "gateway cannot be seen: no answer in time"),
             ("up", "gateway answers again")])
 
     def test_one_round_that_is_missed_now_and_then_is_forgiven(self):
