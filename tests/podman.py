@@ -115,7 +115,7 @@ def make_image(name: str) -> str:
     with tarfile.open(fileobj=file, mode="w", dereference=True) as tar:
         for inside, outside in paths.items():
             tar.add(outside, inside, filter=readable)
-    # kube play looks for `python` there, and nowhere else.
+    # Without PATH, kube play does not find `python`.
     run_tool(["podman", "import", "--change", "ENV PATH=/usr/local/bin", "-", name],
              file.getvalue())
     return f"{file.tell() / 1e6:.0f} MB"
