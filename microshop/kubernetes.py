@@ -1,13 +1,12 @@
 """The same shop on Kubernetes: print a manifest, which needs no image but a stock one of Python.
 
-    python -m microshop.kubernetes | kubectl apply --server-side -f -
+    python -m microshop.kubernetes | kubectl apply --server-side --force-conflicts -f -
 
 Kubernetes does for many machines what run_all does on one:
 
     run_all                                     Kubernetes
-    starts each module as a process             a Pod each: of a StatefulSet if it owns data, so
-                                                  that it keeps its volume; else of a Deployment
-    restarts it, after a growing pause          restartPolicy Always, with CrashLoopBackOff
+    starts each module as a process             a Pod for each
+    restarts it, after a growing pause          the kubelet does, after a growing pause
     kills it when its heartbeat stops           liveness probe
     "ready": each process has said that         startup and readiness probes
       it listens
@@ -15,15 +14,32 @@ Kubernetes does for many machines what run_all does on one:
       processes come and go                       to the pods that are ready
     --workers: gateways share one port          replicas, behind one Service
     tells each process where the others are     DNS: each Service has a name
-    SIGHUP: rolling restart                     RollingUpdate, whenever a pod template changes
+    SIGHUP: rolling restart                     rollout, whenever a pod template changes
     SIGTERM, a grace period, then SIGKILL       the same, after preStop
     the services listen on 127.0.0.1            NetworkPolicy
     labels in front of the lines of the log     kubectl logs
 
+A manifest is a list of objects, which say what there should be. These kinds occur here:
+
+    Pod            containers that run together on one machine; here, one container with one process
+    Deployment     keeps a number of pods alike: of a process that owns no data, any pod will do
+    StatefulSet    the same, but a pod keeps its name and its volume: for a service with a database
+    ConfigMap      texts that pods see as files: here, the source
+    Secret         a text that few may see: the token (it is not in the manifest)
+    Service        a name, and an address that leads to the pods that are ready
+    NetworkPolicy  which pods may call which
+    PodDisruptionBudget      how many pods may be away when machines are emptied for maintenance
+    HorizontalPodAutoscaler  adds and removes pods, by their load
+
+On each machine (a node), the kubelet starts the containers of the pods that are meant to run there,
+asks their probes, and stops them. A new pod template (what pods are made from) is a rollout: pods
+are replaced one after another.
+
 What cannot be had in this way: a service that owns data has one pod, since SQLite has one writer.
 
-Read from top to bottom: the settings, the processes, the source, the pods, the network, the
-workloads. The API is described at https://kubernetes.io/docs/reference/kubernetes-api/.
+Read from top to bottom: the processes, the source, the pods, the network, the workloads, the
+command. Beside it, look at the output: python -m microshop.kubernetes --no-source | less. The API
+is described at https://kubernetes.io/docs/reference/kubernetes-api/.
 
 Law: it prints; it talks to no cluster. Names, ports and settings come from the processes' classes.
 """
@@ -50,61 +66,9 @@ SOURCE, DATA, TOKEN = "/app", "/data", "/run/microshop"  # where a pod finds the
 USER = 10001    # of every process: any number but 0, which is root
 PRESTOP = 5     # seconds until no node of the cluster sends clients to an ending gateway any more
 LAST_STEP = 5   # seconds after the grace period: the saga's last call (orders.CALL_TIME), closing
+PASSED_ON = [setting for setting in (*config.FOR_GATEWAY, *config.SHARED)
+             if setting.name != "token-file"]  # to the processes in the pods
 CORE = "700m"   # thousandths of a core, above which one more gateway is started: it can use 1000
-
-
-# --- the settings
-
-def pattern(expression: str, what: str) -> Callable[[str], str]:
-    """Return a parser that accepts texts that match; `what` says what they are."""
-    def parse(text: str) -> str:
-        if not re.fullmatch(expression, text):
-            raise ValueError(f"{text!r} is not {what}")
-        return text
-    return parse
-
-
-def checked(setting: config.Setting) -> config.Setting:
-    """Return a setting whose value is its text: it is not for us, but for a process in a pod."""
-    def parse(text: str) -> str:
-        setting.parse(text)
-        return text
-    return setting._replace(parse=parse)
-
-
-NAME = pattern("[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?", "a name in Kubernetes, like a-z, 0-9 and -")
-PASSED_ON = [checked(setting) for setting in (*config.FOR_GATEWAY, *config.SHARED)
-             if setting.name != "token-file"]
-OPTIONS = [
-    config.Setting("image", pattern(r"[\w.:/@-]+", "the name of an image"), "python:3.12-slim",
-                   "image with Python 3.11 or newer"),
-    config.Setting("replicas", config.count, "2", "number of gateways"),
-    config.Setting("autoscale", config.count, None,
-                   "let a HorizontalPodAutoscaler add gateways, up to this number"),
-    config.Setting("storage", pattern("[1-9][0-9]*[MGT]i", "a size, like 500Mi or 10Gi"), "1Gi",
-                   "size of each database's volume; Kubernetes cannot change it later"),
-    config.Setting("storage-class", NAME, None,
-                   "class of the volumes (default: the cluster's own default); not NFS, on which "
-                   "SQLite's write-ahead log does not work"),
-    config.Setting("expose", pattern("ClusterIP|NodePort|LoadBalancer",
-                                     "ClusterIP, NodePort or LoadBalancer"), "ClusterIP",
-                   "how the gateway can be reached: ClusterIP (within the cluster, or through an "
-                   "Ingress), NodePort or LoadBalancer"),
-    config.Setting("token-secret", NAME, "microshop-token",
-                   "name of the Secret with the token that every write needs, under the key token"),
-    config.Setting("scrape-from", NAME, None,
-                   "namespace whose pods may read the /metrics of the services, for Prometheus"),
-    config.Setting("live", config.switch, "", "add the live picture, for kubectl port-forward"),
-    *PASSED_ON,
-    config.QUIET,
-]
-
-
-def check(settings: Namespace) -> None:
-    """Raise ValueError if settings contradict each other."""
-    if settings.autoscale and settings.autoscale < settings.replicas:
-        raise ValueError(f"--autoscale: {settings.autoscale} is less than the {settings.replicas} "
-                         "of --replicas, which are always there")
 
 
 # --- the processes
@@ -253,7 +217,7 @@ def pod_template(shop: Shop, process: Process, source: dict[str, Object]) -> Obj
             # Otherwise a Service called microshop would set MICROSHOP_PORT=tcp://...
             "enableServiceLinks": False,
             # The first process of a container ignores a SIGTERM for which it has no handler, and
-            # Python needs a moment until it has one. So let another process be the first.
+            # Python needs a moment until it has one. Now the pod's own /pause is the first.
             "shareProcessNamespace": True,
             # The lost packet of a look-up costs 1 s, not 5.
             "dnsConfig": {"options": [{"name": "timeout", "value": "1"},
@@ -284,7 +248,7 @@ def volumes_of(shop: Shop, process: Process,
     if process.schema:
         mounts.append({"name": "data", "mountPath": DATA})
     if has_option(process, "token-file"):
-        # Pods wait until there is such a Secret: no write is ever open to everybody.
+        # These pods wait until there is such a Secret: no write is ever open to everybody.
         volumes.append({"name": "token", "secret": {
             "secretName": shop.settings.token_secret, "optional": False, "defaultMode": 0o440}})
         mounts.append({"name": "token", "mountPath": TOKEN, "readOnly": True})
@@ -293,9 +257,9 @@ def volumes_of(shop: Shop, process: Process,
 
 def container(shop: Shop, process: Process, mounts: list[Object]) -> Object:
     """Return the container of a pod: the process itself."""
-    # The pod's address is taken away from the Service while SIGTERM is on its way, and a process
-    # that gets it closes its port at once. So a gateway goes on listening for a moment. Not so a
-    # service: its only pod would just come back later.
+    # When a pod is to end, all nodes are told to send no more clients to it. At the same time, it
+    # gets SIGTERM, and then our processes close their port at once. So a gateway sleeps first,
+    # until all nodes know. A service has only one pod: to wait would only delay the next one.
     stop = {"lifecycle": {"preStop": {"exec": {"command": ["sleep", str(PRESTOP)]}}}}
     return {
         "name": process.name,
@@ -331,7 +295,7 @@ def probes(shop: Shop, process: Process) -> Object:
     return {
         "startupProbe": ask("/health", periodSeconds=1, failureThreshold=60),
         "readinessProbe": ask("/health", periodSeconds=2, failureThreshold=2),
-        # A process that hangs drains nothing: after 15 s of silence, it has 1 s to end.
+        # After 15 s of silence, a process gets only 1 s to end: it would not use more.
         "livenessProbe": ask("/health/live", periodSeconds=5, failureThreshold=3,
                              terminationGracePeriodSeconds=1)}
 
@@ -347,8 +311,8 @@ def make(api: str, kind: str, name: str, spec: Object, of: str = "") -> Object:
 def service(process: Process, port: int, **more: str) -> Object:
     """Return a Service: a name in DNS, and an address that leads to the ready pods of a process.
 
-    Without a ready pod, it refuses connections at once. (A headless one, which has no address of
-    its own, would vanish from DNS.)
+    While no pod is ready, it refuses connections. (A headless Service has no address of its own:
+    its name leads to the addresses of the pods, and would lead nowhere meanwhile.)
     """
     ports = [{"name": "http", "port": port, "targetPort": "http"}]
     return make("v1", "Service", process.name,
@@ -381,7 +345,7 @@ def network_policy(shop: Shop, process: Process) -> Object:
 def stateful_set(shop: Shop, process: Process, template: Object) -> Object:
     """Return what keeps one pod of a service that owns data, always with the same volume.
 
-    There is no PodDisruptionBudget for it: that would make it impossible to drain its machine.
+    There is no PodDisruptionBudget for it: then its machine could not be emptied at all.
     """
     settings = shop.settings
     storage = {"accessModes": ["ReadWriteOnce"],
@@ -400,7 +364,7 @@ def stateful_set(shop: Shop, process: Process, template: Object) -> Object:
 
 
 def deployment(process: Process, template: Object, **more: object) -> Object:
-    """Return what keeps pods of a process that owns no data; any of them will do."""
+    """Return what keeps pods of a process that owns no data."""
     return make("apps/v1", "Deployment", process.name,
                 {"selector": selector(process.name), "template": template, **more})
 
@@ -416,7 +380,7 @@ def gateway_objects(shop: Shop, template: Object) -> list[Object]:
     objects = [
         service(shop.gateway, HTTP_PORT, type=settings.expose, **local),
         deployment(shop.gateway, template, strategy=rolling, **number),
-        # Machines are drained one after another: at most one gateway is away.
+        # While machines are emptied for maintenance, at most one gateway is away.
         make("policy/v1", "PodDisruptionBudget", name,
              {"maxUnavailable": 1, "selector": selector(name)})]
     if settings.autoscale:
@@ -459,17 +423,75 @@ def make_manifest(settings: Namespace) -> Object:
     return {"apiVersion": "v1", "kind": "List", "items": items}
 
 
+# --- the command
+
+def pattern(expression: str, what: str) -> Callable[[str], str]:
+    """Return a parser that accepts texts that match; `what` says what they are."""
+    def parse(text: str) -> str:
+        if not re.fullmatch(expression, text):
+            raise ValueError(f"{text!r} is not {what}")
+        return text
+    return parse
+
+
+def checked(setting: config.Setting) -> config.Setting:
+    """Return a setting whose value is the text that was given: we check it, and pass it on."""
+    def parse(text: str) -> str:
+        setting.parse(text)
+        return text
+    return setting._replace(parse=parse)
+
+
+NAME = pattern("[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?", "a name in Kubernetes, like a-z, 0-9 and -")
+OPTIONS = [
+    config.Setting("image", pattern(r"[\w.:/@-]+", "the name of an image"), "python:3.12-slim",
+                   "image with Python 3.11 or newer"),
+    config.Setting("replicas", config.count, "2", "number of gateways"),
+    config.Setting("autoscale", config.count, None,
+                   "let a HorizontalPodAutoscaler add gateways, up to this number"),
+    config.Setting("storage", pattern("[1-9][0-9]*[MGT]i", "a size, like 500Mi or 10Gi"), "1Gi",
+                   "size of each database's volume; Kubernetes cannot change it later"),
+    config.Setting("storage-class", NAME, None,
+                   "class of the volumes (default: the cluster's own default); not NFS, on which "
+                   "SQLite's write-ahead log does not work"),
+    config.Setting("expose", pattern("ClusterIP|NodePort|LoadBalancer",
+                                     "ClusterIP, NodePort or LoadBalancer"), "ClusterIP",
+                   "how the gateway can be reached: ClusterIP (within the cluster, or through an "
+                   "Ingress), NodePort or LoadBalancer"),
+    config.Setting("token-secret", NAME, "microshop-token",
+                   "name of the Secret with the token that every write needs, under the key token"),
+    config.Setting("scrape-from", NAME, None,
+                   "namespace whose pods may read the /metrics of the services, for Prometheus"),
+    config.Setting("live", config.switch, "", "add the live picture, for kubectl port-forward"),
+    config.Setting("no-source", config.switch, "",
+                   "leave the source out: to read the manifest, not to apply it"),
+    *map(checked, PASSED_ON),
+    config.QUIET,
+]
+
+
+def check(settings: Namespace) -> None:
+    """Raise ValueError if settings contradict each other."""
+    if settings.autoscale and settings.autoscale < settings.replicas:
+        raise ValueError(f"--autoscale: {settings.autoscale} is less than the {settings.replicas} "
+                         "of --replicas, which are always there")
+
+
 def main() -> None:
     surroundings.prepare()
     settings = config.read("microshop.kubernetes", OPTIONS, check)
+    manifest = make_manifest(settings)
+    if settings.no_source:
+        manifest["items"] = [item for item in manifest["items"] if item["kind"] != "ConfigMap"]
     try:
-        print(json.dumps(make_manifest(settings), indent=2), flush=True)
+        print(json.dumps(manifest, indent=2), flush=True)
     except BrokenPipeError:  # what read our output has ended
         surroundings.discard_output()
         sys.exit(1)
     if sys.stdout.isatty():
-        print("kubernetes: this was a manifest; to apply it: "
-              "python -m microshop.kubernetes | kubectl apply --server-side -f -", file=sys.stderr)
+        print("kubernetes: to apply this: python -m microshop.kubernetes | kubectl apply "
+              "--server-side --force-conflicts -f -\nkubernetes: to read it: "
+              "python -m microshop.kubernetes --no-source | less", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from microshop.chassis.answer import NO_STORE, Answer
 from microshop.chassis.content import parse_query
 from microshop.chassis.errors import Forbidden, NotFound, excerpt
 from microshop.chassis.exposition import add_up
-from microshop.chassis.handler import Handler
+from microshop.chassis.handler import HEALTH_PATHS, Handler
 from microshop.chassis.server import Service
 from microshop.chassis.topology import draw_topology
 from microshop.chassis.trace_memory import Span
@@ -98,6 +98,8 @@ def newest(items: list[dict], limit: int = MAX_LISTED) -> list[dict]:
 
 
 def draw_traces(summaries: list[dict]) -> dict:
+    """Return what the lists show: no health checks, which would soon fill them in a cluster."""
+    summaries = [one for one in summaries if one["path"].partition("?")[0] not in HEALTH_PATHS]
     slowest = sorted(summaries, key=lambda summary: summary["duration"], reverse=True)
     failed = [summary for summary in summaries if summary["error"]]
     return {"last": newest(summaries), "slowest": slowest[:MAX_LISTED], "failed": newest(failed)}

@@ -27,7 +27,8 @@ from tests.test_run_all import SmallShop
 OK = b"HTTP/1.1 200 OK\r\n"
 WELL = OK + b"Content-Length: 4\r\n\r\nwell"
 TIMES = {"never": 0, "once": 1, "3 times": 3}
-TABLE = re.findall(r"^\| .* (?:times|once|never) \|$", (TOP / "README.md").read_text(), re.M)
+TRIED = "(?: (?:3 times|once|never) \\|){2}"  # the last two columns
+TABLE = re.findall(rf"^\| .* \|{TRIED}$", (TOP / "README.md").read_text(), re.M)
 ROWS = [[cell.strip() for cell in row.split("|")[1:-1]] for row in TABLE]
 
 

@@ -128,6 +128,11 @@ class SummaryTest(unittest.TestCase):
                          [duration / 1e6 for duration in range(100, 70, -1)])
         self.assertEqual([trace["at"] for trace in lists["failed"]], list(range(99, 39, -2)))
 
+    def test_the_lists_leave_out_health_checks(self):
+        summaries = [summarize([span(number, number, tags={"http.path": path})])
+                     for number, path in enumerate(("/health", "/health/live", "/users"), start=1)]
+        self.assertEqual([trace["path"] for trace in draw_traces(summaries)["last"]], ["/users"])
+
 
 class ObserverTest(unittest.TestCase):
     """What is drawn of answers that were written by hand."""

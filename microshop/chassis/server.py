@@ -249,8 +249,11 @@ class Service(Listener):
 def find_warnings(service: Service) -> Iterator[str]:
     """Yield what a person should know about the settings and the file of a service."""
     if not service.token and not ipaddress.ip_address(service.server_name).is_loopback:
-        yield (f"other machines can reach port {service.server_port}, and any client may write; "
-               "set MICROSHOP_TOKEN or --token-file on the gateway to require a token")
+        checks_tokens = config.TOKEN in service.options
+        yield f"other machines can reach port {service.server_port}, " + (
+            "and any client may write; set MICROSHOP_TOKEN or --token-file to require a token"
+            if checks_tokens else
+            "and this process checks no token; let only the gateway and the services reach it")
     if service.schema and not service.database.has_wal:
         yield (f"{service.database.path} has no write-ahead log: its folder is read-only (when "
                "that changes, restart), or supports none (then reads wait for writes)")
