@@ -29,9 +29,9 @@ CONFIRMED, NO_USER, NO_STOCK, CANCELLED = 203, 204, 205, 206  # the orders of a 
 RESERVATION = 7203  # of the order that was confirmed
 
 VIOLATIONS = {  # each line, with the file and the SQL that cause it
-    "product 101: 101 units were supplied, but 99 are free and 3 reserved": (
+    "product 101: 101 units were supplied, but 102 are free or reserved": (
         "products", "UPDATE products SET stock = stock + 1 WHERE id = 101"),
-    "product 102: 102 units were supplied, but 100 are free and 1 reserved": (
+    "product 102: 102 units were supplied, but 101 are free or reserved": (
         "products", "UPDATE products SET supplied = supplied + 1 WHERE id = 102"),
     f"order {CONFIRMED} is confirmed for 2 units of product 101, "
     "but 0 of product 101 are reserved": (
@@ -151,6 +151,31 @@ class ViolationTest(AuditTest):
                 self.copy_folder()
                 self.change(name, script)
                 self.assertEqual(audit.find_violations(self.folder), [line])
+
+    def test_each_violation_is_found_although_another_order_is_placed_between_the_looks(self):
+        run_queries = audit.run_queries
+
+        def look_and_order(*arguments):
+            lines = run_queries(*arguments)
+            number = 9000 + len(looks)
+            looks.append(lines)
+            for product in (101, 102):
+                self.change("products", f"""
+                    UPDATE products SET stock = stock - 1 WHERE id = {product};
+                    INSERT INTO reservations VALUES ({number * product}, {product}, 1)""")
+                self.change("orders", f"""
+                    INSERT INTO orders (userId, productId, quantity, status, placed, since,
+                                        reservation)
+                    VALUES (1, {product}, 1, 'confirmed', 0, 0, {number * product})""")
+            return lines
+
+        for line, (name, script) in VIOLATIONS.items():
+            with self.subTest(line):
+                self.copy_folder()
+                looks = []
+                self.change(name, script)
+                with mock.patch.object(audit, "run_queries", look_and_order):
+                    self.assertEqual(audit.find_violations(self.folder), [line])
 
     def test_the_time_for_many_violations_grows_with_their_number(self):
         compared = []

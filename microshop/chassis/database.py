@@ -226,7 +226,7 @@ class Database:
         self.path = path
         self._pool = ConnectionPool(path)
         self._write_lock = threading.RLock()  # between threads; SQLite has one between processes
-        self._copy_lock = threading.Lock()  # one copy is made at a time: each takes memory
+        self.copying = threading.Lock()  # held until a copy is sent: each takes much memory
         self._queue: deque[tuple[str, Values, Future[Written]]] = deque()  # writes that wait
         if sqlite3.sqlite_version_info < OLDEST:
             raise DatabaseUnusable(f"microshop needs SQLite {'.'.join(map(str, OLDEST))} or newer; "
@@ -284,19 +284,24 @@ class Database:
     def copy(self) -> bytes:
         """Return the bytes of a copy: what the file and the WAL hold at this moment, in one file.
 
-        Writes go on meanwhile. Raises InsufficientStorage if there are more bytes than MAX_COPY.
+        Writes go on meanwhile. Raises InsufficientStorage if there are more bytes than MAX_COPY, or
+        no room for them.
         """
         size = pragma(self, "page_count") * pragma(self, "page_size")
         if size > MAX_COPY:
             raise InsufficientStorage(f"{self.path.name} has {size} bytes, more than the {MAX_COPY}"
                                       " that are sent: audit the file itself, with --data")
-        # Through a file, since some builds of SQLite lack serialize().
-        with (self._copy_lock, self._pool.lend() as connection,
-              tempfile.NamedTemporaryFile() as file,
-              contextlib.closing(sqlite3.connect(file.name)) as copy):
-            copy.execute("PRAGMA synchronous = OFF")  # the file need not survive anything
-            connection.backup(copy)
-            return file.read()
+        try:  # through a file, since some builds of SQLite lack serialize()
+            with (self._pool.lend() as connection, tempfile.NamedTemporaryFile() as file,
+                  contextlib.closing(sqlite3.connect(file.name)) as copy):
+                copy.execute("PRAGMA synchronous = OFF")  # the file need not survive anything
+                connection.backup(copy)
+                return file.read()
+        except (OSError, sqlite3.OperationalError) as error:
+            if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_FULL) != sqlite3.SQLITE_FULL:
+                raise
+            raise InsufficientStorage(
+                "there is no room for a copy among the temporary files") from None
 
     def close(self) -> None:
         """Write the WAL back into the file, and close every connection that is not in use."""

@@ -330,6 +330,8 @@ class OwnRoutes(RouteHelpers):
     """Answers the routes that are the chassis's, such as /health; Handler adds them to its table.
     """
 
+    is_copying = False  # whether this request holds database.copying
+
     def health(self) -> Answer:
         """Answer a health check: 503 while the process drains, so that it gets no new work.
 
@@ -373,10 +375,24 @@ class OwnRoutes(RouteHelpers):
         return Answer(self.server.telemetry.format_spans(self.server.name), headers=[NO_STORE])
 
     def copy_database(self) -> Answer:
-        """Answer with a copy of the database of this service, for the audit."""
+        """Answer with a copy of the database of this service, for the audit.
+
+        There is one copy at a time, until it is sent. Raises ServiceUnavailable if the others take
+        too long, and InsufficientStorage.
+        """
         self.server.turns.give_up()  # it takes much longer than a turn
-        return Answer(self.server.database.copy(), headers=[
-            ("Content-Type", openapi.SQLITE), NO_STORE])
+        database = self.server.database
+        left = max(self.deadline - time.monotonic(), 0)
+        self.is_copying = database.copying.acquire(timeout=left)
+        if not self.is_copying:
+            raise ServiceUnavailable("other copies are being sent", [RETRY_SOON])
+        return Answer(database.copy(), headers=[("Content-Type", openapi.SQLITE), NO_STORE])
+
+    def note_end(self, status: int) -> None:
+        if self.is_copying:
+            self.is_copying = False
+            self.server.database.copying.release()
+        super().note_end(status)
 
     def check_observer(self) -> None:
         """Raise Forbidden if the client must not see metrics and traces; the gateway does.

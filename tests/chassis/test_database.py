@@ -429,20 +429,15 @@ class CopyTest(CatsTest):
               self.assertRaisesRegex(InsufficientStorage, refusal)):
             cats.copy()
 
-    def test_copies_are_made_one_at_a_time_since_each_takes_memory_and_a_connection(self):
-        cats, meeting, met = self.open(), threading.Barrier(2), []
-        make_file = tempfile.NamedTemporaryFile
-
-        def meet_and_make():
-            with contextlib.suppress(threading.BrokenBarrierError):  # the other one does not come
-                meeting.wait(0.2)
-                met.append("copies")
-            return make_file()
-
-        with mock.patch.object(tempfile, "NamedTemporaryFile", meet_and_make):
-            first, second = together(cats.copy, cats.copy)
-        self.assertEqual(first, second)
-        self.assertEqual(met, [], "copies that were made at the same time")
+    def test_a_copy_for_which_there_is_no_room_is_507(self):
+        cats = self.open()
+        full = sqlite3.OperationalError("database or disk is full")
+        full.sqlite_errorcode = sqlite3.SQLITE_FULL
+        for error in (full, FileNotFoundError("No usable temporary directory found")):
+            with (self.subTest(error), mock.patch.object(
+                    tempfile, "NamedTemporaryFile", side_effect=error),
+                  self.assertRaisesRegex(InsufficientStorage, "no room for a copy")):
+                cats.copy()
 
     def test_a_copy_gives_its_connection_back_and_leaves_no_other_file(self):
         cats = self.open()

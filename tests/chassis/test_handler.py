@@ -161,6 +161,16 @@ class DatabaseTest(unittest.TestCase):
                 self.assertEqual(ask(service.server_port, "GET", "/database").status, 507,
                                  "the status when there are more bytes than MAX_COPY")
 
+    def test_there_is_one_copy_at_a_time_until_it_is_sent_since_each_takes_memory(self):
+        with running(StoredThings, timeout=0.3) as service:
+            self.assertEqual(ask(service.server_port, "GET", "/database").status, 200)
+            with service.database.copying:  # as if another client were still receiving one
+                waiting = ask(service.server_port, "GET", "/database")
+                self.assertEqual((waiting.status, waiting.json["detail"]),
+                                 (503, "other copies are being sent"))
+            self.assertEqual(ask(service.server_port, "HEAD", "/database").status, 200)
+            wait_until(lambda: not service.database.copying.locked(), "the last copy to be sent")
+
     def test_a_process_without_data_has_no_such_path(self):
         with running(Things) as service:
             for method in ("GET", "OPTIONS", "DELETE"):
