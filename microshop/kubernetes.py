@@ -442,26 +442,29 @@ def checked(setting: config.Setting) -> config.Setting:
     return setting._replace(parse=parse)
 
 
-NAME = pattern("[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?", "a name in Kubernetes, like a-z, 0-9 and -")
+LABEL = "[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+NAMESPACE = pattern(LABEL, "a namespace: letters a to z, digits and -, at most 63")
+NAME = pattern(rf"{LABEL}([.]{LABEL})*", "a name in Kubernetes: letters a to z, digits, - and .")
 OPTIONS = [
-    config.Setting("image", pattern(r"[\w.:/@-]+", "the name of an image"), "python:3.12-slim",
-                   "image with Python 3.11 or newer"),
+    config.Setting("image", pattern(r"[0-9A-Za-z][\w.:/@-]*", "the name of an image"),
+                   "python:3.12-slim", "image with Python 3.11 or newer"),
     config.Setting("replicas", config.count, "2", "number of gateways"),
     config.Setting("autoscale", config.count, None,
                    "let a HorizontalPodAutoscaler add gateways, up to this number"),
     config.Setting("storage", pattern("[1-9][0-9]*[MGT]i", "a size, like 500Mi or 10Gi"), "1Gi",
                    "size of each database's volume; Kubernetes cannot change it later"),
     config.Setting("storage-class", NAME, None,
-                   "class of the volumes (default: the cluster's own default); not NFS, on which "
-                   "SQLite's write-ahead log does not work"),
+                   "class of the volumes, which cannot be changed later, either (default: the "
+                   "cluster's own default); not NFS, where SQLite's write-ahead log does not work"),
     config.Setting("expose", pattern("ClusterIP|NodePort|LoadBalancer",
                                      "ClusterIP, NodePort or LoadBalancer"), "ClusterIP",
                    "how the gateway can be reached: ClusterIP (within the cluster, or through an "
                    "Ingress), NodePort or LoadBalancer"),
     config.Setting("token-secret", NAME, "microshop-token",
                    "name of the Secret with the token that every write needs, under the key token"),
-    config.Setting("scrape-from", NAME, None,
-                   "namespace whose pods may read the /metrics of the services, for Prometheus"),
+    config.Setting("scrape-from", NAMESPACE, None,
+                   "namespace whose pods may reach the services, so that Prometheus there can read "
+                   "/metrics (they can also write: services check no token)"),
     config.Setting("live", config.switch, "", "add the live picture, for kubectl port-forward"),
     config.Setting("no-source", config.switch, "",
                    "leave the source out: to read the manifest, not to apply it"),

@@ -28,6 +28,32 @@ MAX_ANNOTATION = 256 * 1024  # bytes; without --server-side, kubectl puts each o
 TOKEN = "s3cret"
 PORTS = {**SERVICES, "gateway": GATEWAY_PORT, "live": LIVE_PORT}
 
+# Every field that an object may have: with one more, Kubernetes would do something that no test
+# has thought of, like deleting volumes. Think of it, write a test, and add the field here.
+FIELDS = {
+    ("v1", "Service"): {
+        "selector", "ports", "type", "externalTrafficPolicy", "clusterIP",
+        "publishNotReadyAddresses"},
+    ("networking.k8s.io/v1", "NetworkPolicy"): {"podSelector", "policyTypes", "ingress", "egress"},
+    ("apps/v1", "StatefulSet"): {
+        "replicas", "serviceName", "podManagementPolicy", "selector", "template",
+        "volumeClaimTemplates"},
+    ("apps/v1", "Deployment"): {"replicas", "selector", "template", "strategy"},
+    ("policy/v1", "PodDisruptionBudget"): {"maxUnavailable", "selector"},
+    ("autoscaling/v2", "HorizontalPodAutoscaler"): {
+        "scaleTargetRef", "minReplicas", "maxReplicas", "metrics"}}
+FIELDS_OF_PODS = {
+    "containers", "volumes", "terminationGracePeriodSeconds", "enableServiceLinks",
+    "shareProcessNamespace", "dnsConfig", "automountServiceAccountToken", "securityContext",
+    "topologySpreadConstraints"}
+FIELDS_OF_CONTAINERS = {
+    "name", "image", "command", "env", "ports", "volumeMounts", "startupProbe", "readinessProbe",
+    "livenessProbe", "lifecycle", "resources", "securityContext", "terminationMessagePolicy"}
+FIELDS_OF_MOUNTS = {"name", "mountPath", "readOnly"}
+
+SCRAPER = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+NAME_SERVERS = {"ports": [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]}
+
 
 class ConsistentTest(unittest.TestCase):
     """What one object says of another must be true."""
@@ -39,6 +65,21 @@ class ConsistentTest(unittest.TestCase):
     def test_no_two_objects_of_a_kind_have_the_same_name(self):
         names = [(item["kind"], item["metadata"]["name"]) for item in self.manifest.items]
         self.assertEqual(sorted(names), sorted(set(names)))
+
+    def test_no_object_has_a_field_that_these_tests_do_not_know(self):
+        for item in self.manifest.items:
+            kind = (item["apiVersion"], item["kind"])
+            if item["kind"] != "ConfigMap":
+                with self.subTest(f"{item['kind']} {item['metadata']['name']}"):
+                    self.assertIn(kind, FIELDS)
+                    self.assertLessEqual(item["spec"].keys(), FIELDS[kind])
+        for name in self.manifest.templates():
+            with self.subTest(f"pod {name}"):
+                self.assertLessEqual(self.manifest.pod(name).keys(), FIELDS_OF_PODS)
+                container = self.manifest.container(name)
+                self.assertLessEqual(container.keys(), FIELDS_OF_CONTAINERS)
+                for mount in container["volumeMounts"]:
+                    self.assertLessEqual(mount.keys(), FIELDS_OF_MOUNTS)
 
     def test_every_process_has_a_workload_and_the_services_with_data_have_volumes(self):
         self.assertEqual(self.manifest.of_kind("StatefulSet").keys(), SERVICES.keys())
@@ -52,6 +93,8 @@ class ConsistentTest(unittest.TestCase):
                                  "else a pod that is never ready blocks the repaired one")
                 [claim] = item["spec"]["volumeClaimTemplates"]
                 self.assertEqual(claim["spec"]["accessModes"], ["ReadWriteOnce"])
+                self.assertEqual(claim["metadata"]["labels"]["app.kubernetes.io/part-of"],
+                                 "microshop", "the README finds the volumes by this label")
                 self.assertIn({"name": claim["metadata"]["name"],
                                "mountPath": self.manifest.variables(name)["MICROSHOP_DATA"]},
                               self.manifest.container(name)["volumeMounts"])
@@ -72,7 +115,7 @@ class ConsistentTest(unittest.TestCase):
                 yield kind, name, spec["selector"]
             elif kind == "NetworkPolicy":
                 yield kind, name, spec["podSelector"]["matchLabels"]
-            elif "selector" in spec:
+            elif kind not in ("ConfigMap", "HorizontalPodAutoscaler"):
                 yield kind, name, spec["selector"]["matchLabels"]
             for spread in spec.get("template", {}).get("spec", {}).get(
                     "topologySpreadConstraints", []):
@@ -131,6 +174,9 @@ class ConsistentTest(unittest.TestCase):
                     probe = self.manifest.container(name)[kind]
                     path = "/health/live" if kind == "livenessProbe" else "/health"
                     self.assertIn(path, LiveHandler.all_routes)
+                    self.assertGreaterEqual(probe["timeoutSeconds"], 3, "a busy process is slow")
+                    self.assertGreaterEqual(probe["failureThreshold"],
+                                            {"startupProbe": 30, "livenessProbe": 3}.get(kind, 2))
                     if name == "live":  # it listens inside the pod only
                         self.assertIn(f"http://127.0.0.1:{LIVE_PORT}{path}'",
                                       probe["exec"]["command"][-1])
@@ -172,22 +218,30 @@ class ConsistentTest(unittest.TestCase):
                 self.assertEqual(self.let_out(spec), called, f"those that {name} may call")
 
     def let_in(self, spec):
-        """Return the workloads that a NetworkPolicy lets in, or None if it lets in everybody."""
+        """Return the workloads that a NetworkPolicy lets in, or None if it lets in everybody.
+
+        It may let in the namespace of --scrape-from besides.
+        """
+        [name] = selected_by(spec["podSelector"]["matchLabels"], self.manifest.templates())
         found = set()
         for rule in spec.get("ingress", []):
+            self.assertEqual(rule["ports"], [{"port": PORTS[name]}], f"open ports of {name}")
             if "from" not in rule:
                 return None
             for peer in rule["from"]:
-                if "podSelector" in peer:
-                    found |= selected_by(peer["podSelector"]["matchLabels"],
-                                         self.manifest.templates())
+                if peer == SCRAPER:
+                    continue
+                self.assertEqual(peer.keys(), {"podSelector"}, "pods of other namespaces")
+                found |= selected_by(peer["podSelector"]["matchLabels"], self.manifest.templates())
         return found
 
     def let_out(self, spec):
         """Return the workloads that a NetworkPolicy lets its pods call, at their ports."""
         found = set()
         for rule in spec.get("egress", []):
-            for peer in rule.get("to", []):
+            if rule == NAME_SERVERS:
+                continue
+            for peer in rule["to"]:
                 [name] = selected_by(peer["podSelector"]["matchLabels"], self.manifest.templates())
                 self.assertEqual(rule["ports"], [{"port": PORTS[name]}], name)
                 found.add(name)
@@ -195,17 +249,14 @@ class ConsistentTest(unittest.TestCase):
 
     def test_whoever_calls_by_name_may_ask_a_name_server(self):
         for name, policy in self.manifest.of_kind("NetworkPolicy").items():
-            rules = policy["spec"].get("egress", [])
-            asks = {"ports": [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]}
             with self.subTest(name):
-                has_url = any(variable.endswith("_URL") for variable in self.variables(name))
-                self.assertEqual(asks in rules, has_url)
-
-    def variables(self, name):
-        return self.manifest.variables(name)
+                has_url = any(variable.endswith("_URL")
+                              for variable in self.manifest.variables(name))
+                self.assertEqual(NAME_SERVERS in policy["spec"].get("egress", []), has_url)
 
     def test_a_pod_has_time_to_end_before_it_is_killed(self):
         self.assertGreater(LAST_STEP, CALL_TIME, "after the drain, the saga may make one more call")
+        self.assertTrue(2 < PRESTOP < 30, "seconds until all nodes know that a gateway ends")
         grace = float(self.manifest.variables("orders")["MICROSHOP_GRACE"])
         for name in self.manifest.templates():
             hook = self.manifest.container(name).get("lifecycle", {})
@@ -223,6 +274,7 @@ class ConsistentTest(unittest.TestCase):
 
     def test_no_pod_may_do_more_than_it_must(self):
         """This is what PodSecurity `restricted` demands, and a little more."""
+        self.assertGreater(USER, 0, "0 is root")
         for name in self.manifest.templates():
             pod, container = self.manifest.pod(name), self.manifest.container(name)
             with self.subTest(name):
@@ -335,7 +387,12 @@ class SettingsTest(unittest.TestCase):
         self.assertEqual(manifest.of_kind("HorizontalPodAutoscaler"), {})
         gateway = manifest.of_kind("Deployment")["gateway"]["spec"]
         self.assertEqual(gateway["replicas"], 2)
-        self.assertEqual(gateway["strategy"]["rollingUpdate"]["maxUnavailable"], 0)
+        self.assertEqual(gateway["strategy"], {
+            "type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}})
+        [port] = manifest.of_kind("Service")["gateway"]["spec"]["ports"]
+        self.assertEqual(port["port"], 80)
+        self.assertEqual(manifest.container("gateway")["resources"], {
+            "requests": {"cpu": "100m", "memory": "64Mi"}, "limits": {"memory": "256Mi"}})
 
     def test_settings_of_the_shop_reach_the_processes_that_have_them(self):
         manifest = Manifest("--timeout=3", "--rate=100/s", "--max-in-flight=7", "--quiet",
@@ -355,7 +412,10 @@ class SettingsTest(unittest.TestCase):
                          "each apply would undo what the autoscaler has chosen")
         scaler = manifest.of_kind("HorizontalPodAutoscaler")["gateway"]["spec"]
         self.assertEqual((scaler["minReplicas"], scaler["maxReplicas"]), (3, 6))
-        self.assertEqual(scaler["scaleTargetRef"]["name"], "gateway")
+        self.assertEqual(scaler["scaleTargetRef"], {
+            "apiVersion": "apps/v1", "kind": "Deployment", "name": "gateway"})
+        self.assertEqual(scaler["metrics"], [{"type": "Resource", "resource": {
+            "name": "cpu", "target": {"type": "AverageValue", "averageValue": "700m"}}}])
 
     def test_other_flags_are_found_where_they_belong(self):
         manifest = Manifest("--image=registry.example/python@sha256:0f", "--storage=20Gi",
@@ -373,12 +433,13 @@ class SettingsTest(unittest.TestCase):
         self.assertIn("other", [volume.get("secret", {}).get("secretName")
                                 for volume in manifest.pod("gateway")["volumes"]])
         [rule] = manifest.of_kind("NetworkPolicy")["users"]["spec"]["ingress"]
-        self.assertIn({"namespaceSelector": {"matchLabels": {
-            "kubernetes.io/metadata.name": "monitoring"}}}, rule["from"])
+        self.assertIn(SCRAPER, rule["from"])
 
     def test_a_bad_value_gets_one_line_that_names_it(self):
         for flag in ("--image=", "--image=a b", "--replicas=0", "--autoscale=1", "--autoscale=x",
                      "--storage=10", "--storage=big", "--storage-class=Fast!", "--expose=Public",
+                     "--image=:x", "--storage-class=a..b", "--token-secret=a.-b",
+                     "--scrape-from=a.b", f"--scrape-from={'a' * 64}",
                      "--token-secret=", "--scrape-from=A", "--rate=fast", "--timeout=0",
                      "--grace=-1", "--max-in-flight=many"):
             with self.subTest(flag):
