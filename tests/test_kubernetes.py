@@ -78,6 +78,12 @@ class ConsistentTest(unittest.TestCase):
                 self.assertLessEqual(self.manifest.pod(name).keys(), FIELDS_OF_PODS)
                 container = self.manifest.container(name)
                 self.assertLessEqual(container.keys(), FIELDS_OF_CONTAINERS)
+                options = self.manifest.pod(name)["dnsConfig"]["options"]
+                self.assertEqual(options, [{"name": "timeout", "value": "1"},
+                                           {"name": "attempts", "value": "2"}])
+                [spread] = self.manifest.pod(name)["topologySpreadConstraints"]
+                self.assertEqual((spread["topologyKey"], spread["whenUnsatisfiable"]),
+                                 ("kubernetes.io/hostname", "ScheduleAnyway"))
                 for mount in container["volumeMounts"]:
                     self.assertLessEqual(mount.keys(), FIELDS_OF_MOUNTS)
 
@@ -135,6 +141,9 @@ class ConsistentTest(unittest.TestCase):
         for name, service in services.items():
             with self.subTest(f"Service {name}"):
                 [entry] = service["spec"]["ports"]
+                self.assertLessEqual(entry.keys(), {"name", "port", "targetPort"})
+                self.assertEqual("clusterIP" in service["spec"], name == "gateway-pods",
+                                 "without an address, a name vanishes while no pod is ready")
                 [pods] = selected_by(service["spec"]["selector"], self.manifest.templates())
                 [port] = self.manifest.container(pods)["ports"]
                 self.assertIn(entry.get("targetPort", entry["port"]),
