@@ -38,8 +38,8 @@ POLL = 0.05           # seconds between two rounds of the accept loop, if no cli
 BODY_MEMORY = 64 * 1024 * 1024  # bytes of the request bodies that are held at a time
 MAX_CLOSING = 64      # connections whose input was ended to make room, and that are still open
 MAX_REJECTED = 64     # connections without room that are not answered yet, or not closed yet
-ARRIVAL_TIME = 0.25   # seconds to wait for the request on such a connection before it is answered
-PEEK_SIZE = 64        # bytes of that request that are looked at
+ARRIVAL_TIME = 0.25   # seconds after which the request on a new connection is late
+PEEK_SIZE = 64        # bytes of the request on a rejected connection that are looked at
 NO_ROOM_PAUSE = 0.1   # seconds without accepting when the system has no room for a connection
 NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
@@ -81,6 +81,13 @@ class OpenConnections:
         with self._lock:
             self._idle_since[connection] = None
 
+    def note_new(self, connection: socket.socket) -> None:
+        """Count a connection as idle from the moment at which its first request is late.
+
+        If it could be closed before, its client would get no answer at all, not even 503.
+        """
+        self._idle_since[connection] = time.monotonic() + ARRIVAL_TIME
+
     def note_idle(self, connection: socket.socket) -> None:
         self._idle_since[connection] = time.monotonic()
 
@@ -102,7 +109,7 @@ class OpenConnections:
         Return False if none is idle, or if MAX_CLOSING connections are still being closed.
         """
         with self._lock:
-            idle = self._idle()
+            idle = self._idle_at(time.monotonic())
             if not idle or len(self._closed) >= MAX_CLOSING:
                 return False
             _, oldest = min(idle, key=itemgetter(0))
@@ -111,17 +118,15 @@ class OpenConnections:
         return True
 
     def close_idle(self, seconds: float) -> None:
-        """Close the connections that have been idle for more than these seconds."""
-        latest = time.monotonic() - seconds
+        """Close the connections that have been idle for these seconds or longer."""
         with self._lock:
-            for since, connection in self._idle():
-                if since < latest:
-                    self._close(connection)
+            for _, connection in self._idle_at(time.monotonic() - seconds):
+                self._close(connection)
 
-    def _idle(self) -> list[tuple[float, socket.socket]]:
-        """Return the idle connections, each after the time at which it became idle."""
+    def _idle_at(self, moment: float) -> list[tuple[float, socket.socket]]:
+        """Return what has been idle since that moment or longer, each after its own moment."""
         return [(since, connection) for connection, since in self._idle_since.copy().items()
-                if since is not None]
+                if since is not None and since <= moment]
 
     def _close(self, connection: socket.socket) -> None:
         """End the input. So there is an end to read, and who reads it closes the connection."""
@@ -250,7 +255,7 @@ class Listener(ThreadingHTTPServer):
         if is_full and not self.connections.close_oldest():
             self.rejected.add(handler)
             return
-        self.connections.note_idle(request)
+        self.connections.note_new(request)
         self._await_request(handler)
 
     def _await_request(self, handler: Any) -> None:

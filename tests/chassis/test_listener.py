@@ -111,6 +111,18 @@ class OpenConnectionsTest(PairTest):
             self.assertEqual(len(self.connections), len(still_open))
         self.assertFalse(self.connections.close_oldest(), "there was none left to close")
 
+    def test_a_new_connection_is_not_closed_to_make_room_before_its_request_is_late(self):
+        new = self.served()
+        self.connections.note_new(new)
+        self.clock.now += listener.ARRIVAL_TIME * 0.9
+        self.assertFalse(self.connections.close_oldest(), "there was only a new connection")
+        self.connections.close_idle(0)
+        self.assertTrue(self.is_open(new), f"closed before {listener.ARRIVAL_TIME} s had passed: "
+                        "its client would get no answer, not even 503")
+        self.clock.now += listener.ARRIVAL_TIME * 0.2
+        self.assertTrue(self.connections.close_oldest(), "the request on the connection is late")
+        self.assertFalse(self.is_open(new), "it has sent nothing, and must make room")
+
     def test_only_so_many_connections_are_being_closed_to_make_room(self):
         served = [self.served() for _ in range(listener.MAX_CLOSING + 1)]
         for connection in served:
@@ -158,13 +170,13 @@ class OpenConnectionsTest(PairTest):
         self.connections.note_idle(served)
         leaving = threading.Thread(target=self.connections.forget, args=[served])
 
-        def look(find=self.connections._idle):
-            found = find()
+        def look(moment, find=self.connections._idle_at):
+            found = find(moment)
             leaving.start()
             leaving.join(0.05)  # it does not wait, unless there is a lock
             return found
 
-        with mock.patch.object(self.connections, "_idle", look):
+        with mock.patch.object(self.connections, "_idle_at", look):
             self.assertTrue(self.connections.close_oldest())
         leaving.join(PATIENCE)
         self.assertEqual((len(self.connections), self.connections.has_closed(served)), (0, False))
@@ -385,6 +397,18 @@ class FullServiceTest(ConnectionsTest):
         noted = [(span.method, span.route, span.status) for span in service.telemetry.spans()]
         self.assertEqual([noted[0], noted[4]],
                          [("GET", "/health/live", 200), ("-", "", 503)], "what is recorded")
+
+    def test_the_client_that_got_the_last_place_keeps_it_while_its_request_is_on_its_way(self):
+        service = self.enterContext(running(Things, max_connections=2))
+        self.hold(service)
+        with mock.patch.object(listener, "ARRIVAL_TIME", PATIENCE):
+            first, second = self.connect(service), self.connect(service)
+            second.send(GET)
+            statuses = [self.read(second, "GET /things of the second newcomer").status]
+            first.send(GET)
+            statuses.append(self.read(first, "GET /things of the first newcomer").status)
+        self.assertEqual(statuses, [503, 200], "GET /things of the second newcomer, then of the "
+                         "first, which had connected before, and got the last of two places")
 
     def test_a_liveness_check_may_arrive_later_than_its_connection(self):
         service = self.enterContext(running(Things, max_connections=1))
