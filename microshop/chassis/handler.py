@@ -50,7 +50,9 @@ JSON_TYPE = re.compile(r'application/json(?>[ \t]*;[ \t]*(?:charset="?utf-8"?)?)
 # With an unknown method, the answer is 501, not 405. Python does not know QUERY yet.
 KNOWN_METHODS = {*HTTPMethod, "QUERY"}
 LIVE_PATH = "/health/live"
-LIVE_CHECK = re.compile(b"(GET|HEAD) " + LIVE_PATH.encode() + b"/?[ ?]")  # the first bytes
+# The first line of a liveness check, which may have a query
+LIVE_CHECK = re.compile(
+    b"(GET|HEAD) " + LIVE_PATH.encode() + rb'/?(?:\?[!"$&-~]*)? HTTP/1\.[01]\r\n')
 HEALTH_PATHS = {"/health", LIVE_PATH}  # of every process; asked by monitors
 DATABASE = "/database"  # of every process that owns data; asked by the audit
 NO_FIELDS = wire.Fields([])
@@ -349,10 +351,12 @@ class OwnRoutes(RouteHelpers):
     def answer_unread(self, beginning: bytes) -> bytes:
         """Return the message to send on a connection for which there is no room; log the request.
 
-        The request is not read, but its first bytes tell whether it is a liveness check. That gets
+        The request is not read, but its first line tells whether it is a liveness check. That gets
         200: otherwise, Kubernetes would restart a process for being busy.
         """
         self.begin_request()
+        if beginning.startswith(b"HEAD "):  # no body may follow (RFC 9110 section 9.3.2)
+            self.command = "HEAD"
         if check := LIVE_CHECK.match(beginning):
             self.command, self.path, self.route = check[1].decode(), LIVE_PATH, LIVE_PATH
             answer = self.live()

@@ -9,7 +9,7 @@ turns.py until a request arrives and a thread has a turn. That thread calls _ser
 the request and lets the connection wait again, or calls shutdown_request. A connection for which
 there is no room is answered here, in the accept loop.
 
-Law: nothing here reads a request, or knows what its first bytes mean: handler.py does.
+Law: nothing here reads a request, or knows what its first line means: handler.py does.
 """
 import contextlib
 import errno
@@ -39,7 +39,7 @@ BODY_MEMORY = 64 * 1024 * 1024  # bytes of the request bodies that are held at a
 MAX_CLOSING = 64      # connections whose input was ended to make room, and that are still open
 MAX_REJECTED = 64     # connections without room that are not answered yet, or not closed yet
 ARRIVAL_TIME = 0.25   # seconds after which the request on a new connection is late
-PEEK_SIZE = 64        # bytes of the request on a rejected connection that are looked at
+PEEK_SIZE = 256       # bytes of the first line of a rejected request that are looked at
 NO_ROOM_PAUSE = 0.1   # seconds without accepting when the system has no room for a connection
 NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
@@ -136,18 +136,22 @@ class OpenConnections:
 
 
 def peek(connection: socket.socket) -> bytes:
-    """Return the first bytes that have arrived on a connection, and leave them there."""
+    """Return the first bytes that have arrived on a connection, and leave them there.
+
+    Empty lines before a request do not count (RFC 9112 section 2.2).
+    """
     with contextlib.suppress(OSError):  # nothing has arrived, or the connection is broken
-        return connection.recv(PEEK_SIZE, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        return connection.recv(PEEK_SIZE, socket.MSG_PEEK | socket.MSG_DONTWAIT).lstrip(b"\r\n")
     return b""
 
 
 class RejectedConnections:
     """Connections for which there is no room.
 
-    Each is answered when its request arrives, or after ARRIVAL_TIME, and is closed a little later:
-    closing it while its client still sends would reset it, and the client might never see the
-    answer. Only the thread of the accept loop uses this, so rejecting a client costs no thread.
+    Each is answered when the first line of its request has arrived, or after ARRIVAL_TIME, and is
+    closed a little later: closing it while its client still sends would reset it, and the client
+    might never see the answer. Only the thread of the accept loop uses this, so rejecting a client
+    costs no thread.
     """
 
     def __init__(self) -> None:
@@ -157,19 +161,22 @@ class RejectedConnections:
     def __len__(self) -> int:
         return len(self._waiting) + len(self._answered)
 
+    def has_unanswered(self) -> bool:
+        return bool(self._waiting)
+
     def add(self, handler: Any) -> None:
         """Reject the connection of a handler."""
         self._waiting.append((time.monotonic(), handler))
         self.answer_due()
 
     def answer_due(self) -> None:
-        """Answer those whose requests have arrived or are late; if too many wait, the oldest, too.
-        """
+        """Answer those whose first line is there or late; if too many wait, the oldest, too."""
         latest = time.monotonic() - ARRIVAL_TIME
         for _ in range(len(self._waiting)):  # those that go on waiting end where they began
             accepted_at, handler = self._waiting.popleft()
             beginning = peek(handler.connection)
-            if beginning or accepted_at < latest or len(self._waiting) >= MAX_REJECTED:
+            has_line = b"\n" in beginning or len(beginning) == PEEK_SIZE
+            if has_line or accepted_at < latest or len(self._waiting) >= MAX_REJECTED:
                 self.answer(handler.connection, handler.answer_unread(beginning))
             else:
                 self._waiting.append((accepted_at, handler))
@@ -221,8 +228,9 @@ class Listener(ThreadingHTTPServer):
     def serve_forever(self, poll_interval: float = POLL) -> None:
         """Accept connections until shutdown() is called."""
         while not self.is_stopping:
-            # While turns are used, end_overdue() must be called in time.
-            pause = TURN_TIME if self.turns.was_used() else poll_interval
+            # end_overdue() must be called in time, and a rejected client gets its answer at once.
+            is_hurried = self.turns.was_used() or self.rejected.has_unanswered()
+            pause = TURN_TIME if is_hurried else poll_interval
             if select.select([self], [], [], pause)[0]:
                 self.handle_request()
             self.service_actions()

@@ -250,15 +250,36 @@ class RejectedConnectionsTest(PairTest):
         client = self.add()
         self.rejected.answer_due()
         self.assertTrue(self.is_open(client), "it was answered before it had sent anything")
-        client.send(b"GET")
+        client.send(b"GET / HTTP/1.1\r\n")
         self.rejected.answer_due()
-        self.assertEqual(client.recv(1000), b"answer to GET")
+        self.assertEqual(client.recv(1000), b"answer to GET / HTTP/1.1\r\n")
 
     def test_a_request_that_has_arrived_already_is_answered_at_once(self):
-        client, served = self.pair()
-        client.send(b"GET")
-        self.rejected.add(Echo(served))
-        self.assertEqual(client.recv(1000), b"answer to GET")
+        for request in (b"GET / HTTP/1.1\r\n", b"GET /" + b"x" * listener.PEEK_SIZE):
+            client, served = self.pair()
+            client.send(request)
+            self.rejected.add(Echo(served))
+            self.assertFalse(self.is_open(client), f"no answer yet to {request!r}")
+            self.assertEqual(client.recv(1000), b"answer to " + request[:listener.PEEK_SIZE])
+
+    def test_a_first_line_may_arrive_in_parts(self):
+        client, sent = self.add(), b""
+        for part in (b"\r\n", b"G", b"ET", b" / HTTP/1.1\r"):
+            client.send(part)
+            self.rejected.answer_due()
+            sent += part
+            self.assertTrue(self.is_open(client), f"it was answered after only {sent!r}")
+        client.send(b"\n")
+        self.rejected.answer_due()
+        self.assertEqual(client.recv(1000), b"answer to GET / HTTP/1.1\r\n")
+
+    def test_a_first_line_that_does_not_end_is_answered_after_arrival_time(self):
+        client = self.add()
+        client.send(b"HEAD /")
+        self.clock.now += listener.ARRIVAL_TIME * 1.1
+        self.rejected.answer_due()
+        self.assertFalse(self.is_open(client), "it has waited for longer than ARRIVAL_TIME")
+        self.assertEqual(client.recv(1000), b"answer to HEAD /")
 
     def test_a_connection_that_sends_nothing_is_answered_after_arrival_time(self):
         client = self.add()
@@ -385,18 +406,43 @@ class FullServiceTest(ConnectionsTest):
         for request, status in (
                 ("GET /health/live", 200), ("HEAD /health/live", 200), ("GET /health/live/", 200),
                 ("GET /health/live?verbose", 200), ("GET /health", 503), ("GET /things", 503),
-                ("GET /health/lively", 503), ("POST /health/live", 503)):
+                ("GET /health/lively", 503), ("POST /health/live", 503), ("HEAD /things", 503)):
             with self.subTest(request):
                 method, target = request.split()
                 answer = ask(service.server_port, method, target)
                 self.assertEqual((answer.status, answer.headers["connection"]), (status, "close"),
                                  f"{request}, while as many connections are busy as may be, 2")
-                if status == 200:
-                    body = b"" if method == "HEAD" else b'{"status":"ok","service":"things"}'
-                    self.assertEqual(answer.body, body)
+                if status == 200 and method == "GET":
+                    self.assertEqual(answer.body, b'{"status":"ok","service":"things"}')
         noted = [(span.method, span.route, span.status) for span in service.telemetry.spans()]
         self.assertEqual([noted[0], noted[4]],
                          [("GET", "/health/live", 200), ("-", "", 503)], "what is recorded")
+
+    def test_a_service_without_room_gives_only_a_valid_liveness_check_200(self):
+        service = self.enterContext(running(Things, max_connections=1))
+        self.hold(service)
+        for line, status in (
+                (b"GET /health/live HTTP/1.0", 200), (b"\r\nHEAD /health/live/ HTTP/1.1", 200),
+                (b"GET /health/live/?a=b&c HTTP/1.1", 200), (b"GET /health/live garbage", 503),
+                (b"GET /health/live HTTP/1.1 garbage", 503), (b"GET /health/live HTTP/1.9", 503),
+                (b"GET /health/live? a HTTP/1.1", 503), (b"GET /health/live?\0 HTTP/1.1", 503),
+                (b"GET  /health/live HTTP/1.1", 503), (b"get /health/live HTTP/1.1", 503),
+                (b"GET /health/live", 503), (b"GET /health/live HTTP/1.1\n", 503)):
+            with self.subTest(line):
+                monitor = self.connect(service)
+                monitor.send(line + b"\r\nHost: shop\r\n\r\n")
+                answer = self.read(monitor, repr(line))
+                self.assertEqual(answer.status, status, f"status of the answer to {line!r}, while "
+                                 "as many connections are busy as may be, 1")
+
+    def test_an_answer_to_a_rejected_head_request_has_no_body(self):
+        service = self.enterContext(running(Things, max_connections=1))
+        self.hold(service)
+        client = self.connect(service)
+        client.send(b"HEAD /things HTTP/1.1\r\nHost: shop\r\n\r\n")
+        self.assertEqual(client.read("HEAD").status, 503)
+        self.assertEqual(client.file.read(), b"", "the bytes after the head of this 503: a client "
+                         "would take them for its next answer")
 
     def test_the_client_that_got_the_last_place_keeps_it_while_its_request_is_on_its_way(self):
         service = self.enterContext(running(Things, max_connections=2))
@@ -409,6 +455,22 @@ class FullServiceTest(ConnectionsTest):
             statuses.append(self.read(first, "GET /things of the first newcomer").status)
         self.assertEqual(statuses, [503, 200], "GET /things of the second newcomer, then of the "
                          "first, which had connected before, and got the last of two places")
+
+    def test_a_service_looks_often_for_the_requests_of_those_it_rejects(self):
+        service = self.enterContext(running(Things, max_connections=1))
+        self.hold(service)
+        wait_until(lambda: not service.turns.was_used(), "the request to lose its turn")
+        with (mock.patch.object(listener, "ARRIVAL_TIME", PATIENCE),
+              mock.patch.object(listener, "select", mock.Mock(wraps=select)) as module):
+            client = self.connect(service)
+            wait_until(lambda: service.rejected, "the connection to be accepted")
+            module.reset_mock()
+            wait_until(lambda: module.select.call_count > 2, "rounds of the accept loop")
+            pauses = {call.args[3] for call in module.select.call_args_list}
+            client.send(GET)
+            self.assertEqual(self.read(client, "GET /things").status, 503)
+        self.assertEqual(pauses, {turns.TURN_TIME}, "seconds between two looks for the request "
+                         "of a client that is to get 503 at once")
 
     def test_a_liveness_check_may_arrive_later_than_its_connection(self):
         service = self.enterContext(running(Things, max_connections=1))
