@@ -5,7 +5,9 @@ or more. So it runs in a thread, and a caller waits for it only as long as it ha
 
 Law: nothing here opens a connection.
 """
+import errno
 import ipaddress
+import math
 import socket
 import threading
 import time
@@ -18,6 +20,12 @@ from microshop.chassis.resilience import Clock
 # server from a lost machine after 5 minutes, so this bridges it; after much longer, the address
 # may belong to another service. RFC 8767 discusses such stale addresses.
 STALE_TIME = 600.0
+# Seconds for which calls join a look-up that is silent, if they know no address: its packet may be
+# lost, although the name server answers again.
+JOIN_TIME = 2.0
+# Errors that are answers of a name server: there is no such name, or it has no address. After
+# all others, addresses that were found before may be used.
+ANSWERS = (socket.EAI_NONAME, socket.EAI_NODATA)
 
 
 def look_up(name: str) -> list[str]:
@@ -50,7 +58,8 @@ class Resolver:
     """Finds the addresses of hosts, and remembers the last ones of each name.
 
     Calls that need the same name share one look-up, so a silent name server costs one thread for
-    each name. The threads are daemons: they do not keep the process from ending.
+    each name; for a name without a known address, one every JOIN_TIME, until the system gives the
+    first one up. The threads are daemons: they do not keep the process from ending.
     """
 
     def __init__(self, look_up: Callable[[str], list[str]] = look_up,
@@ -64,18 +73,15 @@ class Resolver:
         """Return the addresses of a host, after waiting up to `timeout` seconds for them.
 
         If the look-up fails, or has been silent for half of that time, these are the addresses that
-        were found last, for up to STALE_TIME. If there are none, raises OSError, which is a
-        TimeoutError if the time is over.
+        were found last, for up to STALE_TIME. If there are none, or if there is no such name by
+        now, raises OSError, which is a TimeoutError if the time is over.
         """
         if is_address(host):
             return [host]
-        look_up = self._begin(host)
-        known, until = self._known.get(host, ([], 0.0))
-        now = self._clock()
-        if now >= until:
-            known = []
+        known = self._recall(host)
+        look_up = self._begin(host, math.inf if known else JOIN_TIME)
         if known:  # calls that come later wait less: the silence counts from its beginning
-            timeout = look_up.began + timeout / 2 - now
+            timeout = look_up.began + timeout / 2 - self._clock()
         try:
             return look_up.result(timeout)
         except TimeoutError:
@@ -84,21 +90,31 @@ class Resolver:
         except socket.gaierror as error:
             problem = OSError(f"the name {host} cannot be resolved ({error.strerror}); "
                               "check the base URL and the name server")
-        if not known:
-            raise problem
-        return known
+        except OSError as error:  # this machine lacks something
+            problem = OSError(f"the name {host} was not looked up: {error.strerror}")
+        if known := self._recall(host):
+            return known
+        raise problem
 
-    def _begin(self, name: str) -> LookUp:
-        """Return the look-up of a name that is under way; begin one if there is none."""
+    def _recall(self, name: str) -> list[str]:
+        """Return the addresses that were found last, unless that was too long ago."""
+        known, until = self._known.get(name, ([], 0.0))
+        return known if self._clock() < until else []
+
+    def _begin(self, name: str, join_time: float) -> LookUp:
+        """Return the look-up of a name that began within `join_time` seconds and is under way.
+
+        If there is none, begin one.
+        """
         with self._lock:
-            look_up = self._last.get(name)
-            if look_up and not look_up.done():
+            look_up, now = self._last.get(name), self._clock()
+            if look_up and not look_up.done() and now < look_up.began + join_time:
                 return look_up
-            look_up = self._last[name] = LookUp(self._clock())
+            look_up = self._last[name] = LookUp(now)
         try:
             threading.Thread(target=self._finish, args=(name, look_up), daemon=True).start()
-        except RuntimeError:  # the system has no room for another thread
-            self._finish(name, look_up)
+        except RuntimeError:  # to look it up here would take longer than the caller has time
+            look_up.set_exception(OSError(errno.EAGAIN, "there is no room for another thread"))
         return look_up
 
     def _finish(self, name: str, look_up: LookUp) -> None:
@@ -108,4 +124,6 @@ class Resolver:
             self._known[name] = found, self._clock() + STALE_TIME
             look_up.set_result(found)
         except Exception as error:  # raised in the threads that wait
+            if isinstance(error, socket.gaierror) and error.errno in ANSWERS:
+                self._known.pop(name, None)
             look_up.set_exception(error)

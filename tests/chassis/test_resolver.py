@@ -1,4 +1,5 @@
 """Names of hosts: their look-ups end in time, share a thread, and may use what was found before."""
+import errno
 import socket
 import socketserver
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 from microshop.chassis import resolver
-from microshop.chassis.resolver import STALE_TIME, LookUp, Resolver
+from microshop.chassis.resolver import JOIN_TIME, STALE_TIME, LookUp, Resolver
 from microshop.users import Users
 from tests.chassis.things import StoppedClock
 from tests.helpers import NOBODY, PATIENCE, Process, ask, process, running, wait_until
@@ -21,12 +22,13 @@ MOMENT = 0.01  # seconds that a call waits for a look-up that stays silent
 
 
 class NameService:
-    """Stands for the system's look-up: finds ADDRESSES, or does as `mood` says.
+    """Stands for the system's look-up: finds `addresses`, or does as `mood` says.
 
     "silent": it answers no call before `go_on` is set.
     """
 
     def __init__(self) -> None:
+        self.addresses = ADDRESSES
         self.mood: str | Exception = ""
         self.asked: list[str] = []
         self.go_on = threading.Event()
@@ -37,7 +39,7 @@ class NameService:
             raise self.mood
         if self.mood == "silent":
             self.go_on.wait(PATIENCE)
-        return ADDRESSES
+        return self.addresses
 
 
 class ResolverTest(unittest.TestCase):
@@ -79,6 +81,25 @@ class ResolverTest(unittest.TestCase):
         self.assertEqual(len(self.names.asked), 1, "look-ups, each in a thread, for 100 calls that "
                          "gave up a silent name server and 8 that waited for it")
 
+    def test_no_call_joins_a_look_up_that_has_been_silent_for_join_time(self):
+        self.names.mood = "silent"
+        with mock.patch.object(threading, "Thread", wraps=threading.Thread) as thread:
+            for passed, expected in ((0, 1), (JOIN_TIME - 0.01, 1), (0.02, 2), (0.02, 2)):
+                self.clock.now += passed
+                self.assertRaises(TimeoutError, self.find, 0)
+                self.assertEqual(thread.call_count, expected, "look-ups: a new one when the last "
+                                 "is JOIN_TIME old, as its packet may be lost, but not before")
+
+    def test_while_the_addresses_found_before_are_used_there_is_one_silent_look_up(self):
+        self.find()
+        self.names.mood = "silent"
+        with mock.patch.object(threading, "Thread", wraps=threading.Thread) as thread:
+            for _ in range(10):
+                self.assertEqual(self.find(0), ADDRESSES)
+                self.clock.now += JOIN_TIME
+        self.assertEqual(thread.call_count, 1, "look-ups: no call waits for the silent one, so "
+                                               "there is no need for another")
+
     def test_a_silent_name_does_not_hold_up_another(self):
         self.names.mood = "silent"
         self.assertRaises(TimeoutError, self.find, 0)
@@ -104,8 +125,30 @@ class ResolverTest(unittest.TestCase):
 
     def test_when_a_look_up_fails_the_addresses_found_before_are_used(self):
         self.find()
+        for error in (socket.gaierror(socket.EAI_AGAIN, "Temporary failure"), TimeoutError(),
+                      OSError(errno.EMFILE, "Too many open files")):
+            with self.subTest(type(error).__name__):
+                self.names.mood = error
+                self.assertEqual(self.find(), ADDRESSES)
+
+    def test_addresses_that_the_name_server_no_longer_gives_are_forgotten(self):
+        for answer in (socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
+                       socket.gaierror(socket.EAI_NODATA, "No address associated with hostname")):
+            with self.subTest(answer.strerror):
+                self.names.mood = ""
+                self.find()
+                for mood in (answer, socket.gaierror(socket.EAI_AGAIN, "Temporary failure")):
+                    self.names.mood = mood
+                    with self.assertRaises(OSError, msg="the addresses found before were used "
+                                           f"after the name server had said: {answer.strerror}"):
+                        self.find()
+
+    def test_if_the_name_server_fails_the_addresses_used_are_those_found_last(self):
+        self.find()
+        self.names.addresses = ["192.0.2.9"]
+        self.find()
         self.names.mood = socket.gaierror(socket.EAI_AGAIN, "Temporary failure")
-        self.assertEqual(self.find(), ADDRESSES)
+        self.assertEqual(self.find(), ["192.0.2.9"], "the service has moved there")
 
     def test_addresses_found_before_are_used_no_longer_than_stale_time(self):
         self.find()
@@ -130,9 +173,15 @@ class ResolverTest(unittest.TestCase):
     def test_the_systems_look_up_finds_this_machine(self):
         self.assertIn("127.0.0.1", Resolver().find("localhost", PATIENCE))
 
-    def test_where_no_thread_can_be_started_the_caller_looks_the_name_up_itself(self):
-        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError):
-            self.assertEqual(self.find(), ADDRESSES)
+    def test_where_no_thread_can_be_started_a_look_up_fails_at_once(self):
+        no_room = mock.patch.object(threading.Thread, "start", side_effect=RuntimeError)
+        with no_room, self.assertRaisesRegex(
+                OSError, "^the name users was not looked up: there is no room for another thread$",
+                msg="the caller has looked it up itself, which may take longer than it has time"):
+            self.find()
+        self.find()
+        with no_room:
+            self.assertEqual(self.find(), ADDRESSES, "the addresses found before")
 
 
 class NameServer(socketserver.UDPServer):
