@@ -274,6 +274,21 @@ class NameTest(ClientTest):
         self.assertEqual(timeouts, [0.2, 0.2, 0.2], "shares of CONNECT_TIME for three addresses "
                          "that are silent, after a look-up that took 0.4 of it")
 
+    def test_many_silent_addresses_take_no_longer_than_connect_time(self):
+        clock = self.enterContext(stopped_clock(connections))
+        began = clock.now
+
+        def hang(address: tuple[str, int], timeout: float) -> None:
+            clock.now += timeout
+            raise TimeoutError
+
+        users = self.serve_by_name(lambda name: ["192.0.2.1"] * 3000)
+        with (mock.patch.object(socket, "create_connection", hang),
+              mock.patch.object(client, "MAX_RETRIES", 0)):
+            self.assertRaises(Unreachable, self.call, users)
+        self.assertAlmostEqual(clock.now - began, connections.CONNECT_TIME, delta=0.01,
+                               msg="seconds to try 3000 silent addresses")
+
 
 class InvalidResponseTest(ClientTest):
     def assert_bad_gateway(self, users: Upstream, reason: str) -> None:
