@@ -2,11 +2,13 @@
 import socket
 import time
 import unittest
+from unittest import mock
 
 from microshop.chassis import connections
 from microshop.chassis import watch as module
 from microshop.chassis.resolver import Resolver
 from microshop.chassis.watch import Node, Silent, Watch, ask, fetch, find_addresses
+from tests.chassis.things import stopped_clock
 from tests.chassis.told import Stage, metrics
 from tests.helpers import PATIENCE, read_request, upstream
 
@@ -236,6 +238,17 @@ class AddressesTest(WatchTest):
         self.assertEqual((self.node.state, self.node.silence), ("up", ""))
 
 
+class TimeTest(WatchTest):
+    def test_a_round_lasts_ask_time_and_half_of_it_is_for_looking_names_up(self):
+        clock = self.enterContext(stopped_clock(module))
+        with (mock.patch.object(self.stage, "find", return_value=["10.0.0.1"]) as find,
+              mock.patch.object(module, "fetch", side_effect=LATE) as fetch):
+            self.watch.ask_all(self.now)
+        self.assertEqual(find.call_args.args, ("a", 0.25), "the name and the seconds to find it")
+        self.assertEqual(fetch.call_args.args[1] - clock.now, 0.5, "seconds from the beginning of "
+                         "the round to the deadline of its answers")
+
+
 class StateTest(WatchTest):
     def test_a_node_that_does_not_answer_in_the_first_round_is_down(self):
         self.hear(LATE)
@@ -442,6 +455,21 @@ class FetchTest(unittest.TestCase):
                 fetch(url, time.monotonic() + PATIENCE, token)
         self.assertIn(b"\r\nauthorization: bearer s3cret\r\n", requests[0])
         self.assertNotIn(b"authorization", requests[1])
+
+    def test_metrics_and_traces_are_both_asked_with_the_token(self):
+        requests = []
+
+        def answer(connection):
+            requests.append(read_request(connection).lower())
+            body = b"[]" if b" /traces " in requests[-1] else metrics().encode()
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b"
+                               % (len(body), body))
+
+        with upstream(answer) as url:
+            ask(url, time.monotonic() + PATIENCE, "s3cret")
+        self.assertEqual([request.split()[1] for request in requests], [b"/metrics", b"/traces"])
+        for request in requests:
+            self.assertIn(b"\r\nauthorization: bearer s3cret\r\n", request)
 
     def test_a_connection_that_breaks_counts_as_refused(self):
         for message in (b"", b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc"):
