@@ -146,23 +146,25 @@ def inspect(pod: Pod, what: str) -> str:
 
 
 def judge() -> int:
-    """Print a line for each check, until one has failed; return how many failed."""
+    """Print a line for each check, until one has failed; return the exit status."""
     cluster, report = Cluster(Manifest().content), Report()
-    for what, check in (
-            ("an image of this Python", cluster.make_image),
-            ("pods are healthy", cluster.start),
-            ("each can write nothing but its data and temporary files", cluster.try_rights),
-            ("an order is placed, with the token", cluster.place_order),
-            ("an order without the token is refused", cluster.refuse_without_token),
-            ("the other gateway finds the order", cluster.find_order),
-            ("a killed process is back, and so is the order", cluster.kill_orders),
-            ("the audit, run in the gateway's container", cluster.audit),
-            ("SIGTERM ends each process with status 0", cluster.stop),
-            ("after kube down and kube play, the order is still there", cluster.start_again)):
+    checks = (
+        ("an image of this Python", cluster.make_image),
+        ("pods are healthy", cluster.start),
+        ("each can write nothing but its data and temporary files", cluster.try_rights),
+        ("an order is placed, with the token", cluster.place_order),
+        ("an order without the token is refused", cluster.refuse_without_token),
+        ("the other gateway finds the order", cluster.find_order),
+        ("a killed process is back, and so is the order", cluster.kill_orders),
+        ("the audit, run in the gateway's container", cluster.audit),
+        ("SIGTERM ends each process with status 0", cluster.stop),
+        ("after kube down and kube play, the order is still there", cluster.start_again))
+    for what, check in checks:
         report.check(what, check)
         if report.failures:
-            break
-    return report.failures
+            return 1
+    print(f"all {len(checks)} checks passed")
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

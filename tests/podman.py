@@ -28,13 +28,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.helpers import TOP
+from tests.hosts import mortal
 from tests.peers import Absent, prepare
 from tests.report import run_tool
 
 Object = dict[str, Any]  # of the Kubernetes API
 
 PACKAGES = "podman runc netavark aardvark-dns catatonit iptables iproute2"  # of Debian
-TOOLS = ("podman", "runc", "catatonit", "iptables", "ip", "unshare", "ldd")
+TOOLS = ("podman", "runc", "catatonit", "iptables", "ip", "unshare", "setpriv", "ldd")
 NETWORK = "shop"
 CGROUPS = Path("/sys/fs/cgroup")
 PORTS_APART = 100  # between the ports of two pods of one Deployment, on this machine
@@ -168,7 +169,10 @@ network_config_dir = "/run/networks"
 
 
 def run_apart(command: list[str]) -> int:
-    """Run a command in namespaces of its own; return its exit status. Raises Absent."""
+    """Run a command in namespaces of its own; return its exit status. Raises Absent.
+
+    When this process ends, however that is, so do all processes in there.
+    """
     if os.geteuid() != 0:
         raise Absent("only root can run podman in namespaces of its own")
     if missing := [tool for tool in TOOLS if not shutil.which(tool)]:
@@ -177,8 +181,8 @@ def run_apart(command: list[str]) -> int:
         raise Absent(f"there is no {CGROUPS}")
     prepare("unshare", [*APART, "true"])
     with cgroups_removed():
-        child = subprocess.Popen([*APART, *command], cwd=TOP, stdin=subprocess.DEVNULL,
-                                 start_new_session=True)
+        child = subprocess.Popen([*mortal(), *APART, *command], cwd=TOP,
+                                 stdin=subprocess.DEVNULL, start_new_session=True)
         try:
             return child.wait()
         except KeyboardInterrupt:
@@ -191,21 +195,24 @@ def run_apart(command: list[str]) -> int:
 def cgroups_removed() -> Iterator[None]:
     """Remove the cgroups that podman makes meanwhile: they are in no namespace.
 
-    Their names do not say whose they are, so one run waits for another.
+    Their names do not say whose they are, so one run waits for another. It also removes those of
+    an earlier run that was killed.
     """
-    def find() -> set[Path]:
-        return {path for path in CGROUPS.rglob("*/") if "libpod_parent" in path.parts}
-
     lock = os.open(CGROUPS, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    others = find()
+    remove_empty_cgroups()
     try:
         yield
     finally:
-        for path in sorted(find() - others, reverse=True):  # what is inside comes first
-            with contextlib.suppress(OSError):  # in use: it belongs to somebody else
-                path.rmdir()
+        remove_empty_cgroups()
         os.close(lock)
+
+
+def remove_empty_cgroups() -> None:
+    for path in sorted(CGROUPS.rglob("*/"), reverse=True):  # what is inside comes first
+        if "libpod_parent" in path.parts:
+            with contextlib.suppress(OSError):  # a process is in it
+                path.rmdir()
 
 
 def prepare_engine() -> None:
