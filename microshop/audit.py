@@ -53,7 +53,8 @@ OPTIONS = [
 ]
 
 # The text of each violation, and the query that finds it. A text has no number that changes while
-# other orders are placed: see seen_twice().
+# other orders are placed: see seen_twice(). (An order without `due` is finished. A reservation
+# without productId was released. An order of schema version 1 has its own id as its reservation's.)
 VIOLATIONS = {
     "product {}: {} units were supplied, but {} are free or reserved": """
         SELECT id, supplied, stock + (
@@ -189,21 +190,26 @@ def has_table(connection: sqlite3.Connection, service: str) -> bool:
 
 def fetch_copy(service: str, url: str, timeout: float) -> bytes:
     """Return a copy of the database of the service at a base URL. Raises CopyUnusable."""
+    other = f"another service is there, or an older version; give another --{service}-url"
     try:
         reply = get(f"{url}/database", time.monotonic() + timeout, MAX_COPY)
+        if reply.status == 200 and reply.body.startswith(MAGIC):
+            return reply.body
+        if reply.status >= 500:
+            why = " ".join(reply.detail.split())
+        elif reply.status == 200:
+            why = f"this is no database: {other}"
+        else:
+            why = f"answered {reply.status}: {other}"
+    except ServiceError as error:  # the answer is too large, or not valid HTTP
+        why = f"{error.detail}: {other}"
     except TimeoutError as error:
         why = (f"{str(error) or 'no answer'} (--timeout is {timeout:g} s); "
                "is the service running, and not paused?")
-    except (OSError, EOFError, ServiceError) as error:
-        reason = getattr(error, "strerror", "") or str(error) or "the connection broke"
-        why = f"{reason}; start the service there, or give another --{service}-url"
-    else:
-        if reply.status == 200 and reply.body.startswith(MAGIC):
-            return reply.body
-        found = "this is no database" if reply.status == 200 else f"answered {reply.status}"
-        why = " ".join(reply.detail.split()) if reply.status >= 500 else (
-            f"{found}: another service is there, or an older version; "
-            f"give another --{service}-url")
+    except (OSError, EOFError) as error:
+        why = str(error) or "the connection broke"  # a host name that is unknown says what to do
+        if reason := getattr(error, "strerror", ""):
+            why = f"{reason}; start the service there, or give another --{service}-url"
     raise CopyUnusable(f"cannot copy the database of {service} from {url}/database: {why}")
 
 
@@ -222,9 +228,9 @@ def find_folders() -> list[Path]:
 
 
 def check_flags(settings: Namespace) -> None:
-    """Raise ValueError for flags that contradict each other, and for --data "".
+    """Raise ValueError for flags that contradict each other, and for an empty --data.
 
-    That would mean: all folders that can be found.
+    (Inside, an empty one means all folders that can be found.)
     """
     if settings.flags.get("data") == "":
         raise ValueError("--data: '' is not a folder")

@@ -62,18 +62,18 @@ Object = dict  # of the Kubernetes API
 
 TOP = Path(__file__).parent.parent
 HTTP_PORT, DNS_PORT = 80, 53
-SOURCE, DATA, TOKEN = "/app", "/data", "/run/microshop"  # where a pod finds them
+SOURCE, DATA, TOKEN = "/app", "/data", "/run/microshop"  # folders in a pod
 USER = 10001    # of every process: any number but 0, which is root
 PRESTOP = 5     # seconds until no node of the cluster sends clients to an ending gateway any more
 LAST_STEP = 5   # seconds after the grace period: the saga's last call (orders.CALL_TIME), closing
 PASSED_ON = [setting for setting in (*config.FOR_GATEWAY, *config.SHARED)
              if setting.name != "token-file"]  # to the processes in the pods
-CORE = "700m"   # thousandths of a core, above which one more gateway is started: it can use 1000
+SCALE_AT = "700m"  # of a core (1000m, all that a gateway can use): above, another one is added
 
 
 # --- the processes
 
-Process = type[Service]
+Process = type[Service]  # our own class, of every process: not a Service of Kubernetes
 
 
 def process_of(name: str) -> Process:
@@ -139,7 +139,7 @@ class Shop:
 # its content: so new source means a new pod template, and that is a rollout. The old ConfigMap
 # stays, so `kubectl rollout undo` brings the old source back. A pod gets the modules that its
 # process imports, and no other: when one service changes, the others are not even restarted
-# (independent deployment). Pods whose content is the same, as of the chassis, share a ConfigMap.
+# (independent deployment). Pods that need the same files of the chassis share one ConfigMap.
 
 def modules_of(*names: str) -> set[Path]:
     """Return the files of these modules, and of all modules of microshop that they import."""
@@ -203,7 +203,7 @@ def pod_template(shop: Shop, process: Process, source: dict[str, Object]) -> Obj
     settings, name = shop.settings, process.name
     grace = float(settings.grace) + LAST_STEP + (PRESTOP if process is shop.gateway else 0)
     volumes, mounts = volumes_of(shop, process, source)
-    # By these annotations, many setups of Prometheus find /metrics. Nothing else can reach live.
+    # By these annotations, many setups of Prometheus find /metrics. No other pod can reach live.
     scraped = {"prometheus.io/scrape": "true", "prometheus.io/port": str(process.port),
                "prometheus.io/path": "/metrics"}
     annotations = {} if process is shop.live else {"annotations": scraped}
@@ -217,7 +217,7 @@ def pod_template(shop: Shop, process: Process, source: dict[str, Object]) -> Obj
             # Otherwise a Service called microshop would set MICROSHOP_PORT=tcp://...
             "enableServiceLinks": False,
             # The first process of a container ignores a SIGTERM for which it has no handler, and
-            # Python needs a moment until it has one. Now the pod's own /pause is the first.
+            # Python needs a moment until it has one. Shared, the first is one of Kubernetes' own.
             "shareProcessNamespace": True,
             # The lost packet of a look-up costs 1 s, not 5.
             "dnsConfig": {"options": [{"name": "timeout", "value": "1"},
@@ -228,7 +228,7 @@ def pod_template(shop: Shop, process: Process, source: dict[str, Object]) -> Obj
                 "runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER,
                 "fsGroup": USER, "fsGroupChangePolicy": "OnRootMismatch",  # so it may write to DATA
                 "seccompProfile": {"type": "RuntimeDefault"}},
-            # Several gateways run on different machines, as far as there are any.
+            # Several gateways run on different machines, if there are enough.
             "topologySpreadConstraints": [
                 {"maxSkew": 1, "topologyKey": "kubernetes.io/hostname",
                  "whenUnsatisfiable": "ScheduleAnyway", "labelSelector": selector(name)}]}}
@@ -248,7 +248,7 @@ def volumes_of(shop: Shop, process: Process,
     if process.schema:
         mounts.append({"name": "data", "mountPath": DATA})
     if has_option(process, "token-file"):
-        # These pods wait until there is such a Secret: no write is ever open to everybody.
+        # These pods wait until there is such a Secret: no gateway ever runs without a token.
         volumes.append({"name": "token", "secret": {
             "secretName": shop.settings.token_secret, "optional": False, "defaultMode": 0o440}})
         mounts.append({"name": "token", "mountPath": TOKEN, "readOnly": True})
@@ -295,7 +295,7 @@ def probes(shop: Shop, process: Process) -> Object:
     return {
         "startupProbe": ask("/health", periodSeconds=1, failureThreshold=60),
         "readinessProbe": ask("/health", periodSeconds=2, failureThreshold=2),
-        # After 15 s of silence, a process gets only 1 s to end: it would not use more.
+        # After 15 s of silence, a process gets only 1 s to end: one that hangs cannot use more.
         "livenessProbe": ask("/health/live", periodSeconds=5, failureThreshold=3,
                              terminationGracePeriodSeconds=1)}
 
@@ -320,7 +320,11 @@ def service(process: Process, port: int, **more: str) -> Object:
 
 
 def network_policy(shop: Shop, process: Process) -> Object:
-    """Return who may call a process, and whom it may call: others, and any name server."""
+    """Return who may call a process, and whom it may call: those that it has a URL for.
+
+    Without `ingress`, no pod may call it; without `egress`, it may call none. Those that call by
+    name may also ask any name server.
+    """
     name = process.name
     callers: list[Object] = [{"podSelector": selector(caller)} for caller in shop.callers(process)]
     if shop.settings.scrape_from and process is not shop.live:
@@ -345,7 +349,7 @@ def network_policy(shop: Shop, process: Process) -> Object:
 def stateful_set(shop: Shop, process: Process, template: Object) -> Object:
     """Return what keeps one pod of a service that owns data, always with the same volume.
 
-    There is no PodDisruptionBudget for it: then its machine could not be emptied at all.
+    It has no PodDisruptionBudget: with one, its machine could not be emptied at all.
     """
     settings = shop.settings
     storage = {"accessModes": ["ReadWriteOnce"],
@@ -354,7 +358,7 @@ def stateful_set(shop: Shop, process: Process, template: Object) -> Object:
         storage["storageClassName"] = settings.storage_class
     return make("apps/v1", "StatefulSet", process.name, {
         "replicas": 1,  # SQLite has one writer
-        "serviceName": process.name,
+        "serviceName": process.name,  # its field is required; it names the pod in DNS
         # Otherwise a pod that never gets ready could not be replaced by a repaired one.
         "podManagementPolicy": "Parallel",
         "selector": selector(process.name),
@@ -370,7 +374,7 @@ def deployment(process: Process, template: Object, **more: object) -> Object:
 
 
 def gateway_objects(shop: Shop, template: Object) -> list[Object]:
-    """Return the gateways: never fewer than there should be, also while they are replaced."""
+    """Return the gateways: during a rollout, never fewer than there should be."""
     settings, name = shop.settings, shop.gateway.name
     rolling = {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}}
     # With an autoscaler, a number here would undo its choice at each apply.
@@ -384,7 +388,7 @@ def gateway_objects(shop: Shop, template: Object) -> list[Object]:
         make("policy/v1", "PodDisruptionBudget", name,
              {"maxUnavailable": 1, "selector": selector(name)})]
     if settings.autoscale:
-        target = {"type": "AverageValue", "averageValue": CORE}
+        target = {"type": "AverageValue", "averageValue": SCALE_AT}
         objects.append(make("autoscaling/v2", "HorizontalPodAutoscaler", name, {
             "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": name},
             "minReplicas": settings.replicas, "maxReplicas": settings.autoscale,
@@ -443,14 +447,16 @@ def checked(setting: config.Setting) -> config.Setting:
 
 
 LABEL = "[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
-NAMESPACE = pattern(LABEL, "a namespace: letters a to z, digits and -, at most 63")
-NAME = pattern(rf"{LABEL}([.]{LABEL})*", "a name in Kubernetes: letters a to z, digits, - and .")
+NAMESPACE = pattern(LABEL, "a namespace: at most 63 of a-z, 0-9 and -, with no - at its ends")
+NAME = pattern(rf"{LABEL}([.]{LABEL})*", "a name in Kubernetes, like a-name.of-2-parts")
 OPTIONS = [
     config.Setting("image", pattern(r"[0-9A-Za-z][\w.:/@-]*", "the name of an image"),
                    "python:3.12-slim", "image with Python 3.11 or newer"),
-    config.Setting("replicas", config.count, "2", "number of gateways"),
+    config.Setting("replicas", config.count, "2",
+                   "number of gateways (with --autoscale: at least)"),
     config.Setting("autoscale", config.count, None,
-                   "let a HorizontalPodAutoscaler add gateways, up to this number"),
+                   "let a HorizontalPodAutoscaler add gateways by their load, up to this number "
+                   "(the cluster needs a metrics-server)"),
     config.Setting("storage", pattern("[1-9][0-9]*[MGT]i", "a size, like 500Mi or 10Gi"), "1Gi",
                    "size of each database's volume; Kubernetes cannot change it later"),
     config.Setting("storage-class", NAME, None,
@@ -461,7 +467,7 @@ OPTIONS = [
                    "how the gateway can be reached: ClusterIP (within the cluster, or through an "
                    "Ingress), NodePort or LoadBalancer"),
     config.Setting("token-secret", NAME, "microshop-token",
-                   "name of the Secret with the token that every write needs, under the key token"),
+                   "name of the Secret; its key token has the token that every write needs"),
     config.Setting("scrape-from", NAMESPACE, None,
                    "namespace whose pods may reach the services, so that Prometheus there can read "
                    "/metrics (they can also write: services check no token)"),

@@ -524,6 +524,10 @@ class UnreadableRemoteTest(AuditTest):
 
     def test_a_service_that_does_not_answer_is_named(self):
         self.assert_line(NOBODY, f"Connection refused; {self.BROKEN}")
+        nowhere = "http://no-such-host.invalid:3001"
+        status, [line] = run_audit(*flags_of({**urls_of(self.shop), "users": nowhere}))
+        self.assertEqual(status, 1)
+        self.assertRegex(line, rf"{nowhere}/database: the name no-such-host.invalid ")
         with upstream(lambda connection: connection.makefile("rb").read()) as url:  # to its end
             self.assert_line(url, "no answer (--timeout is 0.2 s); is the service running, and "
                              "not paused?", "--timeout", "0.2")
@@ -537,13 +541,13 @@ class UnreadableRemoteTest(AuditTest):
             with self.subTest(answer), upstream(Stub(always(response(answer)))) as url:
                 self.assert_line(url, f"this is no database: {self.OTHER}")
         with upstream(Stub(always(b"SSH-2.0-OpenSSH\r\n\r\n"))) as url:
-            self.assert_line(url, f"the status line is malformed; {self.BROKEN}")
+            self.assert_line(url, f"the status line is malformed: {self.OTHER}")
 
     def test_more_than_a_service_sends_is_not_received(self):
         head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (database.MAX_COPY + 1)
         with upstream(Stub(always(head))) as url:
-            self.assert_line(url, f"the body is larger than {database.MAX_COPY} bytes; "
-                                  f"{self.BROKEN}")
+            self.assert_line(url, f"the body is larger than {database.MAX_COPY} bytes: "
+                                  f"{self.OTHER}")
 
     def test_a_database_that_is_too_large_to_be_sent_is_to_be_audited_as_a_file(self):
         with mock.patch.object(database, "MAX_COPY", 4096):

@@ -329,7 +329,9 @@ class RouteHelpers(ConnectionHandler):
 
 
 class OwnRoutes(RouteHelpers):
-    """Answers the routes that are the chassis's, such as /health; Handler adds them to its table.
+    """Answers the routes that every process has, such as /health; Handler adds them to its own.
+
+    (Only a process that owns data has /database.)
     """
 
     is_copying = False  # whether this request holds database.copying
@@ -399,9 +401,9 @@ class OwnRoutes(RouteHelpers):
         super().note_end(status)
 
     def check_observer(self) -> None:
-        """Raise Forbidden if the client must not see metrics and traces; the gateway does.
+        """Leave this request out of log, metrics and traces: observers would see mostly themselves.
 
-        Such requests are not recorded: otherwise, observers would see mostly themselves.
+        The gateway also checks who asks, and raises Forbidden.
         """
         self.is_unrecorded = True
 

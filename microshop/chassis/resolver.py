@@ -58,8 +58,8 @@ class Resolver:
     """Finds the addresses of hosts, and remembers the last ones of each name.
 
     Calls that need the same name share one look-up, so a silent name server costs one thread for
-    each name; for a name without a known address, one every JOIN_TIME, until the system gives the
-    first one up. The threads are daemons: they do not keep the process from ending.
+    each name; for a name without a known address, one every JOIN_TIME, until the system gives up
+    the first one. The threads are daemons: they do not keep the process from ending.
     """
 
     def __init__(self, look_up: Callable[[str], list[str]] = look_up,
@@ -73,8 +73,8 @@ class Resolver:
         """Return the addresses of a host, after waiting up to `timeout` seconds for them.
 
         If the look-up fails, or has been silent for half of that time, these are the addresses that
-        were found last, for up to STALE_TIME. If there are none, or if there is no such name by
-        now, raises OSError, which is a TimeoutError if the time is over.
+        were found last, for up to STALE_TIME. If there are none, or if the name no longer
+        exists, raises OSError, which is a TimeoutError if the time is over.
         """
         if is_address(host):
             return [host]
