@@ -2,7 +2,8 @@
 
 Each module in this folder runs as a process of its own, except this one (an overview), __main__.py
 (short for run_all), and audit.py, backup.py and kubernetes.py (tools). What the processes share is
-in chassis/. To see each pattern at work, take the tour: python -m microshop.tour (it is in tour/).
+in chassis/; watching/ is what live is made of. To see each pattern at work, take the tour: python
+-m microshop.tour (it is in tour/).
 
                           run_all  starts, watches and stops the others (chassis.supervisor)
                           live     :3004, shows what they do in a browser, while somebody looks

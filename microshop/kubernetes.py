@@ -174,9 +174,12 @@ def source_of(shop: Shop, process: Process) -> dict[str, Object]:
     There is one for each folder, mounted one inside the other, and its keys are the files' names.
     """
     files = files_of(shop, process)
-    chassis = {path for path in files if path.parent.name == "chassis"}
-    return {"microshop": config_map(process.name, files - chassis),
-            "microshop/chassis": config_map("chassis", chassis)}
+    source = {}
+    for folder in sorted({path.parent for path in files}):
+        name = process.name if folder == TOP / "microshop" else folder.name
+        source[folder.relative_to(TOP).as_posix()] = config_map(
+            name, {path for path in files if path.parent == folder})
+    return source
 
 
 def config_map(name: str, files: set[Path]) -> Object:

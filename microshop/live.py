@@ -1,7 +1,7 @@
 """The live picture: a page that shows the running shop (live.html). The shop works without it.
 
 The page asks for /picture once a second. Then this process asks the gateway and the services for
-their /metrics and /traces (chassis.watch), and puts what they answer together; as long as nobody
+their /metrics and /traces (watching.watch), and puts what they answer together; as long as nobody
 looks, it asks nothing. What it shows is meant for the person at this machine: so it listens on
 127.0.0.1, and answers only requests that were sent to a name of this machine.
 
@@ -27,12 +27,12 @@ from microshop.chassis.admission import OWN_NAMES, host_name
 from microshop.chassis.answer import NO_STORE, Answer
 from microshop.chassis.content import parse_query
 from microshop.chassis.errors import Forbidden, NotFound, excerpt
-from microshop.chassis.exposition import add_up
 from microshop.chassis.handler import HEALTH_PATHS, Handler
 from microshop.chassis.server import Service
-from microshop.chassis.topology import draw_topology
-from microshop.chassis.trace_memory import Span
-from microshop.chassis.watch import Node, Watch
+from microshop.watching.exposition import add_up
+from microshop.watching.topology import draw_topology
+from microshop.watching.trace_memory import Span
+from microshop.watching.watch import Node, Watch
 
 NODES = {"gateway": GATEWAY_PORT, **SERVICES}  # the names and the ports of what is watched
 PAUSE = 0.9           # seconds between two rounds: the page asks every second, give or take some

@@ -2,7 +2,8 @@
 
 Where to look:
 
-    test_<module>.py            tests of microshop/<module>.py; chassis/ has those of the chassis
+    test_<module>.py            tests of microshop/<module>.py; those of chassis/ and watching/ are
+                                in folders of the same names
     test_seed.py                what the first version answered, byte for byte (golden.json)
     test_saga.py test_failures.py test_crash.py test_storage.py    what happens when something fails
     test_contracts.py           what the processes need of each other (contracts/, contract.py)
@@ -13,7 +14,7 @@ Where to look:
     formats.py                  strict parsers for what the shop shows of itself
     browser.py                  drives a real browser, if there is one: for test_live_page.py
     hosts.py                    several hosts on this machine: network namespaces of Linux
-    chassis/told.py             what processes show of themselves, written by hand
+    watching/told.py            what processes show of themselves, written by hand
     journal.py                  remembers requests and log lines, and shows them with a failure
     exercise.py exercises/      exercises for learners; proofs.py proves that each does what it says
     lanes.py                    runs the whole suite in several processes at once

@@ -354,7 +354,7 @@ class SourceTest(unittest.TestCase):
         chassis = {name: {volume["configMap"]["name"] for volume in manifest.pod(name)["volumes"]
                           if volume["name"] == "microshop-chassis"}
                    for name in manifest.templates()}
-        for name in SERVICES:
+        for name in (*SERVICES, "live"):
             with self.subTest(name):
                 self.assertEqual(chassis[name], chassis["gateway"])
 

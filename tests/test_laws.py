@@ -80,7 +80,14 @@ class ImportLawTest(LawTestCase):
             if name != "__main__.py" and not name.startswith("tour/")
             for module in imported(source)
             if module.startswith("microshop.") and module.split(".")[1].islower()
-            and not module.startswith("microshop.chassis"))
+            and not module.startswith(("microshop.chassis", "microshop.watching")))
+
+    def test_only_live_and_the_tour_import_what_the_live_picture_is_made_of(self):
+        self.assert_none(
+            f"microshop/{name} imports {module}: the shop must work without it"
+            for name, source in SOURCES.items()
+            if name != "live.py" and not name.startswith(("watching/", "tour/"))
+            for module in imported(source) if module.startswith("microshop.watching"))
 
     def test_no_module_outside_the_tour_imports_the_tour(self):
         self.assert_none(
@@ -135,7 +142,7 @@ class RoomLawTest(LawTestCase):
 
     def test_the_chassis_does_not_know_what_the_shop_sells(self):
         for name, source in SOURCES.items():
-            if name.startswith("chassis/") and name != "chassis/__init__.py":
+            if name.startswith(("chassis/", "watching/")) and name != "chassis/__init__.py":
                 code = re.sub(r'""".*?"""|#.*', "", source, flags=re.S)
                 with self.subTest(name):
                     found = re.search(rf"(?i)(?<![a-z])({WORDS_OF_THE_SHOP})(?![a-z])", code)

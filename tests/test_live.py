@@ -10,14 +10,14 @@ from unittest import mock
 
 from microshop import SERVICES, live
 from microshop import gateway as gateway_module
-from microshop.chassis import watch
-from microshop.chassis.watch import Node
 from microshop.gateway import Gateway
 from microshop.live import Live, Observer, content_security_policy, draw_traces, summarize
-from tests.chassis.told import Stage, metrics, span
+from microshop.watching import watch
+from microshop.watching.watch import Node
 from tests.helpers import (
     NOBODY, PATIENCE, ask, exchange, process, read_request, running, together, upstream, wait_until)
 from tests.test_run_all import Shop, port_of
+from tests.watching.told import Stage, metrics, span
 
 NUMBER = (int, float)
 SUMMARY = {"id": str, "name": str, "path": str, "at": float, "duration": float, "whole": bool,

@@ -30,12 +30,6 @@ Messages, at both ends
     content      JSON, queries, validated fields, pages of a collection
     errors       exceptions that carry an HTTP status
 
-What others tell, put together for the live picture
-    watch        asks processes for their metrics and traces, in rounds
-    exposition   the metrics of a process, read from its answer
-    trace_memory the traces of several processes, put together and remembered
-    topology     who calls whom, how often and how well, drawn from all this
-
 Above the processes
     supervisor   a group of child processes: start, watch, replace and stop them
     child        one child: its processes, and when to restart it or give it up (restart policy)

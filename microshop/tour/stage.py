@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from microshop import SERVICES
-from microshop.chassis.exposition import Metrics, parse_metrics
 from microshop.tour import drawing
 from microshop.tour.drawing import Answer
 from microshop.tour.own_shop import PATIENCE, Different, OwnShop, is_wanted, poll
+from microshop.watching.exposition import Metrics, parse_metrics
 
 CURL_ERRORS: dict[type[Exception], str] = {  # what curl prints for them
     http.client.RemoteDisconnected: "(52) Empty reply from server",

@@ -20,9 +20,9 @@ from urllib.parse import urlsplit
 
 from microshop.chassis.connections import get
 from microshop.chassis.errors import ServiceError
-from microshop.chassis.exposition import Metrics, add_up, parse_metrics
 from microshop.chassis.resolver import Resolver
-from microshop.chassis.trace_memory import Span, TraceMemory, parse_spans
+from microshop.watching.exposition import Metrics, add_up, parse_metrics
+from microshop.watching.trace_memory import Span, TraceMemory, parse_spans
 
 ASK_TIME = 0.5           # seconds for the answers to one round; half of it for looking names up
 WINDOW = 10.0            # seconds over which rates are measured, and for which metrics are kept

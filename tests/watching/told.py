@@ -4,7 +4,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
-from microshop.chassis import watch
+from microshop.watching import watch
 
 
 def metrics(pid: int = 4711, *lines: str, started: float = 1000.0, restarts: int = 0,
@@ -40,7 +40,7 @@ def span(trace: int = 1, span: int = 1, parent: int = 0, at: float = 1000.0, **m
 
 
 class Stage:
-    """Stands for all processes: what is answered at each URL, instead of chassis.watch.fetch.
+    """Stands for all processes: what is answered at each URL, instead of watching.watch.fetch.
 
     Each answer is a text, or an exception to raise. If there are several, they come in turn. It
     also stands for the Resolver: a host has the address that is its name, unless a test says other.

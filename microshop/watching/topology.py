@@ -6,10 +6,10 @@ Law: what the nodes serve is not known here.
 """
 from collections.abc import Mapping
 
-from microshop.chassis.exposition import quantile
 from microshop.chassis.handler import HEALTH_PATHS
 from microshop.chassis.telemetry import REJECTIONS
-from microshop.chassis.watch import Node, Process
+from microshop.watching.exposition import quantile
+from microshop.watching.watch import Node, Process
 
 BREAKER_STATES = ("open", "half-open", "closed")  # several processes may differ: the worst counts
 

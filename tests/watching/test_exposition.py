@@ -1,8 +1,8 @@
 """Metrics are read as they were written, and what is not valid is refused."""
 import unittest
 
-from microshop.chassis.exposition import Sample, add_up, parse_metrics, quantile
 from microshop.chassis.metrics import Family, format_metrics, gauge
+from microshop.watching.exposition import Sample, add_up, parse_metrics, quantile
 
 
 def buckets(**counts: float) -> list[Sample]:

@@ -5,12 +5,12 @@ import unittest
 from unittest import mock
 
 from microshop.chassis import connections
-from microshop.chassis import watch as module
 from microshop.chassis.resolver import Resolver
-from microshop.chassis.watch import Node, Silent, Watch, ask, fetch, find_addresses
+from microshop.watching import watch as module
+from microshop.watching.watch import Node, Silent, Watch, ask, fetch, find_addresses
 from tests.chassis.things import stopped_clock
-from tests.chassis.told import Stage, metrics
 from tests.helpers import PATIENCE, read_request, upstream
+from tests.watching.told import Stage, metrics
 
 A, B = "http://a:1", "http://b:1"
 LATE = Silent("no answer in time")

@@ -3,10 +3,10 @@ import json
 import unittest
 from unittest import mock
 
-from microshop.chassis import trace_memory as module
 from microshop.chassis.errors import BadRequest
-from microshop.chassis.trace_memory import TraceMemory, parse_spans
-from tests.chassis.told import span
+from microshop.watching import trace_memory as module
+from microshop.watching.trace_memory import TraceMemory, parse_spans
+from tests.watching.told import span
 
 
 class TraceMemoryTest(unittest.TestCase):

@@ -1,9 +1,9 @@
 """What is drawn of processes that call each other, from metrics that were written by hand."""
 import unittest
 
-from microshop.chassis.topology import draw_topology
-from microshop.chassis.watch import Node, Silent, Watch
-from tests.chassis.told import Stage, histogram, metrics
+from microshop.watching.topology import draw_topology
+from microshop.watching.watch import Node, Silent, Watch
+from tests.watching.told import Stage, histogram, metrics
 
 SERVER, CLIENT = "http_server_request_duration_seconds", "http_client_request_duration_seconds"
 A, B = "http://gateway:1", "http://users:1"
