@@ -32,8 +32,8 @@ A manifest is a list of objects, which say what there should be. These kinds occ
     HorizontalPodAutoscaler  adds and removes pods, by their load
 
 On each machine (a node), the kubelet starts the containers of the pods that are meant to run there,
-asks their probes, and stops them. A new pod template (what pods are made from) is a rollout: pods
-are replaced one after another.
+asks their probes, and stops them. A new pod template (what pods are made from) means a rollout: the
+pods are replaced one after another.
 
 What cannot be had in this way: a service that owns data has one pod, since SQLite has one writer.
 
