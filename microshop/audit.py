@@ -265,7 +265,8 @@ def check(where: str, find: Callable[[], list[str]]) -> bool:
 
 def main() -> None:
     surroundings.prepare()
-    settings = config.read("microshop.audit", OPTIONS, check_flags)
+    settings = config.read("microshop.audit", OPTIONS, check_flags, purpose=(
+        "Check whether the databases of a shop, which may be running, agree."))
     if settings.remote:  # of several instances of a service, the first is asked
         urls = {name: getattr(settings, f"{name}_url")[0] for name in SERVICES}
         find = partial(find_remote_violations, urls, settings.timeout)

@@ -81,7 +81,8 @@ def back_up(folder: Path, target: Path) -> None:
 
 def main() -> None:
     surroundings.prepare()
-    settings = config.read("microshop.backup", OPTIONS, check)
+    settings = config.read("microshop.backup", OPTIONS, check, purpose=(
+        "Copy the databases of a shop, which may be running, as they are at one moment."))
     try:
         back_up(settings.data, settings.to)
     except (sqlite3.Error, OSError) as error:

@@ -491,7 +491,8 @@ def check(settings: Namespace) -> None:
 
 def main() -> None:
     surroundings.prepare()
-    settings = config.read("microshop.kubernetes", OPTIONS, check)
+    settings = config.read("microshop.kubernetes", OPTIONS, check, purpose=(
+        "Print the manifest of a shop on Kubernetes, to be piped into kubectl apply."))
     manifest = make_manifest(settings)
     if settings.no_source:
         manifest["items"] = [item for item in manifest["items"] if item["kind"] != "ConfigMap"]

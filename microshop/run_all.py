@@ -138,7 +138,8 @@ def make_temporary_folder() -> tempfile.TemporaryDirectory:
 
 def run_shop() -> int:
     """Read the settings and run the shop; return its exit status."""
-    settings = config.read("microshop.run_all", OPTIONS, check)
+    settings = config.read("microshop.run_all", OPTIONS, check, purpose=(
+        "Start the shop and keep it running, until Ctrl-C or SIGTERM."))
     with contextlib.ExitStack() as stack:
         if settings.fresh:
             folder = stack.enter_context(make_temporary_folder())

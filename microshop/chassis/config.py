@@ -191,13 +191,14 @@ def service_url(name: str, port: int) -> Setting:
 
 def read(program: str, settings: Sequence[Setting],
          check: Callable[[argparse.Namespace], None] | None = None,
-         arguments: list[str] | None = None) -> argparse.Namespace:
+         arguments: list[str] | None = None, purpose: str = "") -> argparse.Namespace:
     """Return the settings by name, and in `flags` the texts of those that were given as flags.
 
     `check` may look at all values together; it raises ValueError if they contradict each other.
+    `purpose` says for --help what the program does.
     Prints one line and exits with status 2 if a value is bad.
     """
-    parser = _make_parser(program, settings)
+    parser = _make_parser(program, settings, purpose)
     flags = {name: text for name, text in vars(parser.parse_args(arguments)).items()
              if text is not None}
     values = argparse.Namespace(flags=flags)
@@ -252,11 +253,11 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
-def _make_parser(program: str, settings: Sequence[Setting]) -> _Parser:
+def _make_parser(program: str, settings: Sequence[Setting], purpose: str) -> _Parser:
     example = settings[0].name
     parser = _Parser(
         prog=f"python -m {program}", allow_abbrev=False,
-        description=f"Each flag can also be set in the environment, --{example} as "
+        description=f"{purpose} Each flag can also be set in the environment, --{example} as "
                     f"MICROSHOP_{example.upper()}. The flag wins.")
     for setting in settings:
         if setting.secret:

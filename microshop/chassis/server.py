@@ -146,7 +146,8 @@ class Service(Listener):
         """
         surroundings.prepare()
         settings = config.read(f"microshop.{cls.name}", [
-            config.own_port(cls.port), *cls.options, *config.SHARED, config.SUPERVISED])
+            config.own_port(cls.port), *cls.options, *config.SHARED, config.SUPERVISED],
+            purpose=f"Run the {cls.name} process of a shop alone.")
         threading.stack_size(STACK_SIZE)
         try:
             if cls.schema and not settings.supervised:

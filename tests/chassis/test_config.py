@@ -1,12 +1,15 @@
 """Settings: a flag wins over the environment and that over the default; a bad value is one line."""
 import contextlib
 import io
+import subprocess
+import sys
 import tempfile
 import unittest
 from pathlib import Path
 from unittest import mock
 
 from microshop.chassis import config
+from tests.helpers import TOP
 
 SETTINGS = [
     config.Setting("port", config.port, "3000", "port"),
@@ -183,6 +186,15 @@ class HelpTest(ConfigTest):
         self.assertEqual(0, caught.exception.code, "the exit status of --help")
         self.assertIn("(default: 3000)", printed.getvalue())
         self.assertIn("--port as MICROSHOP_PORT", printed.getvalue())
+
+    def test_help_of_every_program_begins_with_what_it_does(self):
+        for name in ("run_all", "users", "gateway", "live", "audit", "backup", "kubernetes"):
+            with self.subTest(name):
+                done = subprocess.run([sys.executable, "-m", f"microshop.{name}", "--help"],
+                                      cwd=TOP, capture_output=True, text=True)
+                self.assertEqual((done.returncode, done.stderr), (0, ""))
+                purpose = done.stdout.split("\n\n")[1]
+                self.assertRegex(purpose, r"\A(Start|Run|Check|Copy|Print) ")
 
 
 if __name__ == "__main__":
