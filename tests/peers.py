@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from microshop.gateway import Gateway
 from microshop.users import Users
@@ -90,16 +91,28 @@ def prepare(what: str, command: list[str], folder: Path = TOP) -> None:
     """Run a command that gets packages. Raises Absent if it fails, or exceeds PACKAGE_TIME."""
     child = start(command, folder)
     try:
-        output, _ = child.communicate(timeout=PACKAGE_TIME)
-    except BaseException as failure:
-        with contextlib.suppress(ProcessLookupError):  # after Ctrl-C, it may have ended
-            os.killpg(child.pid, signal.SIGKILL)  # the command, and what it has started
-        child.communicate()
-        if isinstance(failure, subprocess.TimeoutExpired):
-            raise Absent(f"{what} takes longer than {PACKAGE_TIME:g} s") from None
-        raise
+        output = finish(child, PACKAGE_TIME)
+    except subprocess.TimeoutExpired:
+        raise Absent(f"{what} takes longer than {PACKAGE_TIME:g} s") from None
     if child.returncode:
         raise Absent(f"{what} failed: {error_in(output)}")
+
+
+def finish(child: subprocess.Popen, seconds: float, content: bytes | None = None) -> Any:
+    """Send a process `content`, wait until it has ended, and return its output.
+
+    If it takes longer than `seconds`, or if we are interrupted, it is killed, with all that it has
+    started. Raises TimeoutExpired, whose `output` is what it has printed by then.
+    """
+    try:
+        return child.communicate(content, seconds)[0]
+    except BaseException as failure:
+        with contextlib.suppress(ProcessLookupError):  # after Ctrl-C, it may have ended
+            os.killpg(child.pid, signal.SIGKILL)
+        output, _ = child.communicate()
+        if isinstance(failure, subprocess.TimeoutExpired):
+            failure.output = output
+        raise
 
 
 @contextlib.contextmanager

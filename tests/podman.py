@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 from tests.helpers import TOP
 from tests.hosts import mortal
+from tests.manifest import WORKLOADS
 from tests.peers import Absent, prepare
 from tests.report import run_tool
 
@@ -57,7 +58,7 @@ class Pod(NamedTuple):
 def pods_of(manifest: Object) -> list[Pod]:
     """Return the pods that each StatefulSet and Deployment makes."""
     return [make_pod(item, number) for item in manifest["items"]
-            if item["kind"] in ("StatefulSet", "Deployment")
+            if item["kind"] in WORKLOADS
             for number in range(item["spec"]["replicas"])]
 
 

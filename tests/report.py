@@ -1,7 +1,4 @@
 """What conformance.py and cluster.py share: they run tools of others, and print a line a check."""
-import contextlib
-import os
-import signal
 import subprocess
 import textwrap
 from collections.abc import Callable
@@ -9,6 +6,7 @@ from typing import Any
 
 from tests.formats import FormatError
 from tests.helpers import Answered
+from tests.peers import finish
 
 TOOL_TIME = 120.0         # seconds after which a tool is ended; schemathesis takes about 17
 LINES, WIDTH = 60, 300    # of what a tool says, that are shown
@@ -44,16 +42,11 @@ def run_tool(command: list[str], content: bytes = b"", folder: str | None = None
     Raises Failed if its exit status is not 0, or if it takes longer than TOOL_TIME.
     """
     child = subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, start_new_session=True)
+                             stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        output, _ = child.communicate(content, TOOL_TIME)
-    except BaseException as failure:
-        with contextlib.suppress(ProcessLookupError):  # after Ctrl-C, it may have ended
-            os.killpg(child.pid, signal.SIGKILL)  # the tool, and what it has started
-        output, _ = child.communicate()
-        if not isinstance(failure, subprocess.TimeoutExpired):
-            raise
-        output += f"ended, since it took longer than {TOOL_TIME:g} s\n".encode()
+        output = finish(child, TOOL_TIME, content)
+    except subprocess.TimeoutExpired as late:
+        output = late.output + f"ended, since it took longer than {TOOL_TIME:g} s\n".encode()
     text = output.decode(errors="replace")
     if child.returncode:
         lines = [line[:WIDTH] for line in text.splitlines()[-LINES:]]

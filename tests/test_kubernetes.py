@@ -21,7 +21,7 @@ from microshop.kubernetes import LAST_STEP, PRESTOP, USER
 from microshop.live import LiveHandler
 from microshop.orders import CALL_TIME
 from tests.helpers import TOP, Process, ask, ask_json, clean_environment, wait_until
-from tests.manifest import ALL_FLAGS, Manifest, selected_by
+from tests.manifest import ALL_FLAGS, WORKLOADS, Manifest, selected_by
 from tests.source import HOUSE, imported, module_of
 
 MAX_ANNOTATION = 256 * 1024  # bytes; without --server-side, kubectl puts each object into one
@@ -194,7 +194,7 @@ class ConsistentTest(unittest.TestCase):
 
     def test_every_volume_that_is_mounted_exists_and_every_volume_is_mounted(self):
         config_maps = self.manifest.of_kind("ConfigMap")
-        for name, item in self.manifest.of_kind("StatefulSet", "Deployment").items():
+        for name, item in self.manifest.of_kind(*WORKLOADS).items():
             with self.subTest(name):
                 claims = [claim["metadata"]["name"]
                           for claim in item["spec"].get("volumeClaimTemplates", [])]
