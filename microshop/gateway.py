@@ -431,7 +431,7 @@ class Gateway(Service):
 
     def __init__(self, settings: Namespace):
         super().__init__(settings)
-        self.token = settings.token_file or settings.token or ""
+        self.token = config.find_token(settings)
         self.limit = RateLimit(settings.rate) if settings.rate else None
         self.client = Client(settings.timeout, self.log.event, self.telemetry.record)
         self.upstreams = {}

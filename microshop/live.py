@@ -231,7 +231,7 @@ class Live(Service):
         self.page, self.policy = page.encode(), content_security_policy(page)
         # The gateway shows its telemetry to other machines only if they send its token; the others
         # have no use for it.
-        tokens = {"gateway": settings.token_file or settings.token or ""}
+        tokens = {"gateway": config.find_token(settings)}
         self.observer = Observer([
             Node(name, getattr(settings, f"{name}_url"), tokens.get(name, "")) for name in NODES])
 

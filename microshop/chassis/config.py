@@ -222,6 +222,11 @@ def variable(name: str) -> str:
     return "MICROSHOP_" + name.replace("-", "_").upper()
 
 
+def find_token(values: argparse.Namespace) -> str:
+    """Return the token that TOKEN_FILE or TOKEN gives (the file wins), or "" if neither does."""
+    return values.token_file or values.token or ""
+
+
 def as_flags(values: argparse.Namespace, settings: Sequence[Setting]) -> list[str]:
     """Return flags for another process: those of the settings that were given to us as flags.
 
