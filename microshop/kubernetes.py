@@ -141,13 +141,12 @@ class Shop:
 # process imports, and no other: when one service changes, the others are not even restarted
 # (independent deployment). Pods that need the same files of the chassis share one ConfigMap.
 
-def modules_of(*names: str) -> set[Path]:
-    """Return the files of these modules, and of all modules of microshop that they import."""
+def modules_of(module: str) -> set[Path]:
+    """Return the files of a module, and of all modules of microshop that it imports."""
     found: set[Path] = set()
-    names_to_find = [*names]
+    names_to_find = [module]
     while names_to_find:
-        name = names_to_find.pop()
-        path = TOP.joinpath(*name.split("."))
+        path = TOP.joinpath(*names_to_find.pop().split("."))
         path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         if path in found or not path.exists():  # the last part was a name in a module
             continue
